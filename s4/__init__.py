@@ -1,0 +1,10 @@
+"""S4: structured state space layers for PyTorch."""
+
+from s4 import hippo, kernel
+from s4.block import S4Block
+from s4.layer import S4Layer
+from s4.model import S4Model
+from s4.optim import param_groups
+
+__version__ = "0.1.0"
+__all__ = ["S4Block", "S4Layer", "S4Model", "hippo", "kernel", "param_groups"]

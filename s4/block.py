@@ -1,0 +1,125 @@
+"""S4Block: the residual block around an S4 layer."""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from s4.layer import S4Layer, check_option
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
+_NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "rms": nn.RMSNorm}
+
+
+class S4Block(nn.Module):
+    """x + mix(dropout(activation(S4(x)))), with a norm before S4 or after the sum.
+
+    Args:
+        layer: the S4 layer; its width, device and dtype are the block's.
+        norm: "layer", "batch" (over the batch and time; padding does not count) or "rms".
+        prenorm: norm the input of S4 (True), or the sum (False, as in the S4 paper).
+        activation: "gelu", "relu", "silu" or "tanh".
+        dropout: probability of zeroing an activation.
+        tie_dropout: draw one mask a sequence and channel, the same at every time.
+        mixer: what mixes the channels at each time: "glu", a gated linear unit, or "linear".
+
+    Raises:
+        ValueError, TypeError: an option that does not exist; the message names it.
+    """
+
+    def __init__(
+        self,
+        layer: S4Layer,
+        *,
+        norm: str = "layer",
+        prenorm: bool = True,
+        activation: str = "gelu",
+        dropout: float = 0.0,
+        tie_dropout: bool = False,
+        mixer: str = "glu",
+    ) -> None:
+        super().__init__()
+        if not isinstance(layer, S4Layer):
+            raise TypeError(f"layer must be an S4Layer, got {type(layer).__name__}")
+        check_option("norm", norm, tuple(_NORMS))
+        check_option("activation", activation, tuple(_ACTIVATIONS))
+        check_option("mixer", mixer, ("glu", "linear"))
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        d_model, device, dtype = layer.d_model, layer.D.device, layer.D.dtype
+        self.prenorm = prenorm
+        self.norm = _NORMS[norm](d_model, device=device, dtype=dtype)
+        self.layer = layer
+        self.activation = _ACTIVATIONS[activation]()
+        self.dropout = nn.Dropout1d(dropout) if tie_dropout else nn.Dropout(dropout)
+        if mixer == "glu":
+            self.mixer: nn.Module = nn.Sequential(
+                nn.Linear(d_model, 2 * d_model, device=device, dtype=dtype), nn.GLU(dim=-1)
+            )
+        else:
+            self.mixer = nn.Linear(d_model, d_model, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        rate: float = 1.0,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Map (B, L, d_model) to the same shape; the arguments are those of `S4Layer.forward`.
+
+        Outputs past a sequence's end are not zero: the residual runs on there.
+        """
+        z = self._norm(x, lengths) if self.prenorm else x
+        after = None
+        z = self.layer(z, state, lengths=lengths, rate=rate, return_state=return_state)
+        if return_state:
+            z, after = z
+        x = x + self._mix(z)
+        if not self.prenorm:
+            x = self._norm(x, lengths)
+        return x if after is None else (x, after)
+
+    def step(self, x: Tensor, state: Tensor, *, rate: float = 1.0) -> tuple[Tensor, Tensor]:
+        """One step: x (B, d_model) and the layer's state to the same shapes.
+
+        Equals `forward` in eval mode; in training mode dropout draws a mask a step, also when tied, and batch
+        norm takes its statistics over the batch alone.
+        """
+        z, state = self.layer.step(
+            self._norm(x[:, None], None)[:, 0] if self.prenorm else x, state, rate=rate
+        )
+        x = x + self._mix(z[:, None])[:, 0]
+        return (x if self.prenorm else self._norm(x[:, None], None)[:, 0]), state
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        """The layer's state before any input: zeros (B, H, N)."""
+        return self.layer.initial_state(batch_size)
+
+    def _mix(self, z: Tensor) -> Tensor:
+        z = self.activation(z)
+        if isinstance(self.dropout, nn.Dropout1d):
+            z = rearrange(self.dropout(rearrange(z, "b l h -> b h l")), "b h l -> b l h")
+        else:
+            z = self.dropout(z)
+        out: Tensor = self.mixer(z)
+        return out
+
+    def _norm(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        if not isinstance(self.norm, nn.BatchNorm1d):
+            out: Tensor = self.norm(x)
+            return out
+        if lengths is None:
+            flat: Tensor = self.norm(x.flatten(0, 1))
+            return flat.view_as(x)
+        # Only what lies inside the sequences may enter the statistics.
+        inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        normed = torch.zeros_like(x)
+        normed[inside] = self.norm(x[inside]).to(x.dtype)
+        return normed

@@ -1,0 +1,30 @@
+"""`python -m s4.info`: versions, devices, and which backends can run here."""
+
+import platform
+
+import torch
+
+import s4
+
+
+def report() -> str:
+    """What a bug report needs, as text."""
+    lines = [
+        f"s4       {s4.__version__}",
+        f"torch    {torch.__version__}",
+        f"python   {platform.python_version()} on {platform.platform()}",
+        f"cpu      {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+    ]
+    for i in range(torch.cuda.device_count()):
+        lines.append(f"cuda:{i}   {torch.cuda.get_device_name(i)}")
+    if not torch.cuda.is_available():
+        lines.append("cuda     not available")
+    lines.append("kernel backends")
+    for name, state in s4.kernel.backends().items():
+        lines.append(f"  {name:<8} {'available' if state is True else f'not available: {state}'}")
+    lines.append("  auto     Krylov products in plain PyTorch; the sums themselves by 'torch'")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

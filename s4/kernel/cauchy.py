@@ -1,0 +1,53 @@
+"""Cauchy sums over conjugate pairs of poles: the contract, and the choice of who computes them."""
+
+import torch
+from torch import Tensor
+
+from s4.kernel import _naive, _torch
+from s4.kernel._choice import choose
+
+_BACKENDS = {"naive": _naive.cauchy, "torch": _torch.cauchy}
+
+
+def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
+    """Sum over n of v_n / (z_l - w_n) + conj(v_n) / (z_l - conj(w_n)), at nodes z (S4 section 3.3).
+
+    Leading dimensions broadcast. Give several right-hand sides over the same poles as v (..., q, n) with
+    w (..., 1, n): the denominators are then computed once.
+
+    Args:
+        v: residues, complex (..., n).
+        z: nodes, complex (..., l).
+        w: poles, complex (..., n), one of each conjugate pair.
+        backend: "auto", "naive" or "torch"; see `s4.kernel.backends`.
+
+    Returns:
+        complex (..., l), differentiable in v, z and w.
+
+    Raises:
+        TypeError: an argument is not complex, or dtypes differ.
+        ValueError: the last dimensions of v and w differ, devices differ, or the backend cannot run.
+    """
+    check({"v": v, "z": z, "w": w})
+    if v.shape[-1] != w.shape[-1]:
+        raise ValueError(
+            f"v and w must have one length of the last dimension, got {v.shape[-1]} and {w.shape[-1]}"
+        )
+    return choose(backend, _BACKENDS)(v, z, w)
+
+
+def check(tensors: dict[str, Tensor]) -> None:
+    first = next(iter(tensors.values()))
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.complex64, torch.complex128):
+            raise TypeError(f"{name} must be complex64 or complex128, got {tensor.dtype}")
+        if tensor.dim() < 1:
+            raise ValueError(f"{name} must have at least one dimension, got a scalar")
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"{', '.join(tensors)} must share one dtype, got {first.dtype} and {tensor.dtype}"
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{', '.join(tensors)} must share one device, got {first.device} and {tensor.device}"
+            )

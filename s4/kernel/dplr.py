@@ -1,0 +1,77 @@
+"""The DPLR convolution kernel K_l = C Abar^l Bbar, in two ways, both from the true C at any length.
+
+`cauchy_kernel` samples the generating function on a circle, through Cauchy sums, and inverts by one FFT;
+`krylov_kernel` multiplies rows C Abar^(a T) by columns Abar^b Bbar. `kernel` chooses.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from s4.kernel._choice import check_backend
+from s4.kernel.cauchy import cauchy
+from s4.ssm import Propagator, System
+
+
+def kernel(
+    system: System, propagator: Propagator, L: int, dtype: torch.dtype, backend: str = "auto"
+) -> Float[Tensor, "c H {L}"]:
+    """The kernel the way that is fastest here ("auto": Krylov), or by Cauchy sums of a named backend.
+
+    Args:
+        system: in double precision for full accuracy.
+        propagator: of the bilinear discretisation of `system`.
+        L: length.
+        dtype: of the result, float32 or float64.
+        backend: "auto", or one of `s4.kernel.backends()`.
+    """
+    check_backend(backend)
+    if backend == "auto":
+        return krylov_kernel(propagator, L, dtype)
+    return cauchy_kernel(system, L, dtype, backend)
+
+
+def krylov_kernel(propagator: Propagator, L: int, dtype: torch.dtype) -> Float[Tensor, "c H {L}"]:
+    """K by powers of the state matrix; its cost is that of `Propagator.response`."""
+    return propagator.response(propagator.recurrence.B[..., None], L, dtype)[:, 0]
+
+
+def cauchy_kernel(
+    system: System, L: int, dtype: torch.dtype, backend: str = "auto"
+) -> Float[Tensor, "c H {L}"]:
+    """K from its generating function, sum over l of K_l z^l (S4 algorithm 1, with no truncation of C).
+
+    On M = 4 L nodes of a circle of radius rho < 1, an inverse FFT gives rho^l (K_l + rho^M K_(l+M) + ...):
+    the radius weighs this alias, delta = rho^M, against rounding, which rho^-l amplifies. With
+    g = 2 (1-z) / (1+z), all terms of the resolvent are Cauchy sums at g over the poles dt Lambda. The sums
+    run in double precision: in single, nodes close to a pole cost up to 2e-5 of max |K|.
+
+    Args:
+        system: in double precision.
+        L: length.
+        dtype: of the result, float32 or float64.
+        backend: of the Cauchy sums.
+    """
+    Lambda, P, B, C, dt = system
+    c, H, _ = C.shape
+    if L == 0 or H == 0:
+        return dt.new_zeros(c, H, L, dtype=dtype)
+    M = max(4 * L, 16)
+    delta = 1e-12
+    angle = torch.arange(M // 2 + 1, dtype=torch.float64, device=dt.device) * (-2 * math.pi / M)
+    z = torch.polar(torch.full_like(angle, delta ** (1 / M)), angle)
+
+    # All pairs of a row (of C or P*) and a column (of B or P): c + r by 1 + r sums over the same poles.
+    rows, columns = torch.cat([C, P.conj()]), torch.cat([B[None], P])
+    v = torch.einsum("ihn,jhn,h->hijn", rows, columns, dt.to(rows.dtype))
+    w = (Lambda * dt[:, None])[:, None]
+    sums = cauchy(v.flatten(1, 2), 2 * (1 - z) / (1 + z), w, backend).unflatten(1, v.shape[1:3])
+    for s in range(P.shape[0], 0, -1):  # Woodbury's r x r solve: one Schur complement a rank
+        i = c + s - 1
+        ratio = sums[:, i : i + 1, :s] / (1 + sums[:, i : i + 1, s : s + 1])
+        sums = sums[:, :i, :s] - sums[:, :i, s : s + 1] * ratio
+    spectrum = sums[:, :, 0] * (2 / (1 + z))
+    amplify = delta ** (-torch.arange(L, dtype=torch.float64, device=dt.device) / M)
+    return (torch.fft.irfft(spectrum, M)[..., :L] * amplify).transpose(0, 1).to(dtype)

@@ -1,0 +1,37 @@
+"""Vandermonde products over conjugate pairs: the contract, and the choice of who computes them."""
+
+from torch import Tensor
+
+from s4.kernel import _naive, _torch
+from s4.kernel._choice import choose
+from s4.kernel.cauchy import check
+
+_BACKENDS = {"naive": _naive.vandermonde, "torch": _torch.vandermonde}
+
+
+def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
+    """2 Re of the sum over n of v_n exp(x_n l), for l = 0, ..., L-1 (S4D equation 7).
+
+    Leading dimensions broadcast.
+
+    Args:
+        v: weights, complex (..., n).
+        x: exponents, complex (..., n), one of each conjugate pair.
+        L: number of steps, 0 or more.
+        backend: "auto", "naive" or "torch"; see `s4.kernel.backends`.
+
+    Returns:
+        real (..., L), differentiable in v and x.
+
+    Raises:
+        TypeError: an argument is not complex, or dtypes differ.
+        ValueError: the last dimensions differ, devices differ, L is negative, or the backend cannot run.
+    """
+    check({"v": v, "x": x})
+    if v.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"v and x must have one length of the last dimension, got {v.shape[-1]} and {x.shape[-1]}"
+        )
+    if L < 0:
+        raise ValueError(f"L must be 0 or more, got {L}")
+    return choose(backend, _BACKENDS)(v, x, L)

@@ -1,0 +1,339 @@
+"""S4Layer: the parameters of one S4 layer, and its convolutional, recurrent and dense views."""
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from s4 import conv, hippo, ssm
+from s4.kernel import diag, dplr
+from s4.kernel._choice import check_backend
+from s4.ssm import Propagator, System
+
+_INITS = {"dplr": ("legs", "legt", "fout"), "diag": ("legs", "lin", "inv")}
+_DISCRETIZATIONS = {"dplr": ("bilinear",), "diag": ("zoh", "bilinear")}
+_MODES = ("auto", "fft")
+_MIN_DECAY = (
+    1e-4  # of -Re Lambda at initialisation: LegT and FouT have none, and its logarithm is a parameter
+)
+
+
+class S4Layer(nn.Module):
+    """One structured state space layer: H independent systems x' = A x + B u, y = C x + D u over time.
+
+    `forward` convolves, `step` recurs, `dense` writes the matrices out; all three are one system with one
+    state: the real, then the imaginary parts of the N/2 stored modes, (B, H, N). Parameters are those of the
+    continuous system and serve every length.
+
+    Args:
+        d_model: H, number of channels.
+        d_state: N, state size of each channel, even; N/2 conjugate pairs are stored.
+        variant: "dplr", diagonal plus low rank (S4, arXiv 2111.00396), or "diag" (S4D, arXiv 2206.11893).
+        init: for "dplr" "legs", "legt" or "fout"; for "diag" "legs", "lin" or "inv". See `s4.hippo`.
+        discretization: "bilinear" for "dplr"; "zoh" (default) or "bilinear" for "diag".
+        dt_min, dt_max: range of the initial step sizes, log-uniform over the channels.
+        n_ssm: independent (A, B) pairs, each shared by d_model / n_ssm neighbouring channels.
+        bidirectional: also convolve backwards, with an output row C of its own. No state, no step.
+        mode: how `forward` processes a sequence: "fft", or "auto", which chooses for you.
+        backend: who computes the kernel: "auto", or the Cauchy or Vandermonde sums of one of
+            `s4.kernel.backends()`.
+        device: of the parameters.
+        dtype: of the parameters and the state, torch.float32 or torch.float64.
+
+    Raises:
+        ValueError, TypeError: an option or a combination that does not exist; the message names it.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        *,
+        variant: str = "dplr",
+        init: str = "legs",
+        discretization: str | None = None,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        n_ssm: int = 1,
+        bidirectional: bool = False,
+        mode: str = "auto",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _positive_int("d_model", d_model)
+        _positive_int("d_state", d_state)
+        _positive_int("n_ssm", n_ssm)
+        if d_state % 2:
+            raise ValueError(f"d_state must be even, as modes come in conjugate pairs, got {d_state}")
+        if d_model % n_ssm:
+            raise ValueError(f"n_ssm must divide d_model ({d_model}), got {n_ssm}")
+        check_option("variant", variant, tuple(_INITS))
+        check_option("init", init, _INITS[variant], f" for variant={variant!r}")
+        discretization = discretization or _DISCRETIZATIONS[variant][0]
+        check_option("discretization", discretization, _DISCRETIZATIONS[variant], f" for variant={variant!r}")
+        if not 0 < dt_min <= dt_max < math.inf:
+            raise ValueError(
+                f"dt_min and dt_max must satisfy 0 < dt_min <= dt_max, got {dt_min} and {dt_max}"
+            )
+        check_option("mode", mode, _MODES)
+        check_backend(backend)
+        dtype = dtype or torch.get_default_dtype()
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+
+        self.d_model = d_model
+        self.d_state = d_state
+        self.variant = variant
+        self.init = init
+        self.discretization = discretization
+        self.dt_min = dt_min
+        self.dt_max = dt_max
+        self.n_ssm = n_ssm
+        self.bidirectional = bidirectional
+        self.mode = mode
+        self.backend = backend
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        n = d_state // 2
+        rank = 0 if variant == "diag" else 2 if init == "legt" else 1
+        self.log_dt = empty(d_model)
+        self.log_A_real = empty(n_ssm, n)  # Re Lambda = -exp(log_A_real) < 0: always stable
+        self.A_imag = empty(n_ssm, n)
+        if rank:
+            self.P = empty(rank, n_ssm, n, 2)
+        self.B = empty(n_ssm, n, 2)
+        self.C = empty(1 + bidirectional, d_model, n, 2)
+        self.D = empty(d_model)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw dt, C and D anew and set A and B to their initialisation."""
+        if self.variant == "dplr":
+            Lambda, P, B = hippo.dplr(self.init, self.d_state)
+            self.P.copy_(torch.view_as_real(P)[:, None])
+        else:
+            Lambda, B = hippo.diag(self.init, self.d_state)
+        self.log_A_real.copy_(torch.log((-Lambda.real).clamp(min=_MIN_DECAY)))
+        self.A_imag.copy_(Lambda.imag)
+        self.B.copy_(torch.view_as_real(B))
+        self.C.normal_(std=math.sqrt(0.5))
+        self.D.normal_()
+        self.log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max))
+
+    def ssm_parameters(self) -> list[nn.Parameter]:
+        """dt, A and B, which train at a smaller rate and without weight decay (S4 appendix D.2)."""
+        low_rank = [self.P] if self.variant == "dplr" else []
+        return [self.log_dt, self.log_A_real, self.A_imag, *low_rank, self.B]
+
+    def forward(
+        self,
+        u: Tensor,
+        state: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        rate: float = 1.0,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Map a batch of sequences to one of the same shape.
+
+        Args:
+            u: inputs (B, L, H), floating point, any L from 0.
+            state: (B, H, N) to go on from, as `step` or an earlier `forward` returned it; None is zero.
+            lengths: (B,) integers, the lengths of right-padded sequences. What lies past them is ignored,
+                outputs there are zero, and a sequence's state is the one at its own end.
+            rate: multiplies dt; 0.5 for inputs sampled twice as fast as those trained on.
+            return_state: also return the state after the last input.
+
+        Returns:
+            y (B, L, H) in the dtype of u, or (y, state) with the state (B, H, N) in that of the parameters.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
+        """
+        self._check_sequence(u, state, lengths, rate, return_state)
+        with torch.autocast(u.device.type, enabled=False):
+            return self._forward(u, state, lengths, rate, return_state)
+
+    def _forward(
+        self, u: Tensor, state: Tensor | None, lengths: Tensor | None, rate: float, return_state: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        L = u.shape[1]
+        x = rearrange(u, "b l h -> b h l").to(self.D.dtype)
+        past = None
+        if lengths is not None:
+            past = torch.arange(L, device=u.device) >= lengths[:, None, None]
+            x = x.masked_fill(past, 0)
+        system = self._system(rate)
+        propagator = Propagator(ssm.discretize(system, self.discretization))
+        k = self._kernel(system, propagator, L)
+        y = conv.two_sided(x, k[0], k[1]) if self.bidirectional else conv.causal(x, k[0])
+        y = y + self.D[:, None] * x
+        if state is not None:
+            y = y + propagator.continuation(state, L)
+        if past is not None:
+            y = y.masked_fill(past, 0)
+        y = rearrange(y, "b h l -> b l h").to(u.dtype)
+        if not return_state:
+            return y
+        if lengths is None:
+            lengths = torch.full(u.shape[:1], L, device=u.device)
+        else:  # right-align, so that every sequence ends with its last input
+            source = torch.arange(L, device=u.device) - (L - lengths[:, None, None])
+            x = x.gather(-1, source.clamp(min=0).expand_as(x)).masked_fill(source < 0, 0)
+        after = propagator.drive(x)
+        return y, after if state is None else after + propagator.advance(state, lengths, L)
+
+    def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0) -> tuple[Tensor, Tensor]:
+        """One step of the recurrence; needs no call before it.
+
+        Args:
+            u: inputs (B, H) of one time step, floating point.
+            state: (B, H, N), from `initial_state`, `forward` or an earlier `step`.
+            rate: multiplies dt, as in `forward`.
+
+        Returns:
+            y (B, H) in the dtype of u, and the next state.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
+        """
+        self._check_parameters(rate)
+        self._check_causal("step")
+        _floating("u", u)
+        if u.dim() != 2 or u.shape[1] != self.d_model:
+            raise ValueError(f"u must have shape (batch, {self.d_model}), got {tuple(u.shape)}")
+        self._check_state(state, u.shape[0])
+        with torch.autocast(u.device.type, enabled=False):
+            dtype = self.D.dtype
+            recurrence = ssm.discretize(self._system(rate), self.discretization).to(dtype)
+            y, state = ssm.step(recurrence, state, u.to(dtype))
+            return (y + self.D * u.to(dtype)).to(u.dtype), state
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        """The state before any input: zeros (B, H, N)."""
+        self._check_causal("initial_state")
+        return self.D.new_zeros(batch_size, self.d_model, self.d_state)
+
+    def kernel(self, L: int, *, rate: float = 1.0) -> Tensor:
+        """Impulse response without D: (H, L); if bidirectional (2, H, L), forward and backward."""
+        self._check_parameters(rate)
+        if not isinstance(L, int) or L < 0:
+            raise ValueError(f"L must be an integer of at least 0, got {L!r}")
+        with torch.autocast(self.D.device.type, enabled=False):
+            system = self._system(rate)
+            k = self._kernel(system, Propagator(ssm.discretize(system, self.discretization)), L)
+        return k if self.bidirectional else k[0]
+
+    def dense(self, *, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The discretised systems in float64: x = A x' + B u, y = C x + D u, with x' the state before.
+
+        Returns:
+            A (H, N, N), B (H, N), C (H, N), or (2, H, N) if bidirectional, and D (H,).
+        """
+        self._check_parameters(rate)
+        recurrence = ssm.discretize(self._system(rate), self.discretization)
+        C = recurrence.C if self.bidirectional else recurrence.C[0]
+        return ssm.dense(recurrence), recurrence.B, C, self.D.double()
+
+    def extra_repr(self) -> str:
+        """The options, and with them the shapes: d_state counts real numbers a channel."""
+        parts = [
+            f"d_model={self.d_model}",
+            f"d_state={self.d_state}",
+            f"variant={self.variant!r}",
+            f"init={self.init!r}",
+            f"discretization={self.discretization!r}",
+            f"n_ssm={self.n_ssm}",
+            f"bidirectional={self.bidirectional}",
+            f"mode={self.mode!r}",
+            f"backend={self.backend!r}",
+        ]
+        shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters())
+        return f"{', '.join(parts)}\n{shapes}"
+
+    def _system(self, rate: float) -> System:
+        """Parameters in double precision, one system a channel."""
+
+        def of_channels(p: Tensor) -> Tensor:
+            return p.repeat_interleave(self.d_model // self.n_ssm, dim=-2)
+
+        Lambda = torch.complex(-torch.exp(self.log_A_real.double()), self.A_imag.double())
+        B, C = torch.view_as_complex(self.B.double()), torch.view_as_complex(self.C.double())
+        P = torch.view_as_complex(self.P.double()) if self.variant == "dplr" else B.new_zeros(0, *B.shape)
+        dt = rate * torch.exp(self.log_dt.double())
+        return System(of_channels(Lambda), of_channels(P), of_channels(B), C, dt)
+
+    def _kernel(self, system: System, propagator: Propagator, L: int) -> Tensor:
+        if self.variant == "dplr":
+            return dplr.kernel(system, propagator, L, self.D.dtype, self.backend)
+        return diag.kernel(propagator, L, self.D.dtype, self.backend)
+
+    def _check_parameters(self, rate: float) -> None:
+        if self.D.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"S4Layer computes with float32 or float64 parameters, got {self.D.dtype}: "
+                "keep the layer in float32 and use torch.autocast for reduced precision"
+            )
+        if not 0 < rate < math.inf:
+            raise ValueError(f"rate must be positive and finite, got {rate}")
+
+    def _check_causal(self, what: str) -> None:
+        if self.bidirectional:
+            raise ValueError(f"{what} needs a causal layer, but this one has bidirectional=True")
+
+    def _check_state(self, state: Tensor, batch: int) -> None:
+        expected = (batch, self.d_model, self.d_state)
+        if not isinstance(state, Tensor) or state.shape != expected:
+            got = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise ValueError(f"state must have shape {expected}, (batch, d_model, d_state), got {got}")
+        if state.dtype != self.D.dtype:
+            raise TypeError(f"state must have the parameters' dtype {self.D.dtype}, got {state.dtype}")
+
+    def _check_sequence(
+        self, u: Tensor, state: Tensor | None, lengths: Tensor | None, rate: float, return_state: bool
+    ) -> None:
+        self._check_parameters(rate)
+        _floating("u", u)
+        if u.dim() != 3 or u.shape[2] != self.d_model:
+            raise ValueError(f"u must have shape (batch, length, {self.d_model}), got {tuple(u.shape)}")
+        if state is not None:
+            self._check_causal("state")
+            self._check_state(state, u.shape[0])
+        if return_state:
+            self._check_causal("return_state")
+        if lengths is not None:
+            check_lengths(lengths, u.shape[0], u.shape[1])
+
+
+def check_lengths(lengths: Tensor, batch: int, L: int) -> None:
+    """Raise unless lengths are `batch` integers in 0..L. Ranges are not read while torch.compile traces."""
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"lengths must be a tensor of integers, got {got}")
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths must have shape ({batch},), got {tuple(lengths.shape)}")
+    if not torch.compiler.is_compiling() and bool(((lengths < 0) | (lengths > L)).any()):
+        raise ValueError(f"lengths must lie in 0..{L}, the length of the batch, got {lengths.tolist()}")
+
+
+def _floating(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+
+
+def _positive_int(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def check_option(name: str, value: str, options: tuple[str, ...], where: str = "") -> None:
+    """Raise ValueError unless value is one of the options."""
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}{where}, got {value!r}")

@@ -1,0 +1,56 @@
+"""Optimizer groups that train the SSM parameters as the S4 papers do."""
+
+from typing import Any
+
+from torch import nn
+
+from s4.layer import S4Layer
+
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
+def param_groups(model: nn.Module, lr: float, weight_decay: float, ssm_lr: float) -> list[dict[str, Any]]:
+    """Parameter groups for a torch optimizer, such as AdamW (S4 appendix D.2).
+
+    dt, A and B of every `S4Layer` train at min(ssm_lr, lr) without weight decay; D, biases and the parameters
+    of norms at lr without weight decay; all others at lr with it.
+
+    Args:
+        model: any module, with S4 layers anywhere in it.
+        lr: learning rate.
+        weight_decay: of what decays.
+        ssm_lr: largest learning rate of dt, A and B.
+
+    Returns:
+        up to three groups, named "ssm", "no_decay" and "decay", with every parameter in exactly one.
+
+    Raises:
+        ValueError: a rate below 0, or an S4 layer whose SSM parameters are not parameters of the model (after
+            a parametrization, or sharding that flattens them: make the groups before it).
+    """
+    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("ssm_lr", ssm_lr)):
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    own = {id(p) for p in model.parameters()}
+    ssm, plain = set(), set()
+    for path, module in model.named_modules():
+        plain |= {id(p) for name, p in module.named_parameters(recurse=False) if "bias" in name}
+        if isinstance(module, _NORMS):
+            plain |= {id(p) for p in module.parameters(recurse=False)}
+        elif isinstance(module, S4Layer):
+            ssm |= {id(p) for p in module.ssm_parameters()}
+            plain.add(id(module.D))
+            if not ssm <= own:
+                raise ValueError(
+                    f"the SSM parameters of {path or 'the model'} are not parameters of the model: "
+                    "call param_groups before parametrizing or sharding it"
+                )
+    members: dict[str, list[nn.Parameter]] = {"ssm": [], "no_decay": [], "decay": []}
+    for p in model.parameters():
+        members["ssm" if id(p) in ssm else "no_decay" if id(p) in plain else "decay"].append(p)
+    rates = {"ssm": (min(ssm_lr, lr), 0.0), "no_decay": (lr, 0.0), "decay": (lr, weight_decay)}
+    return [
+        {"params": params, "lr": rates[name][0], "weight_decay": rates[name][1], "name": name}
+        for name, params in members.items()
+        if params
+    ]
