@@ -14,6 +14,7 @@ from s4.ssm import Propagator, System
 _INITS = {"dplr": ("legs", "legt", "fout"), "diag": ("legs", "lin", "inv")}
 _DISCRETIZATIONS = {"dplr": ("bilinear",), "diag": ("zoh", "bilinear")}
 _MODES = ("auto", "fft")
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _MIN_DECAY = (
     1e-4  # of -Re Lambda at initialisation: LegT and FouT have none, and its logarithm is a parameter
 )
@@ -72,7 +73,8 @@ class S4Layer(nn.Module):
             raise ValueError(f"n_ssm must divide d_model ({d_model}), got {n_ssm}")
         check_option("variant", variant, tuple(_INITS))
         check_option("init", init, _INITS[variant], f" for variant={variant!r}")
-        discretization = discretization or _DISCRETIZATIONS[variant][0]
+        if discretization is None:
+            discretization = _DISCRETIZATIONS[variant][0]
         check_option("discretization", discretization, _DISCRETIZATIONS[variant], f" for variant={variant!r}")
         if not 0 < dt_min <= dt_max < math.inf:
             raise ValueError(
@@ -205,9 +207,7 @@ class S4Layer(nn.Module):
         """
         self._check_parameters(rate)
         self._check_causal("step")
-        _floating("u", u)
-        if u.dim() != 2 or u.shape[1] != self.d_model:
-            raise ValueError(f"u must have shape (batch, {self.d_model}), got {tuple(u.shape)}")
+        check_features("u", u, self.d_model, "batch")
         self._check_state(state, u.shape[0])
         with torch.autocast(u.device.type, enabled=False):
             dtype = self.D.dtype
@@ -218,6 +218,8 @@ class S4Layer(nn.Module):
     def initial_state(self, batch_size: int) -> Tensor:
         """The state before any input: zeros (B, H, N)."""
         self._check_causal("initial_state")
+        if batch_size < 0:
+            raise ValueError(f"batch_size must be 0 or more, got {batch_size}")
         return self.D.new_zeros(batch_size, self.d_model, self.d_state)
 
     def kernel(self, L: int, *, rate: float = 1.0) -> Tensor:
@@ -299,9 +301,7 @@ class S4Layer(nn.Module):
         self, u: Tensor, state: Tensor | None, lengths: Tensor | None, rate: float, return_state: bool
     ) -> None:
         self._check_parameters(rate)
-        _floating("u", u)
-        if u.dim() != 3 or u.shape[2] != self.d_model:
-            raise ValueError(f"u must have shape (batch, length, {self.d_model}), got {tuple(u.shape)}")
+        check_features("u", u, self.d_model, "batch", "length")
         if state is not None:
             self._check_causal("state")
             self._check_state(state, u.shape[0])
@@ -313,7 +313,7 @@ class S4Layer(nn.Module):
 
 def check_lengths(lengths: Tensor, batch: int, L: int) -> None:
     """Raise unless lengths are `batch` integers in 0..L. Ranges are not read while torch.compile traces."""
-    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+    if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
         got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
         raise TypeError(f"lengths must be a tensor of integers, got {got}")
     if lengths.shape != (batch,):
@@ -322,10 +322,13 @@ def check_lengths(lengths: Tensor, batch: int, L: int) -> None:
         raise ValueError(f"lengths must lie in 0..{L}, the length of the batch, got {lengths.tolist()}")
 
 
-def _floating(name: str, value: Tensor) -> None:
+def check_features(name: str, value: Tensor, d_model: int, *dims: str) -> None:
+    """Raise unless value is floating point and of shape (*dims, d_model)."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    if value.dim() != len(dims) + 1 or value.shape[-1] != d_model:
+        raise ValueError(f"{name} must have shape ({', '.join(dims)}, {d_model}), got {tuple(value.shape)}")
 
 
 def _positive_int(name: str, value: int) -> None:

@@ -28,7 +28,7 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
         TypeError: an argument is not complex, or dtypes differ.
         ValueError: the last dimensions of v and w differ, devices differ, or the backend cannot run.
     """
-    check({"v": v, "z": z, "w": w})
+    check_sums(v=v, z=z, w=w)
     if v.shape[-1] != w.shape[-1]:
         raise ValueError(
             f"v and w must have one length of the last dimension, got {v.shape[-1]} and {w.shape[-1]}"
@@ -36,18 +36,20 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
     return choose(backend, _BACKENDS)(v, z, w)
 
 
-def check(tensors: dict[str, Tensor]) -> None:
-    first = next(iter(tensors.values()))
+def check_sums(**tensors: Tensor) -> None:
+    """Raise unless all tensors are complex, of one dtype and device, with leading dimensions that broadcast."""
+    names, first = ", ".join(tensors), next(iter(tensors.values()))
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.complex64, torch.complex128):
             raise TypeError(f"{name} must be complex64 or complex128, got {tensor.dtype}")
         if tensor.dim() < 1:
             raise ValueError(f"{name} must have at least one dimension, got a scalar")
         if tensor.dtype != first.dtype:
-            raise TypeError(
-                f"{', '.join(tensors)} must share one dtype, got {first.dtype} and {tensor.dtype}"
-            )
+            raise TypeError(f"{names} must share one dtype, got {first.dtype} and {tensor.dtype}")
         if tensor.device != first.device:
-            raise ValueError(
-                f"{', '.join(tensors)} must share one device, got {first.device} and {tensor.device}"
-            )
+            raise ValueError(f"{names} must share one device, got {first.device} and {tensor.device}")
+    try:
+        torch.broadcast_shapes(*(t.shape[:-1] for t in tensors.values()))
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors.values())
+        raise ValueError(f"the leading dimensions of {names} must broadcast, got {shapes}") from None

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from s4.kernel import _naive, _torch
 from s4.kernel._choice import choose
-from s4.kernel.cauchy import check
+from s4.kernel.cauchy import check_sums
 
 _BACKENDS = {"naive": _naive.vandermonde, "torch": _torch.vandermonde}
 
@@ -27,7 +27,7 @@ def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
         TypeError: an argument is not complex, or dtypes differ.
         ValueError: the last dimensions differ, devices differ, L is negative, or the backend cannot run.
     """
-    check({"v": v, "x": x})
+    check_sums(v=v, x=x)
     if v.shape[-1] != x.shape[-1]:
         raise ValueError(
             f"v and x must have one length of the last dimension, got {v.shape[-1]} and {x.shape[-1]}"
