@@ -4,7 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from s4.layer import S4Layer, check_option
+from s4.layer import S4Layer, check_features, check_lengths, check_option
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
@@ -76,6 +76,9 @@ class S4Block(nn.Module):
 
         Outputs past a sequence's end are not zero: the residual runs on there.
         """
+        check_features("x", x, self.layer.d_model, "batch", "length")
+        if lengths is not None:
+            check_lengths(lengths, x.shape[0], x.shape[1])
         z = self._norm(x, lengths) if self.prenorm else x
         after = None
         z = self.layer(z, state, lengths=lengths, rate=rate, return_state=return_state)
@@ -92,6 +95,7 @@ class S4Block(nn.Module):
         Equals `forward` in eval mode; in training mode dropout draws a mask a step, also when tied, and batch
         norm takes its statistics over the batch alone.
         """
+        check_features("x", x, self.layer.d_model, "batch")
         z, state = self.layer.step(
             self._norm(x[:, None], None)[:, 0] if self.prenorm else x, state, rate=rate
         )

@@ -18,14 +18,17 @@ class _Cauchy(torch.autograd.Function):
     def forward(ctx, v: Tensor, z: Tensor, w: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(v, z, w)
         vc = v.conj().resolve_conj()
-        return torch.cat([v @ R + vc @ S for _, R, S in _blocks(z, w)], -1)
+        out = v.new_empty(*v.shape[:2], z.shape[-1])
+        for nodes, R, S in _blocks(z, w):
+            out[..., nodes] = v @ R + vc @ S
+        return out
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         v, z, w = ctx.saved_tensors
         vc = v.conj().resolve_conj()
         grad_v, grad_w = torch.zeros_like(v), torch.zeros_like(w)
-        grad_z = []
+        grad_z = z.new_zeros(v.shape[0], z.shape[-1])
         for nodes, R, S in _blocks(z, w):
             gl = g[..., nodes]
             glc = gl.conj().resolve_conj()
@@ -33,14 +36,14 @@ class _Cauchy(torch.autograd.Function):
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
                 R2, S2 = R * R, S * S
                 grad_w += (vc * (gl @ R2.mH + glc @ S2.mT)).sum(-2)
-                grad_z.append(-(gl * (v @ R2 + vc @ S2).conj()).sum(-2))
-        gz = torch.cat(grad_z, -1).sum_to_size(z.shape) if ctx.needs_input_grad[1] else None
-        return grad_v, gz, grad_w
+                if ctx.needs_input_grad[1]:
+                    grad_z[..., nodes] = -(gl * (v @ R2 + vc @ S2).conj()).sum(-2)
+        return grad_v, grad_z.sum_to_size(z.shape), grad_w
 
 
 def _blocks(z: Tensor, w: Tensor):  # type: ignore[no-untyped-def]
     width = max(1, _CHUNK // max(1, w.numel()))
-    for start in range(0, max(z.shape[-1], 1), width):
+    for start in range(0, z.shape[-1], width):
         nodes = slice(start, start + width)
         at = z[:, None, nodes]
         yield nodes, 1 / (at - w[..., None]), 1 / (at - w[..., None].conj())

@@ -28,7 +28,7 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
         TypeError: an argument is not complex, or dtypes differ.
         ValueError: the last dimensions of v and w differ, devices differ, or the backend cannot run.
     """
-    check_sums(v=v, z=z, w=w)
+    check_sums({"v": v, "z": z, "w": w})
     if v.shape[-1] != w.shape[-1]:
         raise ValueError(
             f"v and w must have one length of the last dimension, got {v.shape[-1]} and {w.shape[-1]}"
@@ -36,8 +36,8 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
     return choose(backend, _BACKENDS)(v, z, w)
 
 
-def check_sums(**tensors: Tensor) -> None:
-    """Raise unless all tensors are complex, of one dtype and device, with leading dimensions that broadcast."""
+def check_sums(tensors: dict[str, Tensor]) -> None:
+    """Raise unless all are complex, of one dtype and device, with leading dimensions that broadcast."""
     names, first = ", ".join(tensors), next(iter(tensors.values()))
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.complex64, torch.complex128):

@@ -27,11 +27,11 @@ def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
         TypeError: an argument is not complex, or dtypes differ.
         ValueError: the last dimensions differ, devices differ, L is negative, or the backend cannot run.
     """
-    check_sums(v=v, x=x)
+    check_sums({"v": v, "x": x})
     if v.shape[-1] != x.shape[-1]:
         raise ValueError(
             f"v and x must have one length of the last dimension, got {v.shape[-1]} and {x.shape[-1]}"
         )
-    if L < 0:
-        raise ValueError(f"L must be 0 or more, got {L}")
+    if not isinstance(L, int) or L < 0:
+        raise ValueError(f"L must be an integer of 0 or more, got {L!r}")
     return choose(backend, _BACKENDS)(v, x, L)
