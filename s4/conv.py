@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def fft_size(n: int) -> int:
@@ -22,12 +23,10 @@ def fft_size(n: int) -> int:
 
 def causal(u: Float[Tensor, "*batch H L"], k: Float[Tensor, "H K"]) -> Float[Tensor, "*batch H L"]:
     """y_t = sum over j <= t of k_{t-j} u_j, where k is 0 from K on."""
-    L, K = u.shape[-1], min(k.shape[-1], u.shape[-1])
-    if u.numel() == 0 or K == 0:
-        return torch.zeros_like(u) + 0 * k.sum()
-    size = fft_size(L + K - 1)
-    spectrum = torch.fft.rfft(u, size) * torch.fft.rfft(k[..., :K], size)
-    return torch.fft.irfft(spectrum, size)[..., :L]
+    L = u.shape[-1]
+    k = k[..., :L]
+    size = fft_size(L + max(k.shape[-1], 1) - 1)
+    return _Circular.apply(u, pad(k, (0, size - k.shape[-1])))
 
 
 def two_sided(
@@ -36,10 +35,35 @@ def two_sided(
     """y_t = sum over j <= t of k_forward_{t-j} u_j + sum over j > t of k_backward_{j-t-1} u_j."""
     L = u.shape[-1]
     ahead, behind = k_forward[..., :L], k_backward[..., : max(L - 1, 0)]
-    if u.numel() == 0 or ahead.shape[-1] + behind.shape[-1] == 0:
-        return torch.zeros_like(u) + 0 * (k_forward.sum() + k_backward.sum())
     size = fft_size(L + max(ahead.shape[-1] - 1, behind.shape[-1]))  # no lag wraps onto the L outputs
-    gap = ahead.new_zeros(ahead.shape[0], size - ahead.shape[-1] - behind.shape[-1])
-    k = torch.cat([ahead, gap, behind.flip(-1)], -1)
-    spectrum = torch.fft.rfft(u, size) * torch.fft.rfft(k, size)
-    return torch.fft.irfft(spectrum, size)[..., :L]
+    ahead = pad(ahead, (0, size - ahead.shape[-1] - behind.shape[-1]))
+    return _Circular.apply(u, torch.cat([ahead, behind.flip(-1)], -1))
+
+
+class _Circular(torch.autograd.Function):
+    """The first L of the circular convolution of u (*batch, H, L) and k (H, size), both real.
+
+    Keeps u and k but no spectrum, and goes back through real transforms only.
+    """
+
+    @staticmethod
+    def forward(ctx, u: Tensor, k: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(u, k)
+        if u.numel() == 0:
+            return u.clone()
+        size = k.shape[-1]
+        return torch.fft.irfft(torch.fft.rfft(u, size) * torch.fft.rfft(k), size)[..., : u.shape[-1]]
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[no-untyped-def]
+        u, k = ctx.saved_tensors
+        size, grad_u, grad_k = k.shape[-1], None, None
+        if u.numel() == 0:
+            return g, torch.zeros_like(k)
+        G = torch.fft.rfft(g, size)
+        if ctx.needs_input_grad[0]:
+            grad_u = torch.fft.irfft(G * torch.fft.rfft(k).conj(), size)[..., : u.shape[-1]]
+        if ctx.needs_input_grad[1]:
+            spectrum = (torch.fft.rfft(u, size).conj() * G).sum_to_size(*k.shape[:-1], G.shape[-1])
+            grad_k = torch.fft.irfft(spectrum, size)
+        return grad_u, grad_k

@@ -174,8 +174,8 @@ class S4Layer(nn.Module):
         system = self._system(rate)
         propagator = Propagator(ssm.discretize(system, self.discretization))
         k = self._kernel(system, propagator, L)
-        y = conv.two_sided(x, k[0], k[1]) if self.bidirectional else conv.causal(x, k[0])
-        y = y + self.D[:, None] * x
+        ahead = k[0] + torch.nn.functional.pad(self.D[:, None], (0, L - 1))  # D is a tap at lag 0
+        y = conv.two_sided(x, ahead, k[1]) if self.bidirectional else conv.causal(x, ahead)
         if state is not None:
             y = y + propagator.continuation(state, L)
         if past is not None:

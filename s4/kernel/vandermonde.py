@@ -24,7 +24,7 @@ def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
         real (..., L), differentiable in v and x.
 
     Raises:
-        TypeError: an argument is not complex, or dtypes differ.
+        TypeError: an argument is not complex, dtypes differ, or L is not an integer.
         ValueError: the last dimensions differ, devices differ, L is negative, or the backend cannot run.
     """
     check_sums({"v": v, "x": x})
@@ -32,6 +32,8 @@ def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
         raise ValueError(
             f"v and x must have one length of the last dimension, got {v.shape[-1]} and {x.shape[-1]}"
         )
-    if not isinstance(L, int) or L < 0:
-        raise ValueError(f"L must be an integer of 0 or more, got {L!r}")
+    if not isinstance(L, int):
+        raise TypeError(f"L must be an integer, got {L!r}")
+    if L < 0:
+        raise ValueError(f"L must be 0 or more, got {L}")
     return choose(backend, _BACKENDS)(v, x, L)
