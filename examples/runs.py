@@ -1,0 +1,255 @@
+"""The folder of a run: where it is, what is logged and kept in it, and what is shown of it at the end."""
+
+import csv
+import random
+import re
+import subprocess
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+from rich.table import Table
+from storage import CheckpointError
+
+
+def runs_of(run_dir: Path) -> list[Path]:
+    """The folders RUN, RUN-2, RUN-3, ... that exist and are not empty, in the order they were made."""
+    numbered = {}
+    for folder in run_dir.parent.glob(f"{run_dir.name}*"):
+        match = re.fullmatch(re.escape(run_dir.name) + r"(?:-(\d+))?", folder.name)
+        if match and folder.is_dir() and any(folder.iterdir()):
+            numbered[int(match[1] or 1)] = folder
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def new_run(run_dir: Path) -> Path:
+    """RUN, or the first free of RUN-2, RUN-3, ...: a new run never writes into the folder of another."""
+    runs = runs_of(run_dir)
+    if not runs:
+        return run_dir
+    last = re.fullmatch(r".*-(\d+)", runs[-1].name.removeprefix(run_dir.name))
+    return run_dir.with_name(f"{run_dir.name}-{int(last[1]) + 1 if last else 2}")
+
+
+def find_checkpoint(run_dir: Path, names: tuple[str, ...]) -> Path:
+    """The first of `names` in the newest run that has one.
+
+    Raises:
+        CheckpointError: if no run has any.
+    """
+    for folder in reversed(runs_of(run_dir)):
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    raise CheckpointError(f"no {' or '.join(names)} in {run_dir} or a numbered folder beside it: train first")
+
+
+def git_commit() -> str:
+    """The commit of this program, with -dirty for uncommitted changes, or "unknown"."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or "unknown"
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class ResumableCSVLogger(CSVLogger):
+    """Lightning's CSV logger, which deletes the file of an earlier session; this one goes on with it.
+
+    Args:
+        folder: of metrics.csv.
+        resume_step: rows from this step on are dropped: the resumed run writes them again.
+    """
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        super().__init__(folder.parent, name="", version=folder.name, flush_logs_every_n_steps=1)
+        self.file, self.resume_step = folder / "metrics.csv", resume_step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer, holding the rows of the sessions before."""
+        if self._experiment is not None:
+            return self._experiment
+        kept: list[dict[str, Any]] = []
+        if self.file.is_file():
+            with self.file.open(newline="") as rows:
+                for row in csv.DictReader(rows):
+                    if row["step"] and int(row["step"]) < self.resume_step:
+                        kept.append({name: value for name, value in row.items() if value})
+        writer = super().experiment
+        writer.metrics[:] = kept
+        writer.save()
+        return writer
+
+
+class LastCheckpoint(Checkpoint):
+    """`last.ckpt` every `every_n_steps`, after the first step of each epoch, and at the end of the run.
+
+    It also carries the state of the random number generators, so that a resumed run draws the same numbers.
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int) -> None:
+        self.file, self.every_n_steps = folder / "last.ckpt", every_n_steps
+        self._random: list[dict[str, Any]] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the generators back to where the checkpoint found them."""
+        if self._random is not None and len(self._random) == trainer.world_size:
+            _set_random_state(self._random[trainer.global_rank])
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save within the epoch, never at its very end: a place Lightning does not always resume from."""
+        due = batch_idx == 0 or trainer.global_step % self.every_n_steps == 0
+        if due and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what the run ended with."""
+        self._save(trainer)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Say how to go on after Ctrl-C."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and self.file.is_file():
+            message = f"interrupted at step {trainer.global_step}; --ckpt_path last goes on from {self.file}"
+            Console(stderr=True, highlight=False, soft_wrap=True).print(message)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generators of every rank."""
+        state = _random_state()
+        if not torch.distributed.is_initialized():
+            return {"random": [state]}
+        states: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(states, state)
+        return {"random": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until training starts."""
+        self._random = state_dict["random"]
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if not getattr(trainer, "fast_dev_run", False):
+            trainer.save_checkpoint(self.file)
+
+
+class BarProgress(RichProgressBar):
+    """Lightning's progress bar without the version of the loggers: a run has its own folder."""
+
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """What is shown beside the bar."""
+        return {
+            name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"
+        }
+
+
+class LineProgress(ProgressBar):
+    """Progress as a few plain lines, for logs: one every 30 seconds and one after each validation."""
+
+    def __init__(self, seconds: float = 30.0) -> None:
+        super().__init__()
+        self.seconds, self.console, self._last = seconds, Console(highlight=False, soft_wrap=True), 0.0
+
+    def disable(self) -> None:
+        """Lightning silences the other ranks with this."""
+        self.console.quiet = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._last = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A line if it is time."""
+        if time.monotonic() - self._last > self.seconds:
+            self._line(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A line with the validation figures."""
+        if trainer.training or trainer.state.fn == "fit":
+            self._line(trainer, pl_module)
+
+    def _line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._last = time.monotonic()
+        metrics = self.get_metrics(trainer, pl_module)
+        figures = "  ".join(
+            f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)
+        )
+        self.console.print(f"epoch {trainer.current_epoch}  step {trainer.global_step}  {figures}")
+
+
+def learning_curve(folder: Path) -> Path | None:
+    """Plot loss and accuracy of training and validation from metrics.csv; None if nothing was logged."""
+    import matplotlib.pyplot as plt  # only here: training does without
+
+    series: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
+    with (folder / "metrics.csv").open(newline="") as rows:
+        for row in csv.DictReader(rows):
+            for name, value in row.items():
+                if value and name.startswith(("train/", "val/")):
+                    series[name].append((int(row["step"]), float(value)))
+    if not series:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, quantity in zip(axes, ("loss", "accuracy"), strict=True):
+        for stage, style in (
+            ("train", {"alpha": 0.35, "linewidth": 1.0}),
+            ("val", {"marker": "o", "markersize": 3}),
+        ):
+            if points := series[f"{stage}/{quantity}"]:
+                axis.plot(
+                    *zip(*points, strict=True),
+                    label={"train": "training", "val": "validation"}[stage],
+                    **style,
+                )
+        axis.set(xlabel="step", ylabel=quantity)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    axes[0].set_yscale("log")
+    file = folder / "learning_curve.png"
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    return file
+
+
+def print_results(title: str, results: dict[str, Any]) -> None:
+    """A small table, one result a line."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in results.items():
+        table.add_row(name, str(value), style="bold" if name == "test accuracy" else "")
+    Console(soft_wrap=True).print(table)
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002  # other libraries may draw from it
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        # As a tensor: an array would need pickle, which checkpoints are read without.
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "python": random.getstate(),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values), gauss))

@@ -1,0 +1,81 @@
+"""Files that are either whole or absent: atomic writes, and checkpoints that say when they are damaged."""
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+# What torch.load raises on a file that is truncated, empty, or not one of its own.
+UNREADABLE = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError)
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is missing, damaged, or of another run; the message names the file."""
+
+
+def atomic_save(content: object, path: Path) -> None:
+    """`torch.save` that a crash at any moment leaves as the old file or the new one, never half of either."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o666 & ~_umask())
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """The content of a checkpoint written by Lightning.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged or no Lightning checkpoint.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except UNREADABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{path} is damaged or not a checkpoint ({reason}); nothing was changed"
+        ) from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise CheckpointError(f"{path} is not a checkpoint of this program; nothing was changed")
+    return content
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files through `atomic_save` and `load_checkpoint`."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: object | None = None
+    ) -> None:
+        """Write `checkpoint` to `path`, or leave what was there."""
+        for partial in Path(path).parent.glob(f".{Path(path).name}.*"):  # left by a run that was killed
+            partial.unlink()
+        atomic_save(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = lambda storage, location: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read `path`; only tensors and plain values are ever unpickled, whatever `weights_only` says."""
+        return load_checkpoint(Path(path), map_location)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,266 @@
+"""Train and evaluate S4 models: python examples/train.py [fit|validate|test|predict] RECIPE [--options]."""
+
+import csv
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from images import SOURCES, DataError, SequentialImages
+from jsonargparse.typing import PositiveInt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.markup import escape
+from runs import (
+    BarProgress,
+    LastCheckpoint,
+    LineProgress,
+    ResumableCSVLogger,
+    find_checkpoint,
+    git_commit,
+    learning_curve,
+    new_run,
+    print_results,
+)
+from storage import AtomicCheckpointIO, CheckpointError, load_checkpoint
+from task import SequenceClassifier
+
+RECIPES = Path(__file__).parent / "recipes"
+COMMANDS = ("fit", "validate", "test", "predict")
+
+
+class ConfigError(Exception):
+    """A value in the configuration that the model or the data refuses."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """config.yaml in the folder of the run, with versions and commit in its header."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Only training writes it."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """The resolved configuration: itself a recipe that repeats the run."""
+        folder = Path(self.config.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, folder / "config.yaml", overwrite=True)
+
+
+class ExampleCLI(LightningCLI):
+    """LightningCLI with a folder for each run, checkpoints to resume from, and a report at the end."""
+
+    recipe = ""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of a run, and what the model takes over from the data."""
+        parser.add_argument(
+            "--run_dir", type=Path, default=Path("runs/run"), help="folder of the run; numbered if taken"
+        )
+        parser.add_argument(
+            "--save_every", type=PositiveInt, default=100, help="steps between two writes of last.ckpt"
+        )
+        parser.link_arguments("data.dataset", "model.d_input", lambda name: SOURCES[name].channels)
+        parser.link_arguments("data.dataset", "model.n_classes", lambda name: SOURCES[name].classes)
+        parser.link_arguments("seed_everything", "data.seed", int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, then find the folder of the run and its checkpoint."""
+        if not isinstance(args, list):
+            raise TypeError(f"args must be a list of strings, got {type(args).__name__}")
+        self.config = parser.parse_args(args)
+        config = self.config[self.config.subcommand]
+        fitting = self.config.subcommand == "fit"
+        path = config.ckpt_path
+        if path in ("last", "best"):
+            path = find_checkpoint(config.run_dir, (f"{path}.ckpt",))
+        elif path is None and not fitting:
+            path = find_checkpoint(config.run_dir, ("best.ckpt", "last.ckpt"))
+        self.resume_step = load_checkpoint(Path(path))["global_step"] if path else 0
+        config.ckpt_path = str(path) if path else None
+        config.run_dir = Path(path).parent if path else new_run(config.run_dir)
+
+    def instantiate_classes(self) -> None:
+        """Build everything; a value that a class refuses is the user's to mend, not a crash."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise ConfigError(str(error)) from error
+
+    def instantiate_trainer(self) -> Trainer:  # type: ignore[override]  # no option of ours comes this way
+        """The Trainer with this run's loggers, checkpoints and progress display."""
+        config, folder = self._get(self.config_init, "trainer"), self._get(self.config_init, "run_dir")
+        self.timer = Timer(config["max_time"])
+        best = ModelCheckpoint(
+            folder, "best", monitor="val/accuracy", mode="max", enable_version_counter=False
+        )
+        callbacks: list[Callback] = [self.timer]
+        if self.subcommand == "fit":
+            callbacks += [best, LastCheckpoint(folder, self._get(self.config_init, "save_every"))]
+        if self.subcommand == "fit" and config["logger"] is None:
+            config["logger"] = [
+                ResumableCSVLogger(folder, self.resume_step),
+                TensorBoardLogger(
+                    folder, name="", version="tensorboard", purge_step=self.resume_step or None
+                ),
+            ]
+        elif self.subcommand != "fit":
+            config["logger"] = False
+        if config["enable_progress_bar"] is not False:
+            theme = RichProgressBarTheme(metrics_format=".4g")
+            callbacks.append(BarProgress(theme=theme) if sys.stdout.isatty() else LineProgress())
+        config["callbacks"] = [*(config["callbacks"] or []), *callbacks]
+        config["plugins"] = [*(config["plugins"] or []), AtomicCheckpointIO()]
+        config["default_root_dir"] = folder
+        return super().instantiate_trainer()
+
+    def after_fit(self) -> None:
+        """Test the best weights, plot the curves, and say what was reached and where it is."""
+        if getattr(self.trainer, "fast_dev_run", False):
+            return
+        steps, epochs = self.trainer.global_step, self.trainer.current_epoch
+        seconds, folder = self.timer.time_elapsed("train"), self._get(self.config, "run_dir")
+        best = folder / "best.ckpt" if (folder / "best.ckpt").is_file() else None
+        scores = self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)[0]
+        if not self.trainer.is_global_zero:
+            return
+        self.results = {
+            "task": self.recipe,
+            "test accuracy": scores["test/accuracy"],
+            "test loss": scores["test/loss"],
+            "weights": "best.ckpt" if best else "last.ckpt, as the run ended before its first validation",
+            "epochs": epochs,
+            "steps": steps,
+            "wall time (s)": round(seconds, 1),
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "seed": self._get(self.config, "seed_everything"),
+            "commit": git_commit(),
+            "device": str(self.trainer.strategy.root_device),
+            "torch": str(torch.__version__),
+            "files": str(folder),
+        }
+        (folder / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
+        shown = {
+            **self.results,
+            "test accuracy": f"{scores['test/accuracy']:.2%}",
+            "test loss": f"{scores['test/loss']:.4f}",
+            "wall time (s)": f"{seconds:.1f}",
+        }
+        if (folder / "metrics.csv").is_file() and (plot := learning_curve(folder)):
+            shown["learning curve"] = plot
+        print_results("Results", shown)
+
+    def predict(
+        self,
+        model: SequenceClassifier,
+        datamodule: SequentialImages,
+        ckpt_path: str | None = None,
+        return_predictions: bool | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Write the class probabilities of the test images to predictions.csv."""
+        batches = self.trainer.predict(model, datamodule, ckpt_path=ckpt_path)
+        probabilities = torch.cat([batch for batch in batches or [] if isinstance(batch, torch.Tensor)])
+        file = self._get(self.config, "run_dir") / "predictions.csv"
+        with file.open("w", newline="") as rows:
+            writer = csv.writer(rows)
+            writer.writerow(["image", "label", "predicted", *range(probabilities.shape[1])])
+            for image, (label, row) in enumerate(zip(datamodule.test["labels"], probabilities, strict=True)):
+                writer.writerow([image, int(label), int(row.argmax()), *(f"{value:.6f}" for value in row)])
+        print_results("Predictions", {"images": len(probabilities), "file": file})
+
+
+def usage() -> str:
+    """What there is to run."""
+    recipes = "\n".join(f"  {path.stem:14} {_description(path)}" for path in sorted(RECIPES.glob("*.yaml")))
+    return f"""Train and evaluate S4 models on images read pixel by pixel.
+
+  python examples/train.py [{"|".join(COMMANDS)}] RECIPE [--options]
+
+Recipes (or the path of a YAML file):
+{recipes}
+
+For example:
+  python examples/train.py digits
+  python examples/train.py scifar_small --data.path DIR --trainer.max_steps 300
+  python examples/train.py scifar_small --ckpt_path last        go on with the run that was interrupted
+  python examples/train.py test scifar_small --ckpt_path best   test its best weights
+  python examples/train.py digits --help                        all options, for every recipe the same
+  python examples/train.py digits --print_config                the resolved configuration"""
+
+
+def run(arguments: list[str]) -> ExampleCLI:
+    """Do what a command line says and return the finished LightningCLI.
+
+    Raises:
+        SystemExit: code 0 after help, 2 for an unknown recipe, 1 or 2 for anything else the user can mend.
+    """
+    _quiet()
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    command, rest = (
+        (arguments[0], arguments[1:]) if arguments[:1] and arguments[0] in COMMANDS else ("fit", arguments)
+    )
+    if not rest or rest[0] in ("-h", "--help"):
+        Console(highlight=False, soft_wrap=True).print(escape(usage()))
+        raise SystemExit(0)
+    recipe = RECIPES / f"{rest[0]}.yaml" if (RECIPES / f"{rest[0]}.yaml").is_file() else Path(rest[0])
+    if not recipe.is_file():
+        names = ", ".join(path.stem for path in sorted(RECIPES.glob("*.yaml")))
+        console.print(f"unknown recipe {rest[0]!r}: expected one of {names}, or the path of a YAML file")
+        raise SystemExit(2)
+    ExampleCLI.recipe = recipe.stem
+    try:
+        return ExampleCLI(
+            SequenceClassifier,
+            SequentialImages,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults={
+                "enable_model_summary": False,
+                "log_every_n_steps": 10,
+                "num_sanity_val_steps": 0,
+            },
+            seed_everything_default=0,
+            parser_kwargs={
+                command: {
+                    "dump_header": [recipe.stem, f"commit {git_commit()}", f"torch {torch.__version__}"]
+                }
+            },
+            args=[command, "--run_dir", f"runs/{recipe.stem}", "--config", str(recipe), *rest[1:]],
+            auto_configure_optimizers=False,
+        )
+    except (CheckpointError, ConfigError, DataError, MisconfigurationException) as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}")
+        raise SystemExit(1) from None
+
+
+def _description(recipe: Path) -> str:
+    return recipe.read_text().splitlines()[0].lstrip("# ")
+
+
+def _quiet() -> None:
+    """Silence what Lightning says about choices that are made here on purpose."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        "Checkpoint directory .* exists and is not empty",
+        "Experiment logs directory .* exists and is not empty",
+        "`?ModelCheckpoint.*could not find the monitored key",
+        "The number of training batches .* is smaller than the logging interval",
+        "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -1,0 +1,167 @@
+"""The slow truth the library is measured against: dense float64 systems, plain loops, direct sums.
+
+Nothing here is shared with the library, and nothing is clever. Everything is torch float64 so that
+autograd through the loops gives the true gradients as well.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Continuous(NamedTuple):
+    """x' = A x + B u, y = C x + D u in real coordinates (Re x, Im x), one system a channel."""
+
+    A: Tensor  # (H, N, N)
+    B: Tensor  # (H, N)
+    C: Tensor  # (directions, H, N)
+    D: Tensor  # (H,)
+    dt: Tensor  # (H,)
+
+
+class Discrete(NamedTuple):
+    """x_l = A x_{l-1} + B u_l, y_l = C x_l + D u_l."""
+
+    A: Tensor  # (H, N, N)
+    B: Tensor  # (H, N)
+    C: Tensor  # (directions, H, N)
+    D: Tensor  # (H,)
+
+
+def complex128(pair: Tensor) -> Tensor:
+    """(..., 2) real -> (...) complex128."""
+    pair = pair.double()
+    return torch.complex(pair[..., 0], pair[..., 1])
+
+
+def continuous(parameters: Mapping[str, Tensor]) -> Continuous:
+    """The dense real system that a layer's parameters stand for.
+
+    The complex system has the state (x, conj x), A = diag(Lambda, conj Lambda) - sum_r p_r p_r^* with
+    p_r = (P_r, conj P_r), and the rows (C, conj C); (x, conj x) = T (Re x, Im x).
+    """
+    H = parameters["D"].shape[0]
+    half = torch.complex(-parameters["log_A_real"].double().exp(), parameters["A_imag"].double())
+    n_ssm, n = half.shape
+    A = torch.diag_embed(torch.cat([half, half.conj()], -1))
+    for P in complex128(parameters["P"]) if "P" in parameters else ():
+        p = torch.cat([P, P.conj()], -1)
+        A = A - p[:, :, None] * p.conj()[:, None, :]
+    B = complex128(parameters["B"])
+    C = complex128(parameters["C"])
+    eye = torch.eye(n, dtype=torch.complex128)
+    T = torch.cat([torch.cat([eye, 1j * eye], 1), torch.cat([eye, -1j * eye], 1)], 0)
+    A = torch.linalg.inv(T) @ A @ T
+    B = torch.cat([B, B.conj()], -1) @ torch.linalg.inv(T).T
+    C = torch.cat([C, C.conj()], -1) @ T
+    ssm = torch.arange(H) // (H // n_ssm)
+    return Continuous(
+        A.real[ssm], B.real[ssm], C.real, parameters["D"].double(), parameters["log_dt"].double().exp()
+    )
+
+
+def discretise(A: Tensor, B: Tensor, dt: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    """(H, N, N), (H, N), (H,) -> the same for the recurrence; checked against scipy in test_oracle."""
+    H, N = B.shape
+    step = dt[:, None, None]
+    if method == "bilinear":
+        left = torch.eye(N, dtype=A.dtype) - step / 2 * A
+        right = torch.cat([torch.eye(N, dtype=A.dtype) + step / 2 * A, step * B[:, :, None]], -1)
+        both = torch.linalg.solve(left, right)
+    else:
+        block = torch.cat([A, B[:, :, None]], -1)
+        block = torch.cat([block, torch.zeros(H, 1, N + 1, dtype=A.dtype)], 1)
+        both = torch.linalg.matrix_exp(step * block)[:, :N]
+    return both[:, :, :N], both[:, :, N]
+
+
+def discrete(parameters: Mapping[str, Tensor], method: str, rate: float = 1.0) -> Discrete:
+    A, B, C, D, dt = continuous(parameters)
+    return Discrete(*discretise(A, B, dt * rate, method), C, D)
+
+
+def recurrence(
+    A: Tensor, B: Tensor, C: Tensor, D: Tensor, u: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """u (batch, L, H), C (H, N), state (batch, H, N) -> y (batch, L, H), last state."""
+    u = u.double()
+    x = torch.zeros(u.shape[0], *B.shape, dtype=torch.float64) if state is None else state.double()
+    y = [torch.zeros_like(u[:, :0])]
+    for t in range(u.shape[1]):
+        x = torch.einsum("hnm,bhm->bhn", A, x) + B * u[:, t, :, None]
+        y.append(((C * x).sum(-1) + D * u[:, t])[:, None])
+    return torch.cat(y, 1), x
+
+
+def forward(system: Discrete, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The layer as loops. The second direction sees the inputs strictly after t, the nearest one first."""
+    A, B, C, D = system
+    y, x = recurrence(A, B, C[0], D, u, state)
+    if len(C) == 2:
+        backward, _ = recurrence(A, B, C[1], torch.zeros_like(D), u.flip(1))
+        later = backward.flip(1)[:, 1:]
+        y = y + torch.cat([later, torch.zeros_like(y[:, :1])], 1)[:, : u.shape[1]]
+    return y, x
+
+
+def kernel(system: Discrete, L: int) -> Tensor:
+    """K_l = C A^l B, (directions, H, L), by a plain loop."""
+    A, B, C, _ = system
+    x, K = B, [torch.zeros(*C.shape[:2], 0, dtype=torch.float64)]
+    for _ in range(L):
+        K.append((C * x).sum(-1)[..., None])
+        x = torch.einsum("hnm,hm->hn", A, x)
+    return torch.cat(K, -1)
+
+
+def long_kernel(system: Discrete, L: int) -> Tensor:
+    """The same by doubling, [X, A^|X| X], one channel at a time: for L in the tens of thousands."""
+    A, B, C, _ = system
+    rows = []
+    for h in range(len(B)):
+        X, power = B[h][:, None], A[h]
+        while X.shape[1] < L:
+            X = torch.cat([X, power @ X], 1)
+            power = power @ power
+        rows.append(C[:, h] @ X[:, :L])
+    return torch.stack(rows, 1)
+
+
+def convolve(u: np.ndarray, forward: np.ndarray, backward: np.ndarray | None = None) -> np.ndarray:
+    """y_t = sum_{j<=t} K_f[t-j] u_j + sum_{j>t} K_b[j-t-1] u_j along the last axis, (..., H, L), (H, K)."""
+    L = u.shape[-1]
+    y = np.zeros(u.shape, dtype=np.float64)
+    for t in range(L):
+        for j in range(L):
+            if j <= t and t - j < forward.shape[-1]:
+                y[..., t] += forward[:, t - j] * u[..., j]
+            if j > t and backward is not None and j - t - 1 < backward.shape[-1]:
+                y[..., t] += backward[:, j - t - 1] * u[..., j]
+    return y
+
+
+def cauchy(v: np.ndarray, z: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """sum over n of v/(z-w) + conj(v)/(z-conj(w)), (..., n), (..., l), (..., n) -> (..., l)."""
+    v, z, w = (np.asarray(a, np.complex128)[..., None, :] for a in (v, z, w))
+    z = np.swapaxes(z, -1, -2)
+    return (v / (z - w) + v.conj() / (z - w.conj())).sum(-1)
+
+
+def vandermonde(v: np.ndarray, x: np.ndarray, L: int) -> np.ndarray:
+    """2 Re sum over n of v exp(x l), (..., n), (..., n) -> (..., L)."""
+    v, x = (np.asarray(a, np.complex128)[..., None, :] for a in (v, x))
+    return 2 * (v * np.exp(x * np.arange(L)[:, None])).sum(-1).real
+
+
+def close(got: Tensor, want: Tensor, tolerance: float, what: str = "") -> None:
+    """|got - want| <= tolerance * max |want| everywhere, and the shapes are the same."""
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    if want.numel() == 0:
+        return
+    dtype = torch.complex128 if want.is_complex() else torch.float64
+    got, want = got.detach().to(dtype), want.detach().to(dtype)
+    error, scale = (got - want).abs().max().item(), want.abs().max().item()
+    assert error <= tolerance * max(scale, 1e-30), f"{what}: error {error:.2e}, largest value {scale:.2e}"

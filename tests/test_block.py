@@ -1,0 +1,207 @@
+"""S4Block against its parts put together by hand, and its two views against each other."""
+
+import copy
+import pickle
+
+import oracle
+import pytest
+import torch
+from torch import Tensor, nn
+
+from s4 import S4Block, S4Layer
+
+D_MODEL, D_STATE, L = 6, 8, 23
+OPTIONS = [
+    {},
+    {"norm": "layer", "prenorm": False, "mixer": "linear"},
+    {"norm": "batch", "prenorm": True, "mixer": "glu"},
+    {"norm": "batch", "prenorm": False, "mixer": "linear"},
+    {"norm": "rms", "prenorm": True, "mixer": "linear"},
+    {"norm": "rms", "prenorm": False, "mixer": "glu", "activation": "gelu"},
+]
+
+
+def ids(options: dict[str, object]) -> str:
+    return "-".join(f"{key}={value}" for key, value in options.items()) or "default"
+
+
+def build(bidirectional: bool = False, variant: str = "dplr", **options: object) -> S4Block:
+    """A block in eval mode, its norms away from the identity and its batch statistics from (0, 1)."""
+    layer = S4Layer(D_MODEL, D_STATE, variant=variant, bidirectional=bidirectional, dtype=torch.float64)
+    block = S4Block(layer, **options).double()
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            if not name.startswith("layer."):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        block.train()
+        for _ in range(3):
+            block(2 + 3 * torch.randn(4, L, D_MODEL).double())
+    return block.eval()
+
+
+def norm_of(block: S4Block, options: dict[str, object]) -> nn.Module:
+    kinds = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "rms": nn.RMSNorm}
+    (norm,) = (m for m in block.modules() if isinstance(m, kinds[options.get("norm", "layer")]))
+    return norm
+
+
+def by_hand(block: S4Block, options: dict[str, object], x: Tensor) -> Tensor:
+    """x + mix(gelu(S4(norm x))), or norm(x + mix(gelu(S4 x))), with every formula written out."""
+    norm = norm_of(block, options)
+
+    def normed(z: Tensor) -> Tensor:
+        if options.get("norm") == "batch":
+            z = (z - norm.running_mean) / torch.sqrt(norm.running_var + norm.eps)
+        elif options.get("norm") == "rms":
+            z = z / torch.sqrt(z.square().mean(-1, keepdim=True) + (norm.eps or torch.finfo(z.dtype).eps))
+        else:
+            z = (z - z.mean(-1, keepdim=True)) / torch.sqrt(z.var(-1, keepdim=True, correction=0) + norm.eps)
+        return z * norm.weight + (0 if options.get("norm") == "rms" else norm.bias)
+
+    (linear,) = (m for m in block.modules() if isinstance(m, nn.Linear))
+    prenorm = options.get("prenorm", True)
+    z = block.layer(normed(x) if prenorm else x)
+    z = z * (1 + torch.erf(z / 2**0.5)) / 2
+    z = z @ linear.weight.T + linear.bias
+    if options.get("mixer", "glu") == "glu":
+        z = z[..., :D_MODEL] * torch.sigmoid(z[..., D_MODEL:])
+    return x + z if prenorm else normed(x + z)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+def test_block_is_its_parts(options: dict[str, object]) -> None:
+    block = build(**options)
+    x = torch.randn(3, L, D_MODEL).double()
+    oracle.close(block(x), by_hand(block, options, x), 1e-9)
+
+
+@pytest.mark.parametrize("variant", ["dplr", "diag"])
+@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+def test_whole_chunks_and_steps_agree(options: dict[str, object], variant: str) -> None:
+    block = build(variant=variant, **options)
+    x = torch.randn(3, L, D_MODEL).double()
+    state = torch.randn(3, D_MODEL, D_STATE).double()
+    for rate in (1.0, 0.5):
+        want, last = block(x, state, rate=rate, return_state=True)
+        first, middle = block(x[:, :9], state, rate=rate, return_state=True)
+        second, end = block(x[:, 9:], middle, rate=rate, return_state=True)
+        oracle.close(torch.cat([first, second], 1), want, 1e-9)
+        oracle.close(end, last, 1e-9)
+        stepped, outputs = state, []
+        for t in range(L):
+            y, stepped = block.step(x[:, t], stepped, rate=rate)
+            outputs.append(y)
+        oracle.close(torch.stack(outputs, 1), want, 1e-9)
+        oracle.close(stepped, last, 1e-9)
+    assert not torch.allclose(block(x), block(x, rate=0.5))
+
+
+def test_initial_state_is_the_layers() -> None:
+    block = build()
+    assert torch.equal(block.initial_state(3), torch.zeros(3, D_MODEL, D_STATE).double())
+    x = torch.randn(3, L, D_MODEL).double()
+    oracle.close(block(x, block.initial_state(3)), block(x), 1e-12)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "both"])
+@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+def test_padded_is_unpadded(options: dict[str, object], bidirectional: bool) -> None:
+    block = build(bidirectional, **options)
+    lengths = torch.tensor([L, 1, 11])
+    x = torch.randn(3, L, D_MODEL).double()
+    x[1, 1:], x[2, 11:] = 1e3, -1e3
+    y = block(x, lengths=lengths)
+    for b, size in enumerate(lengths):
+        oracle.close(y[b : b + 1, :size], block(x[b : b + 1, :size]), 1e-9)
+    if not bidirectional:
+        _, state = block(x, lengths=lengths, return_state=True)
+        for b, size in enumerate(lengths):
+            oracle.close(state[b : b + 1], block(x[b : b + 1, :size], return_state=True)[1], 1e-9)
+
+
+@pytest.mark.parametrize("prenorm", [True, False])
+def test_batch_norm_in_training_counts_no_padding(prenorm: bool) -> None:
+    """Statistics of a padded batch are those over the positions inside its sequences."""
+    block = build(norm="batch", prenorm=prenorm).train()
+    other = copy.deepcopy(block)
+    x = torch.randn(4, L, D_MODEL).double()
+    sizes = [L, 5, 0, 11]
+    lengths = torch.tensor(sizes)
+    for b, size in enumerate(sizes):
+        x[b, size:] = 50.0
+    padded = block(x, lengths=lengths)
+    norm = norm_of(block, {"norm": "batch"})
+    if prenorm:
+        inside = torch.cat([x[b, :size] for b, size in enumerate(sizes)])
+        before = norm_of(other, {"norm": "batch"})
+        keep, take = 1 - norm.momentum, norm.momentum
+        oracle.close(norm.running_mean, keep * before.running_mean + take * inside.mean(0), 1e-12)
+        oracle.close(norm.running_var, keep * before.running_var + take * inside.var(0), 1e-12)
+    x[x == 50.0] = -9.0
+    again = other(x, lengths=lengths)
+    for b, size in enumerate(sizes):
+        oracle.close(padded[b, :size], again[b, :size], 1e-12)
+
+
+def test_dropout_is_off_in_eval_and_scales_in_training() -> None:
+    block = build(dropout=0.5, mixer="linear")
+    x = torch.randn(2, L, D_MODEL).double()
+    assert torch.equal(block(x), block(x))
+    block.train()
+    assert not torch.equal(block(x), block(x))
+    # The mixer is linear here, so that the mean over masks is the output without dropout.
+    x = x[:1]
+    mean = block(x.expand(1000, L, D_MODEL)).mean(0, keepdim=True)
+    want = block.eval()(x)
+    assert (mean - want).abs().max() < 0.2 * (want - x).abs().max()
+    assert (mean - want).abs().mean() < 0.03 * (want - x).abs().max()
+
+
+def test_tied_dropout_draws_one_mask_over_time() -> None:
+    """A constant sequence after its transient: tied masks leave it constant in time, free ones do not."""
+    x = torch.ones(3, 9, D_MODEL).double()
+    for tied in (True, False):
+        block = build(dropout=0.5, tie_dropout=tied, mixer="linear").train()
+        with torch.no_grad():
+            block.layer.C.zero_()  # y = D u: no transient at all
+        change = block(x) - x
+        constant = torch.allclose(change, change[:, :1].expand_as(change))
+        assert constant == tied
+        if tied:  # one mask a sequence, not one for the batch
+            assert not torch.allclose(change[0], change[1])
+
+
+@pytest.mark.parametrize("activation", ["gelu"])
+def test_gradient_reaches_every_parameter(activation: str) -> None:
+    block = build(activation=activation).train()
+    x = torch.randn(2, L, D_MODEL).double().requires_grad_()
+    block(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in [x, *block.parameters()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_block_takes_the_dtype_of_its_layer(dtype: torch.dtype) -> None:
+    block = S4Block(S4Layer(D_MODEL, D_STATE, dtype=dtype))
+    assert {p.dtype for p in block.parameters()} == {dtype}
+    assert block(torch.randn(2, 5, D_MODEL, dtype=dtype)).dtype == dtype
+
+
+def test_autocast_runs_and_keeps_the_state_float32() -> None:
+    block = S4Block(S4Layer(D_MODEL, D_STATE))
+    x = torch.randn(2, L, D_MODEL)
+    want, want_state = block(x, return_state=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = block(x, return_state=True)
+        y_t, state_t = block.step(x[:, 0], block.initial_state(2))
+    assert state.dtype == state_t.dtype == torch.float32
+    oracle.close(y.float(), want, 0.05)
+    oracle.close(state, want_state, 0.05)
+    oracle.close(y_t.float(), want[:, 0], 0.05)
+
+
+def test_copies_and_pickles() -> None:
+    block = build(norm="batch")
+    x = torch.randn(2, L, D_MODEL).double()
+    block(x).sum().backward()
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert torch.equal(other(x), block(x))

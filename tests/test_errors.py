@@ -1,0 +1,309 @@
+"""Every public argument refuses what it cannot take, with a ValueError or TypeError that names it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import s4.kernel
+import s4.model
+from s4 import S4Block, S4Layer, S4Model, conv, hippo, param_groups
+
+Kind = type[Exception] | tuple[type[Exception], ...]
+EITHER = (TypeError, ValueError)
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+
+def refuses(kind: Kind, match: str, call: Callable[[], Any]) -> None:
+    """One of these kinds and no subclass, so that an error out of the depths of torch does not pass."""
+    with pytest.raises(kind, match=match) as caught:
+        call()
+    assert type(caught.value) in (kind if isinstance(kind, tuple) else (kind,))
+
+
+# what is wrong: (keywords of S4Layer, error, what the message must say)
+LAYER = {
+    "odd d_state": ({"d_state": 7}, ValueError, "d_state.*7"),
+    "no d_state": ({"d_state": 0}, ValueError, "d_state.*0"),
+    "negative d_state": ({"d_state": -2}, ValueError, "d_state.*-2"),
+    "float d_state": ({"d_state": 8.0}, EITHER, r"d_state.*8\.0"),
+    "no d_model": ({"d_model": 0}, ValueError, "d_model.*0"),
+    "float d_model": ({"d_model": 4.0}, EITHER, r"d_model.*4\.0"),
+    "n_ssm no divisor": ({"n_ssm": 3}, ValueError, "n_ssm.*3"),
+    "no n_ssm": ({"n_ssm": 0}, ValueError, "n_ssm.*0"),
+    "unknown variant": ({"variant": "s5"}, ValueError, "variant.*dplr.*diag.*s5"),
+    "unknown init": ({"init": "hippo"}, ValueError, "init.*legs.*hippo"),
+    "dplr with lin": ({"init": "lin"}, ValueError, "init.*lin"),
+    "dplr with inv": ({"init": "inv"}, ValueError, "init.*inv"),
+    "diag with legt": ({"variant": "diag", "init": "legt"}, ValueError, "init.*legt"),
+    "diag with fout": ({"variant": "diag", "init": "fout"}, ValueError, "init.*fout"),
+    "unknown discretization": ({"discretization": "euler"}, ValueError, "discretization.*bilinear.*euler"),
+    "dplr with zoh": ({"discretization": "zoh"}, ValueError, "discretization.*zoh"),
+    "empty discretization": ({"discretization": ""}, ValueError, "discretization"),
+    "dt_min zero": ({"dt_min": 0.0}, ValueError, "dt_min"),
+    "dt_min negative": ({"dt_min": -1e-3}, ValueError, "dt_min"),
+    "dt_max below dt_min": ({"dt_min": 0.1, "dt_max": 0.01}, ValueError, "dt_max"),
+    "dt_max infinite": ({"dt_max": float("inf")}, ValueError, "dt_max"),
+    "dt_max nan": ({"dt_max": float("nan")}, ValueError, "dt_max"),
+    "unknown mode": ({"mode": "loop"}, ValueError, "mode.*fft.*loop"),
+    "unknown backend": ({"backend": "magic"}, ValueError, "backend.*torch.*magic"),
+    "half parameters": ({"dtype": torch.bfloat16}, TypeError, "dtype.*bfloat16"),
+    "complex parameters": ({"dtype": torch.complex64}, TypeError, "dtype.*complex64"),
+}
+
+
+@pytest.mark.parametrize(("keywords", "kind", "match"), LAYER.values(), ids=LAYER)
+def test_layer_options(keywords: dict[str, Any], kind: Kind, match: str) -> None:
+    refuses(kind, match, lambda: S4Layer(**({"d_model": 4, "d_state": 8} | keywords)))
+
+
+def test_unknown_keyword_is_an_error() -> None:
+    with pytest.raises(TypeError, match="l_max"):
+        S4Layer(4, 8, l_max=100)
+
+
+def causal() -> S4Layer:
+    return S4Layer(4, 8)
+
+
+def both() -> S4Layer:
+    return S4Layer(4, 8, bidirectional=True)
+
+
+U, X = torch.zeros(2, 5, 4), torch.zeros(2, 4, 8)
+CALLS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
+    "u of rank 2": (lambda: causal()(U[0]), ValueError, r"u .*\(5, 4\)"),
+    "u of rank 4": (lambda: causal()(U[None]), ValueError, r"u .*\(1, 2, 5, 4\)"),
+    "u of another width": (lambda: causal()(U[..., :3]), ValueError, r"u .*4.*\(2, 5, 3\)"),
+    "u channels first": (lambda: causal()(U.mT), ValueError, r"u .*4.*\(2, 4, 5\)"),
+    "integer u": (lambda: causal()(U.long()), TypeError, "u .*int64"),
+    "complex u": (lambda: causal()(U + 0j), TypeError, "u .*complex64"),
+    "boolean u": (lambda: causal()(U > 0), TypeError, "u .*bool"),
+    "u an array": (lambda: causal()(U.numpy()), TypeError, "u .*ndarray"),
+    "state of another batch": (lambda: causal()(U, X[:1]), ValueError, r"state .*\(2, 4, 8\).*\(1, 4, 8\)"),
+    "state of another size": (
+        lambda: causal()(U, X[..., :6]),
+        ValueError,
+        r"state .*\(2, 4, 8\).*\(2, 4, 6\)",
+    ),
+    "state without batch": (lambda: causal()(U, X[0]), ValueError, r"state .*\(4, 8\)"),
+    "state of another dtype": (lambda: causal()(U, X.double()), TypeError, "state .*float64"),
+    "complex state": (lambda: causal()(U, X + 0j), TypeError, "state .*complex64"),
+    "state both ways": (lambda: both()(U, X), ValueError, "bidirectional"),
+    "return_state both ways": (
+        lambda: both()(U, return_state=True),
+        ValueError,
+        "return_state.*bidirectional",
+    ),
+    "step both ways": (lambda: both().step(U[:, 0], X), ValueError, "step.*bidirectional"),
+    "initial_state both ways": (lambda: both().initial_state(2), ValueError, "initial_state.*bidirectional"),
+    "step with a sequence": (lambda: causal().step(U, X), ValueError, r"u .*\(2, 5, 4\)"),
+    "step of another width": (lambda: causal().step(U[:, 0, :3], X), ValueError, r"u .*4.*\(2, 3\)"),
+    "step with integers": (lambda: causal().step(U[:, 0].long(), X), TypeError, "u .*int64"),
+    "step with another batch": (lambda: causal().step(U[:1, 0], X), ValueError, "state"),
+    "step without state": (lambda: causal().step(U[:, 0], None), EITHER, "state"),
+    "step at no rate": (lambda: causal().step(U[:, 0], X, rate=0.0), ValueError, "rate.*0"),
+    "lengths of another batch": (
+        lambda: causal()(U, lengths=torch.tensor([1, 2, 3])),
+        ValueError,
+        r"lengths .*\(2,\).*\(3,\)",
+    ),
+    "lengths of rank 2": (
+        lambda: causal()(U, lengths=torch.tensor([[1, 2]])),
+        ValueError,
+        r"lengths .*\(1, 2\)",
+    ),
+    "lengths not integers": (
+        lambda: causal()(U, lengths=torch.tensor([1.0, 2.0])),
+        TypeError,
+        "lengths .*float32",
+    ),
+    "lengths a mask": (lambda: causal()(U, lengths=torch.tensor([True, False])), TypeError, "lengths .*bool"),
+    "lengths complex": (
+        lambda: causal()(U, lengths=torch.tensor([1j, 2j])),
+        TypeError,
+        "lengths .*complex64",
+    ),
+    "lengths a list": (lambda: causal()(U, lengths=[1, 2]), TypeError, "lengths .*list"),
+    "lengths too long": (lambda: causal()(U, lengths=torch.tensor([1, 6])), ValueError, "lengths .*5.*6"),
+    "lengths negative": (lambda: causal()(U, lengths=torch.tensor([1, -1])), ValueError, "lengths .*-1"),
+    "no rate": (lambda: causal()(U, rate=0.0), ValueError, "rate.*0"),
+    "negative rate": (lambda: causal()(U, rate=-1.0), ValueError, "rate.*-1"),
+    "infinite rate": (lambda: causal()(U, rate=float("inf")), ValueError, "rate.*inf"),
+    "rate nan": (lambda: causal()(U, rate=float("nan")), ValueError, "rate.*nan"),
+    "kernel of negative length": (lambda: causal().kernel(-1), ValueError, "L .*-1"),
+    "kernel of half a length": (lambda: causal().kernel(2.5), EITHER, r"L .*2\.5"),
+    "kernel at no rate": (lambda: causal().kernel(3, rate=0.0), ValueError, "rate.*0"),
+    "dense at a negative rate": (lambda: causal().dense(rate=-2.0), ValueError, "rate.*-2"),
+    "bfloat16 parameters": (lambda: causal().bfloat16()(U.bfloat16()), TypeError, "bfloat16"),
+    "float16 parameters": (lambda: causal().half()(U.half()), TypeError, "float16"),
+    "bfloat16 parameters in step": (
+        lambda: causal().bfloat16().step(U[:, 0], X.bfloat16()),
+        TypeError,
+        "bfloat16",
+    ),
+    "bfloat16 parameters in kernel": (lambda: causal().bfloat16().kernel(4), TypeError, "bfloat16"),
+    "batch size negative": (lambda: causal().initial_state(-1), EITHER, "batch_size.*-1"),
+}
+
+
+@pytest.mark.parametrize(("call", "kind", "match"), CALLS.values(), ids=CALLS)
+def test_layer_calls(call: Callable[[], Any], kind: Kind, match: str) -> None:
+    refuses(kind, match, call)
+
+
+HIPPO = {
+    "unknown measure": (lambda: hippo.transition("lagt", 4), "measure.*legs.*lagt"),
+    "measure of dplr": (lambda: hippo.dplr("lin", 4), "measure.*legs.*lin"),
+    "init of diag": (lambda: hippo.diag("legt", 4), "init.*legs.*legt"),
+    "odd N": (lambda: hippo.transition("legs", 3), "N .*3"),
+    "odd N of dplr": (lambda: hippo.dplr("fout", 5), "N .*5"),
+    "odd N of diag": (lambda: hippo.diag("inv", 5), "N .*5"),
+    "N zero": (lambda: hippo.transition("legt", 0), "N .*0"),
+    "N negative": (lambda: hippo.diag("lin", -2), "N .*-2"),
+}
+
+
+@pytest.mark.parametrize(("call", "match"), HIPPO.values(), ids=HIPPO)
+def test_hippo(call: Callable[[], Any], match: str) -> None:
+    refuses(ValueError, match, call)
+
+
+# V (..., n), Z (..., l) and W (..., n) as `cauchy` and `vandermonde` take them
+V, Z, W = torch.zeros(3, 2) + 0j, torch.ones(3, 5) + 0j, torch.zeros(3, 2) - 1j
+SUMS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
+    "cauchy backend": (
+        lambda: s4.kernel.cauchy(V, Z, W, backend="magic"),
+        ValueError,
+        "backend.*torch.*magic",
+    ),
+    "cauchy real v": (lambda: s4.kernel.cauchy(V.real, Z, W), TypeError, "v .*float32"),
+    "cauchy real z": (lambda: s4.kernel.cauchy(V, Z.real, W), TypeError, "z .*float32"),
+    "cauchy real w": (lambda: s4.kernel.cauchy(V, Z, W.real), TypeError, "w .*float32"),
+    "cauchy dtypes": (lambda: s4.kernel.cauchy(V, Z.to(torch.complex128), W), TypeError, "z.*complex128"),
+    "cauchy modes": (lambda: s4.kernel.cauchy(V, Z, W[:, :1]), ValueError, "v and w.*2.*1"),
+    "cauchy batches": (lambda: s4.kernel.cauchy(V, Z[:2], W), ValueError, r"z.*\(2, 5\)"),
+    "cauchy scalar": (lambda: s4.kernel.cauchy(V, Z[0, 0], W), ValueError, "z"),
+    "vandermonde backend": (
+        lambda: s4.kernel.vandermonde(V, W, 3, backend="magic"),
+        ValueError,
+        "backend.*torch.*magic",
+    ),
+    "vandermonde real v": (lambda: s4.kernel.vandermonde(V.real, W, 3), TypeError, "v .*float32"),
+    "vandermonde real x": (lambda: s4.kernel.vandermonde(V, W.real, 3), TypeError, "x .*float32"),
+    "vandermonde modes": (lambda: s4.kernel.vandermonde(V, W[:, :1], 3), ValueError, "v and x.*2.*1"),
+    "vandermonde batches": (lambda: s4.kernel.vandermonde(V, W[:2], 3), ValueError, r"x.*\(2, 2\)"),
+    "vandermonde length": (lambda: s4.kernel.vandermonde(V, W, -1), ValueError, "L .*-1"),
+    "vandermonde half a length": (lambda: s4.kernel.vandermonde(V, W, 2.5), TypeError, r"L .*2\.5"),
+}
+
+
+@pytest.mark.parametrize(("call", "kind", "match"), SUMS.values(), ids=SUMS)
+def test_sums(call: Callable[[], Any], kind: Kind, match: str) -> None:
+    refuses(kind, match, call)
+
+
+def test_fft_size_of_nothing() -> None:
+    for n in (0, 1, 2):
+        assert conv.fft_size(n) == 2
+
+
+BLOCK = {
+    "no layer": (lambda: S4Block(nn.Linear(4, 4)), TypeError, "layer.*Linear"),
+    "unknown norm": (lambda: S4Block(causal(), norm="group"), ValueError, "norm.*layer.*group"),
+    "unknown activation": (
+        lambda: S4Block(causal(), activation="sine"),
+        ValueError,
+        "activation.*gelu.*sine",
+    ),
+    "unknown mixer": (lambda: S4Block(causal(), mixer="attention"), ValueError, "mixer.*glu.*attention"),
+    "negative dropout": (lambda: S4Block(causal(), dropout=-0.1), ValueError, r"dropout.*-0\.1"),
+    "dropout of all": (lambda: S4Block(causal(), dropout=1.5), ValueError, r"dropout.*1\.5"),
+    "sequence of another width": (lambda: S4Block(causal())(U[..., :3]), ValueError, r"\(2, 5, 3\)"),
+    "sequence of rank 2": (lambda: S4Block(causal())(U[0]), ValueError, r"\(5, 4\)"),
+    "sequence to step": (lambda: S4Block(causal()).step(U, X), ValueError, r"\(2, 5, 4\)"),
+    "width to step": (lambda: S4Block(causal()).step(U[:, 0, :3], X), ValueError, r"\(2, 3\)"),
+    "state": (lambda: S4Block(causal())(U, X[:1]), ValueError, r"state .*\(1, 4, 8\)"),
+    "state both ways": (lambda: S4Block(both())(U, X), ValueError, "bidirectional"),
+    "step both ways": (lambda: S4Block(both()).step(U[:, 0], X), ValueError, "bidirectional"),
+    "lengths with batch norm": (
+        lambda: S4Block(causal(), norm="batch")(U, lengths=torch.tensor([1, 6])),
+        ValueError,
+        "lengths .*6",
+    ),
+    "lengths as a list": (
+        lambda: S4Block(causal(), norm="batch")(U, lengths=[1, 2]),
+        TypeError,
+        "lengths .*list",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "kind", "match"), BLOCK.values(), ids=BLOCK)
+def test_block(call: Callable[[], Any], kind: Kind, match: str) -> None:
+    refuses(kind, match, call)
+
+
+def model(pooling: str = "none", layer: Callable[[], S4Layer] = causal) -> S4Model:
+    return S4Model(nn.Embedding(7, 4), [S4Block(layer()), S4Block(layer())], nn.Linear(4, 7), pooling=pooling)
+
+
+def one_block_state() -> s4.model.ModelState:
+    return S4Model(nn.Embedding(7, 4), [S4Block(causal())], nn.Linear(4, 7)).initial_state(2)
+
+
+T = torch.zeros(2, 5, dtype=torch.long)
+MODEL = {
+    "unknown pooling": (lambda: model("max"), ValueError, "pooling.*mean.*max"),
+    "no block": (lambda: S4Model(nn.Identity(), [], nn.Identity()), EITHER, "blocks"),
+    "no S4Block": (lambda: S4Model(nn.Identity(), [causal()], nn.Identity()), TypeError, "blocks.*S4Layer"),
+    "widths": (
+        lambda: S4Model(nn.Identity(), [S4Block(causal()), S4Block(S4Layer(6, 8))], nn.Identity()),
+        ValueError,
+        "blocks.*4.*6",
+    ),
+    "lengths too long": (lambda: model("mean")(T, lengths=torch.tensor([2, 6])), ValueError, "lengths .*6"),
+    "lengths of another batch": (
+        lambda: model()(T, lengths=torch.tensor([2])),
+        ValueError,
+        r"lengths .*\(1,\)",
+    ),
+    "a layer's state": (lambda: model()(T, X), EITHER, "state"),
+    "another stack's state": (lambda: model()(T, one_block_state()), ValueError, "state.*2"),
+    "another batch's state": (lambda: model()(T, model().initial_state(3)), ValueError, "state"),
+    "another batch's state in step": (
+        lambda: model().step(T[:, 0], model().initial_state(3)),
+        ValueError,
+        "state",
+    ),
+    "a layer's state in step": (lambda: model().step(T[:, 0], X), EITHER, "state"),
+    "state both ways": (lambda: model(layer=both)(T, return_state=True), ValueError, "bidirectional"),
+    "generate both ways": (lambda: model(layer=both).generate(T, 3), ValueError, "bidirectional"),
+    "generate after pooling": (lambda: model("mean").generate(T, 3), ValueError, "pooling.*mean"),
+    "generate from nothing": (lambda: model().generate(T[:, :0], 3), ValueError, r"prompt.*\(2, 0\)"),
+    "generate without batch": (lambda: model().generate(T[0], 3), ValueError, r"prompt.*\(5,\)"),
+    "negative steps": (lambda: model().generate(T, -1), ValueError, "steps.*-1"),
+    "no rate": (lambda: model()(T, rate=0.0), ValueError, "rate.*0"),
+    "temperature": (lambda: s4.model.categorical(0.0), ValueError, "temperature.*0"),
+    "top_k": (lambda: s4.model.categorical(top_k=0), ValueError, "top_k.*0"),
+    "top_p": (lambda: s4.model.categorical(top_p=1.5), ValueError, r"top_p.*1\.5"),
+    "last of nothing": (lambda: model("last")(T[:, :0]), ValueError, "last"),
+}
+
+
+@pytest.mark.parametrize(("call", "kind", "match"), MODEL.values(), ids=MODEL)
+def test_model(call: Callable[[], Any], kind: Kind, match: str) -> None:
+    refuses(kind, match, call)
+
+
+OPTIM = {"lr": -1.0, "weight_decay": -0.1, "ssm_lr": -1e-3}
+
+
+@pytest.mark.parametrize(("name", "value"), OPTIM.items(), ids=OPTIM)
+@pytest.mark.parametrize("nan", [False, True])
+def test_param_groups(name: str, value: float, nan: bool) -> None:
+    keywords = {"lr": 0.1, "weight_decay": 0.1, "ssm_lr": 0.1} | {name: float("nan") if nan else value}
+    refuses(ValueError, f"{name}.*{'nan' if nan else value}", lambda: param_groups(causal(), **keywords))

@@ -1,0 +1,151 @@
+"""Convolution kernels from parameters, each way to them, against powers of the dense float64 system."""
+
+import math
+
+import oracle
+import pytest
+import torch
+
+from s4 import hippo, ssm
+from s4.kernel import diag, dplr
+
+INITS = [
+    ("dplr", "legs"),
+    ("dplr", "legt"),
+    ("dplr", "fout"),
+    ("diag", "legs"),
+    ("diag", "lin"),
+    ("diag", "inv"),
+]
+DTYPES = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+
+def parameters(
+    variant: str, init: str, N: int, dt: list[float], directions: int = 1
+) -> dict[str, torch.Tensor]:
+    """A layer's parameters at initialisation, with random C, one channel for each dt."""
+    H, n = len(dt), N // 2
+    Lambda, *P, B = hippo.dplr(init, N) if variant == "dplr" else hippo.diag(init, N)
+    values = {
+        "log_dt": torch.tensor(dt, dtype=torch.float64).log(),
+        "log_A_real": (-Lambda.real).clamp(min=1e-4).log().expand(H, n),
+        "A_imag": Lambda.imag.expand(H, n),
+        "B": torch.view_as_real(B).expand(H, n, 2),
+        "C": torch.randn(directions, H, n, 2, dtype=torch.float64) / math.sqrt(2),
+        "D": torch.zeros(H, dtype=torch.float64),
+    }
+    if P:
+        values["P"] = torch.view_as_real(P[0])[:, None].expand(-1, H, n, 2)
+    return values
+
+
+def kernel(way: str, values: dict[str, torch.Tensor], L: int, dtype: torch.dtype) -> torch.Tensor:
+    """Ways: "krylov", "cauchy BACKEND" for DPLR; "zoh BACKEND", "bilinear BACKEND" for diagonal systems."""
+    Lambda = torch.complex(-values["log_A_real"].exp(), values["A_imag"])
+    B, C = oracle.complex128(values["B"]), oracle.complex128(values["C"])
+    P = oracle.complex128(values["P"]) if "P" in values else B.new_zeros(0, *B.shape)
+    system = ssm.System(Lambda, P, B, C, values["log_dt"].exp())
+    name, _, backend = way.partition(" ")
+    if name == "cauchy":
+        return dplr.cauchy_kernel(system, L, dtype, backend)
+    propagator = ssm.Propagator(ssm.discretize(system, "zoh" if name == "zoh" else "bilinear"))
+    if name == "krylov":
+        return dplr.krylov_kernel(propagator, L, dtype)
+    return diag.kernel(propagator, L, dtype, backend)
+
+
+def ways(variant: str, *backends: str) -> list[str]:
+    if variant == "dplr":
+        return ["krylov", *(f"cauchy {b}" for b in backends)]
+    return [f"{method} {b}" for method in ("zoh", "bilinear") for b in ("auto", *backends)]
+
+
+def per_channel(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    """Each channel and direction against its own largest value."""
+    for got_row, want_row in zip(got.flatten(0, 1), want.flatten(0, 1), strict=True):
+        oracle.close(got_row, want_row, tolerance)
+
+
+@pytest.mark.parametrize("L", [0, 1, 2, 3, 16, 31, 100])
+@pytest.mark.parametrize(
+    ("init", "way"),
+    [(i, w) for i in INITS for w in ways(i[0], "naive", "torch")],
+    ids=lambda p: " ".join(p) if isinstance(p, tuple) else p,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_short_kernels(init: tuple[str, str], way: str, L: int, dtype: torch.dtype) -> None:
+    for N, directions in ((2, 1), (16, 2), (64, 1)):
+        values = parameters(*init, N, [1e-4, 1e-2, 1e-1], directions)
+        want = oracle.kernel(oracle.discrete(values, "zoh" if "zoh" in way else "bilinear"), L)
+        got = kernel(way, values, L, dtype)
+        assert got.dtype == dtype
+        assert got.shape == (directions, 3, L)
+        per_channel(got, want, DTYPES[dtype])
+
+
+LONG = [
+    # every init, the contract's largest state, and its longest kernel
+    *((init, 64, 1024) for init in INITS),
+    *((init, 256, 16384) for init in INITS),
+    (("dplr", "legs"), 64, 65536),
+    (("dplr", "fout"), 64, 65536),
+    (("diag", "inv"), 64, 65536),
+]
+
+
+@pytest.mark.parametrize(
+    ("init", "N", "L"), LONG, ids=lambda p: "-".join(p) if isinstance(p, tuple) else str(p)
+)
+def test_long_kernels(init: tuple[str, str], N: int, L: int) -> None:
+    values = parameters(*init, N, [1e-4, 1e-3, 1e-1])
+    for method in ("bilinear",) if init[0] == "dplr" else ("zoh", "bilinear"):
+        want = oracle.long_kernel(oracle.discrete(values, method), L)
+        for way in ways(init[0], "torch"):
+            if method in way or init[0] == "dplr":
+                for dtype, tolerance in DTYPES.items():
+                    per_channel(kernel(way, values, L, dtype), want, tolerance)
+
+
+@pytest.mark.parametrize("way", ["krylov", "cauchy torch", "cauchy naive"])
+def test_a_mode_at_the_nyquist_node(way: str) -> None:
+    """A fast mode under a long step has Abar near -1, where z = -1 is a node: nothing divides by 1 + z."""
+    values = parameters("dplr", "fout", 8, [10.0, 1000.0])
+    want = oracle.kernel(oracle.discrete(values, "bilinear"), 50)
+    per_channel(kernel(way, values, 50, torch.float64), want, 1e-9)
+
+
+@pytest.mark.parametrize("way", ["krylov", "cauchy torch"])
+def test_a_kernel_that_has_not_begun_to_decay(way: str) -> None:
+    """Far less than one time constant: what the kernel does after L must not come back as an alias."""
+    values = parameters("dplr", "legt", 32, [1e-4])
+    values["P"] = values["P"] * 1e-2
+    want = oracle.kernel(oracle.discrete(values, "bilinear"), 37)
+    for dtype, tolerance in DTYPES.items():
+        per_channel(kernel(way, values, 37, dtype), want, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("way", "method"),
+    [
+        ("krylov", "bilinear"),
+        ("cauchy torch", "bilinear"),
+        ("zoh torch", "zoh"),
+        ("bilinear auto", "bilinear"),
+    ],
+)
+def test_gradients_of_every_parameter(way: str, method: str) -> None:
+    dense = method == "zoh" or way == "bilinear auto"
+    start = parameters(*(("diag", "lin") if dense else ("dplr", "legt")), 8, [0.02, 0.2], 2)
+    weight = torch.randn(2, 2, 23).double()
+    grads = []
+    for which in ("library", "oracle"):
+        values = {name: value.clone().requires_grad_() for name, value in start.items()}
+        K = (
+            kernel(way, values, 23, torch.float64)
+            if which == "library"
+            else oracle.kernel(oracle.discrete(values, method), 23)
+        )
+        (K * weight).sum().backward()
+        grads.append({name: value.grad for name, value in values.items() if name != "D"})
+    for name in grads[0]:
+        oracle.close(grads[0][name], grads[1][name], 1e-8, name)

@@ -1,0 +1,355 @@
+"""S4Model: whole, chunked and stepped are one function after training; pooling, padding, generation."""
+
+import copy
+import io
+import itertools
+import pickle
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+from torch import Tensor, nn
+
+import s4.model
+from s4 import S4Block, S4Layer, S4Model, param_groups
+
+D_IN, D_MODEL, D_STATE, D_OUT, VOCABULARY, L = 3, 6, 8, 5, 11, 29
+
+STACKS = {
+    "dplr": [{"variant": "dplr"}, {"variant": "dplr", "init": "legt", "n_ssm": 2}],
+    "diag": [{"variant": "diag"}, {"variant": "diag", "init": "lin", "discretization": "bilinear"}],
+    "mixed": [{"variant": "dplr", "init": "fout"}, {"variant": "diag", "init": "inv"}],
+}
+BLOCKS = {
+    "prenorm": {},
+    "postnorm": {"prenorm": False, "mixer": "linear"},
+    "batch": {"norm": "batch"},
+    "rms": {"norm": "rms", "dropout": 0.3, "tie_dropout": True},
+}
+TABLE = [
+    ("dplr", "prenorm", "none"),
+    ("dplr", "batch", "mean"),
+    ("diag", "postnorm", "last"),
+    ("diag", "rms", "none"),
+]
+TABLE += [("mixed", "prenorm", "mean"), ("mixed", "postnorm", "none")]
+
+
+def build(
+    stack: str = "mixed",
+    block: str = "prenorm",
+    pooling: str = "none",
+    *,
+    tokens: bool = False,
+    both: bool = False,
+) -> S4Model:
+    """Two layers, float64; the decoder is not linear, so that pooling must come before it."""
+    encoder = nn.Embedding(VOCABULARY, D_MODEL) if tokens else nn.Linear(D_IN, D_MODEL)
+    layers = [
+        S4Layer(D_MODEL, D_STATE, bidirectional=both, dt_min=0.01, **options) for options in STACKS[stack]
+    ]
+    blocks = [S4Block(layer, **BLOCKS[block]) for layer in layers]
+    decoder = nn.Sequential(nn.Linear(D_MODEL, VOCABULARY if tokens else D_OUT), nn.Tanh())
+    return S4Model(encoder, blocks, decoder, pooling=pooling).double()
+
+
+def trained(*arguments: str, **keywords: bool) -> S4Model:
+    """After six steps of AdamW on noise: a model away from its initialisation, in eval mode."""
+    model = build(*arguments, **keywords)
+    optimizer = torch.optim.AdamW(param_groups(model, lr=0.02, weight_decay=0.01, ssm_lr=0.02))
+    first = copy.deepcopy(model.state_dict())
+    for _ in range(6):
+        u = inputs(4, keywords.get("tokens", False))
+        model(u).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(first[name], p) for name, p in model.named_parameters())
+    return model.eval()
+
+
+def inputs(batch: int = 3, tokens: bool = False, length: int = L) -> Tensor:
+    return torch.randint(VOCABULARY, (batch, length)) if tokens else torch.randn(batch, length, D_IN).double()
+
+
+def tensors(state: s4.model.ModelState) -> list[Tensor]:
+    return [*state.layers, state.total, state.length]
+
+
+def same(got: s4.model.ModelState, want: s4.model.ModelState, tolerance: float = 1e-9) -> None:
+    for g, w in zip(tensors(got), tensors(want), strict=True):
+        oracle.close(g, w, tolerance)
+
+
+def incoming(model: S4Model, batch: int = 3) -> s4.model.ModelState:
+    """The state some inputs leave, a leaf of its own."""
+    _, state = model(inputs(batch, isinstance(model.encoder, nn.Embedding), 7), return_state=True)
+    layers = tuple(x.detach().requires_grad_() for x in state.layers)
+    return s4.model.ModelState(layers, state.total.detach().requires_grad_(), state.length)
+
+
+def in_steps(
+    model: S4Model, u: Tensor, state: s4.model.ModelState, rate: float = 1.0
+) -> tuple[Tensor, s4.model.ModelState]:
+    outputs = []
+    for t in range(u.shape[1]):
+        y, state = model.step(u[:, t], state, rate=rate)
+        outputs.append(y)
+    return torch.stack(outputs, 1), state
+
+
+def in_chunks(
+    model: S4Model, u: Tensor, state: s4.model.ModelState, rate: float = 1.0
+) -> tuple[list[Tensor], s4.model.ModelState]:
+    outputs = []
+    for chunk in u.split([1, 11, u.shape[1] - 13, 1], 1):
+        y, state = model(chunk, state, rate=rate, return_state=True)
+        outputs.append(y)
+    return outputs, state
+
+
+@pytest.mark.parametrize("tokens", [False, True], ids=["reals", "tokens"])
+@pytest.mark.parametrize(("stack", "block", "pooling"), TABLE)
+def test_whole_chunks_and_steps_agree(stack: str, block: str, pooling: str, tokens: bool) -> None:
+    model = trained(stack, block, pooling, tokens=tokens)
+    u = inputs(3, tokens)
+    for state, rate in ((model.initial_state(3), 1.0), (incoming(model), 1.0), (incoming(model), 0.5)):
+        want, last = model(u, state, rate=rate, return_state=True)
+        assert torch.equal(want, model(u, state, rate=rate))
+        stepped, end = in_steps(model, u, state, rate)
+        chunks, also = in_chunks(model, u, state, rate)
+        same(end, last)
+        same(also, last)
+        if pooling == "none":
+            oracle.close(stepped, want, 1e-9)
+            oracle.close(torch.cat(chunks, 1), want, 1e-9)
+        else:  # pooled outputs are those of the sequence so far
+            oracle.close(stepped[:, -1], want, 1e-9)
+            oracle.close(chunks[-1], want, 1e-9)
+            oracle.close(stepped[:, 11], chunks[1], 1e-9)
+            for t in (1, 8, 20):
+                oracle.close(stepped[:, t - 1], model(u[:, :t], state, rate=rate), 1e-9)
+    oracle.close(model(u, model.initial_state(3)), model(u), 1e-12)
+
+
+@pytest.mark.parametrize(("stack", "block", "pooling"), TABLE)
+def test_gradients_of_whole_chunks_and_steps_agree(stack: str, block: str, pooling: str) -> None:
+    """Of every parameter, the input and the incoming state, through outputs and last state."""
+    model = trained(stack, block, pooling)
+    u = inputs().requires_grad_()
+    state = incoming(model)
+    leaves = [u, *state.layers, *([state.total] if pooling == "mean" else []), *model.parameters()]
+    results = []
+    for way in ("whole", "chunks", "steps"):
+        if way == "whole":
+            y, last = model(u, state, return_state=True)
+        elif way == "chunks":
+            pieces, last = in_chunks(model, u, state)
+            y = torch.cat(pieces, 1) if pooling == "none" else pieces[-1]
+        else:
+            y, last = in_steps(model, u, state)
+            y = y if pooling == "none" else y[:, -1]
+        weight = torch.linspace(-1, 2, y.numel()).double().view_as(y)
+        loss = (y * weight).sum() + sum(x.square().sum() for x in last.layers)
+        results.append(torch.autograd.grad(loss, leaves))
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            oracle.close(got, want, 1e-8)
+    assert all(grad.abs().max() > 0 for grad in results[0])
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["causal", "both"])
+@pytest.mark.parametrize(("stack", "block", "pooling"), TABLE)
+def test_padded_is_unpadded(stack: str, block: str, pooling: str, both: bool) -> None:
+    model = trained(stack, block, pooling, both=both)
+    sizes = [L, 1, 13, L - 1]
+    u = inputs(len(sizes))
+    for b, size in enumerate(sizes):
+        u[b, size:] = 1e3
+    lengths = torch.tensor(sizes)
+    state = None if both else incoming(model, len(sizes))
+    y = model(u, state, lengths=lengths)
+    for b, size in enumerate(sizes):
+        alone = None
+        if state is not None:
+            alone = s4.model.ModelState(
+                tuple(x[b : b + 1] for x in state.layers), state.total[b : b + 1], state.length[b : b + 1]
+            )
+        if both:
+            want = model(u[b : b + 1, :size])
+        else:
+            want, want_state = model(u[b : b + 1, :size], alone, return_state=True)
+            _, last = model(u, state, lengths=lengths, return_state=True)
+            row = s4.model.ModelState(
+                tuple(x[b : b + 1] for x in last.layers), last.total[b : b + 1], last.length[b : b + 1]
+            )
+            same(row, want_state)
+        oracle.close(y[b : b + 1, :size] if pooling == "none" else y[b : b + 1], want, 1e-9)
+        if pooling == "none":
+            assert (y[b, size:] == 0).all()
+
+
+@pytest.mark.parametrize("length", [1, L])
+@pytest.mark.parametrize("pooling", ["none", "mean", "last"])
+def test_model_is_its_parts(pooling: str, length: int) -> None:
+    model = trained("mixed", "prenorm", pooling)
+    u = inputs(length=length)
+    x = model.encoder(u)
+    for block in model.blocks:
+        x = block(x)
+    pooled = {"none": x, "mean": x.mean(1), "last": x[:, -1]}[pooling]
+    oracle.close(model(u), model.decoder(pooled), 1e-12)
+
+
+def test_state_of_the_stack() -> None:
+    model = trained()
+    state = model.initial_state(4)
+    assert isinstance(state, s4.model.ModelState)
+    assert [tuple(x.shape) for x in tensors(state)] == [(4, D_MODEL, D_STATE)] * 2 + [(4, D_MODEL), (4,)]
+    assert all((x == 0).all() for x in tensors(state))
+    _, state = model(inputs(4), state, lengths=torch.tensor([L, 1, 0, 5]), return_state=True)
+    assert state.length.tolist() == [L, 1, 0, 5]
+
+
+def test_bidirectional_model_has_no_step() -> None:
+    model = trained(both=True)
+    changed = inputs()
+    other = changed.clone()
+    other[:, -1] += 1
+    assert not torch.allclose(model(changed)[:, 0], model(other)[:, 0])
+    with pytest.raises(ValueError, match="bidirectional"):
+        model.initial_state(2)
+    with pytest.raises(ValueError, match="bidirectional"):
+        model(changed, return_state=True)
+
+
+def by_prefix(model: S4Model, prompt: Tensor, steps: int, sample: Callable[[Tensor], Tensor]) -> Tensor:
+    """Generation the slow way: the whole sequence again for every token."""
+    sequence = prompt
+    for _ in range(steps):
+        sequence = torch.cat([sequence, sample(model(sequence)[:, -1])[:, None]], 1)
+    return sequence[:, prompt.shape[1] :]
+
+
+@pytest.mark.parametrize(("prompt_length", "steps"), [(1, 12), (9, 1), (9, 20)])
+@pytest.mark.parametrize("stack", STACKS)
+def test_generation_is_the_full_forward_on_a_growing_prefix(
+    stack: str, prompt_length: int, steps: int
+) -> None:
+    model = trained(stack, tokens=True)
+    prompt = inputs(3, True, prompt_length)
+
+    def second_best(logits: Tensor) -> Tensor:
+        assert logits.shape == (3, VOCABULARY)
+        return logits.argsort(-1)[:, -2]
+
+    greedy = model.generate(prompt, steps)
+    assert greedy.shape == (3, steps)
+    assert greedy.dtype == torch.long
+    assert not greedy.requires_grad
+    assert torch.equal(greedy, by_prefix(model, prompt, steps, lambda logits: logits.argmax(-1)))
+    assert torch.equal(
+        model.generate(prompt, steps, second_best), by_prefix(model, prompt, steps, second_best)
+    )
+    assert torch.equal(
+        model.generate(prompt, steps, sample=second_best), model.generate(prompt, steps, second_best)
+    )
+
+
+def test_stream_yields_what_generate_returns() -> None:
+    model = trained(tokens=True)
+    prompt = inputs(2, True, 5)
+    streamed = torch.stack(list(itertools.islice(model.stream(prompt), 15)), 1)
+    assert torch.equal(streamed, model.generate(prompt, 15))
+    assert torch.is_grad_enabled()
+
+
+def test_an_unfinished_stream_leaves_gradients_on() -> None:
+    model = trained(tokens=True)
+    stream = model.stream(inputs(2, True, 5))
+    next(stream)
+    assert torch.is_grad_enabled()
+    assert model(inputs(2, True)).requires_grad
+    next(stream)
+    assert torch.is_grad_enabled()
+
+
+def test_generation_of_reals() -> None:
+    """A sampler may give anything the encoder takes; no graph grows along."""
+    model = trained()
+    prompt = inputs(2)
+
+    def first_three(y: Tensor) -> Tensor:
+        return y[:, :D_IN]
+
+    got = model.generate(prompt, 6, first_three)
+    oracle.close(got, by_prefix(model, prompt, 6, first_three), 1e-9)
+    assert not got.requires_grad
+    assert not any(u.requires_grad for u in itertools.islice(model.stream(prompt, first_three), 3))
+
+
+def test_generation_follows_the_rate() -> None:
+    model = trained()
+    prompt = inputs(2)
+    got = model.generate(prompt, 4, lambda y: y[:, :D_IN], rate=0.5)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.layer.log_dt -= torch.log(torch.tensor(2.0))
+    oracle.close(got, model.generate(prompt, 4, lambda y: y[:, :D_IN]), 1e-7)
+
+
+def test_categorical_samples_the_softmax() -> None:
+    logits = torch.tensor([[2.0, 0.0, 1.0, -1.0], [0.0, 0.0, 3.0, 1.0]])
+    draw = s4.model.categorical(0.7, generator=torch.Generator().manual_seed(0))
+    p = torch.softmax(logits / 0.7, -1)
+    counts = torch.stack([draw(logits) for _ in range(4000)])
+    for row in range(2):
+        frequency = torch.bincount(counts[:, row], minlength=4) / 4000
+        assert (frequency - p[row]).abs().max() < 0.03
+    top_two = s4.model.categorical(1.0, top_k=2)
+    drawn = torch.stack([top_two(logits) for _ in range(200)])
+    assert set(drawn[:, 0].tolist()) == {0, 2}
+    assert set(drawn[:, 1].tolist()) == {2, 3}
+    nucleus = s4.model.categorical(1.0, top_p=0.8)  # of row 0: 0.64 + 0.24; of row 1: 0.81
+    drawn = torch.stack([nucleus(logits) for _ in range(200)])
+    assert set(drawn[:, 0].tolist()) == {0, 2}
+    assert set(drawn[:, 1].tolist()) == {2}
+    assert torch.equal(s4.model.greedy(logits), torch.tensor([0, 2]))
+
+
+def test_state_dict_and_copies() -> None:
+    model, other = trained("dplr", "batch"), build("dplr", "batch").eval()
+    u = inputs()
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    assert not torch.equal(other(u), model(u))
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for twin in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(u), model(u))
+    assert not any(value.is_complex() for value in model.state_dict().values())
+
+
+def test_forward_changes_nothing() -> None:
+    model = trained("mixed", "prenorm", "mean")
+    before = copy.deepcopy(model.state_dict())
+    state = incoming(model)
+    kept = [x.detach().clone() for x in tensors(state)]
+    model(inputs(), state, lengths=torch.tensor([3, L, 0]), return_state=True)
+    model.step(inputs()[:, 0], state)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(torch.equal(x, y) for x, y in zip(kept, tensors(state), strict=True))
+
+
+def test_autocast_keeps_the_state_float32() -> None:
+    model = trained("mixed", "prenorm", "mean").float()
+    u = inputs().float()
+    want, want_state = model(u, return_state=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = model(u, return_state=True)
+        _, stepped = model.step(u[:, 0], state)
+    for x in (*state.layers, state.total, *stepped.layers, stepped.total):
+        assert x.dtype == torch.float32
+    oracle.close(y.float(), want, 0.1)
+    for got, x in zip(state.layers, want_state.layers, strict=True):
+        oracle.close(got, x, 0.1)

@@ -1,0 +1,118 @@
+"""param_groups: which rate and decay each parameter gets, and that none is missed or doubled."""
+
+import pytest
+import torch
+from torch import nn
+
+from s4 import S4Block, S4Layer, S4Model, param_groups
+
+LR, DECAY, SSM_LR = 0.01, 0.05, 0.001
+SSM = ("log_dt", "log_A_real", "A_imag", "P", "B")
+
+
+def build(**options: object) -> S4Model:
+    layers = [S4Layer(4, 8), S4Layer(4, 8, variant="diag", bidirectional=True)]
+    blocks = [S4Block(layer, **options) for layer in layers]
+    return S4Model(nn.Embedding(7, 4), blocks, nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3)))
+
+
+def settings(model: nn.Module, lr: float = LR, ssm_lr: float = SSM_LR) -> dict[str, tuple[float, float]]:
+    """Parameter name -> (lr, weight decay), as the optimizer sees it."""
+    optimizer = torch.optim.AdamW(
+        param_groups(model, lr=lr, weight_decay=DECAY, ssm_lr=ssm_lr), lr=123.0, weight_decay=9.0
+    )
+    of = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters())) == len(of)
+    return {name: of[id(p)] for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch", "rms"])
+@pytest.mark.parametrize("mixer", ["glu", "linear"])
+def test_every_parameter_gets_what_its_kind_gets(norm: str, mixer: str) -> None:
+    model = build(norm=norm, mixer=mixer)
+    norms = [
+        name for name, m in model.named_modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm1d, nn.RMSNorm))
+    ]
+    got = settings(model)
+    kinds = dict.fromkeys(("ssm", "plain", "decay"), 0)
+    for name, pair in got.items():
+        owner, _, leaf = name.rpartition(".")
+        if owner.endswith("layer") and leaf in SSM:
+            kind, want = "ssm", (SSM_LR, 0.0)
+        elif owner in norms or leaf in ("bias", "D"):
+            kind, want = "plain", (LR, 0.0)
+        else:
+            kind, want = "decay", (LR, DECAY)
+        assert pair == want, name
+        kinds[kind] += 1
+    # dplr has five SSM parameters, diag four; C of both, two mixers, encoder and decoder decay
+    assert kinds["ssm"] == 9
+    assert kinds["decay"] == 6
+
+
+def test_the_ssm_rate_is_never_above_the_other() -> None:
+    layer = S4Layer(4, 8)
+    assert settings(layer, lr=1e-4, ssm_lr=1e-3)["log_dt"] == (1e-4, 0.0)
+    assert settings(layer, lr=1e-2, ssm_lr=1e-3)["log_dt"] == (1e-3, 0.0)
+    assert settings(layer)["C"] == (LR, DECAY)
+    assert settings(layer)["D"] == (LR, 0.0)
+
+
+def test_a_norm_over_two_dimensions_does_not_decay() -> None:
+    model = nn.Sequential(nn.LayerNorm((3, 4)), S4Layer(4, 8))
+    assert settings(model)["0.weight"] == settings(model)["0.bias"] == (LR, 0.0)
+
+
+def test_shared_parameters_are_in_one_group_once() -> None:
+    model = build()
+    model.blocks[1].layer.A_imag = model.blocks[0].layer.A_imag
+    model.blocks[1].mixer = model.blocks[0].mixer
+    settings(model)
+
+
+def test_a_shared_layer_counts_once() -> None:
+    layer = S4Layer(4, 8)
+    model = nn.ModuleList([layer, nn.Sequential(layer), nn.Linear(4, 4)])
+    assert settings(model)["0.log_dt"] == (SSM_LR, 0.0)
+
+
+def test_without_any_s4_layer() -> None:
+    assert settings(nn.Linear(3, 2)) == {"weight": (LR, DECAY), "bias": (LR, 0.0)}
+
+
+def test_frozen_parameters_do_no_harm() -> None:
+    model = build()
+    model.blocks[0].layer.log_dt.requires_grad_(False)
+    groups = param_groups(model, lr=LR, weight_decay=DECAY, ssm_lr=SSM_LR)
+    seen = [id(p) for g in groups for p in g["params"]]
+    assert len(seen) == len(set(seen))
+    assert {id(p) for p in model.parameters() if p.requires_grad} <= set(seen)
+
+
+def test_groups_do_not_rest_on_attributes_of_parameters() -> None:
+    """Replaced and reloaded parameters, which lose any hidden mark, are found all the same."""
+    model = build()
+    layer = model.blocks[0].layer
+    layer.log_dt = nn.Parameter(layer.log_dt.detach().clone())
+    assert settings(model)["blocks.0.layer.log_dt"] == (SSM_LR, 0.0)
+    assert not any(vars(p) for p in model.parameters())
+
+
+def test_a_parameter_out_of_reach_raises() -> None:
+    """A parametrized A_imag is no parameter any more: its original would be trained like any weight."""
+    model = build()
+    nn.utils.parametrize.register_parametrization(model.blocks[0].layer, "A_imag", nn.Softplus())
+    with pytest.raises(ValueError, match=r"blocks\.0\.layer"):
+        param_groups(model, lr=LR, weight_decay=DECAY, ssm_lr=SSM_LR)
+
+
+def test_training_with_the_groups_moves_what_it_should() -> None:
+    model = build()
+    optimizer = torch.optim.SGD(param_groups(model, lr=LR, weight_decay=DECAY, ssm_lr=0.0))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.randint(7, (2, 9))).square().sum().backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        frozen = owner.endswith("layer") and leaf in SSM
+        assert torch.equal(before[name], p) == frozen, name

@@ -1,0 +1,114 @@
+"""What needs a process of its own: torch.compile without the shape-checking hook, and peak memory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(program: str, *arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, *arguments, *(["-c", program] if program else [])],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+COMPILE = """
+import shutil
+import torch
+from s4 import S4Block, S4Layer, S4Model
+torch.manual_seed(0)
+u, x = torch.randn(2, 9, 4), torch.randn(2, 4, 8)
+
+def check(f, *arguments, backend="aot_eager", **keywords):
+    got = torch.compile(f, fullgraph=True, backend=backend)(*arguments, **keywords)
+    torch.testing.assert_close(got, f(*arguments, **keywords), rtol=1e-4, atol=1e-5)
+
+for variant in ("dplr", "diag"):
+    layer = S4Layer(4, 8, variant=variant)
+    check(layer.step, u[:, 0], x)
+    results = []
+    for f in (torch.compile(layer, fullgraph=True, backend="aot_eager"), layer):
+        y, state = f(u, x, return_state=True)
+        (y.square().sum() + state.sum()).backward()
+        results.append([y, state, *(p.grad.clone() for p in layer.parameters())])
+        layer.zero_grad()
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+check(S4Layer(4, 8, bidirectional=True), u, lengths=torch.tensor([3, 9]))
+model = S4Model(torch.nn.Linear(4, 4), [S4Block(S4Layer(4, 8))], torch.nn.Linear(4, 2), pooling="mean")
+with torch.no_grad():
+    check(lambda u, state: tuple(model.step(u, state)[0:1]), u[:, 0], model.initial_state(2))
+    if shutil.which("g++"):  # the default backend generates code for a compiler
+        check(S4Layer(4, 8).step, u[:, 0], x, backend="inductor")
+"""
+
+
+def test_step_and_forward_compile_to_one_graph() -> None:
+    run(COMPILE)
+
+
+MEMORY = """
+import resource, torch
+import s4.kernel
+from s4 import S4Layer
+torch.manual_seed(0)
+
+def used():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+
+def kernel(L):
+    return S4Layer(128, 64, variant=VARIANT).kernel(L)
+
+def vandermonde(L):
+    v, x = torch.randn(2, 128, 32, dtype=torch.complex64)
+    return s4.kernel.vandermonde(v.requires_grad_(), (x / 100 - 1).requires_grad_(), L, backend="torch")
+
+def cauchy(L):
+    v, w = torch.randn(2, 128, 32, dtype=torch.complex64)
+    z = torch.randn(L, dtype=torch.complex64) + 9
+    return s4.kernel.cauchy(v.requires_grad_(), z, w.requires_grad_(), backend="torch").abs()
+
+call = NAME
+call(64).sum().backward()  # libraries loaded, thread pools up
+start = used()
+call(16384).square().sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - start)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the resident set from /proc")
+@pytest.mark.parametrize(
+    ("name", "variant"), [("kernel", "dplr"), ("kernel", "diag"), ("cauchy", None), ("vandermonde", None)]
+)
+def test_memory_has_no_term_in_all_three_sizes(name: str, variant: str | None) -> None:
+    """Forward and backward at (H, N, L) = (128, 64, 16384), where H L N/2 complex64 numbers take 512 MiB."""
+    limit = 600 if name == "kernel" else 300
+    assert float(run(MEMORY.replace("NAME", name).replace("VARIANT", repr(variant)))) < limit
+
+
+def test_info_lists_every_backend() -> None:
+    import s4.kernel
+
+    text = run("", "-m", "s4.info")
+    assert all(name in text for name in ("torch", "python", *s4.kernel.backends()))
+
+
+def test_import_is_quiet() -> None:
+    """Nothing printed, and no optional library loaded before it is asked for."""
+    out = run("""
+import sys
+import s4
+print([name for name in ("triton", "pykeops", "lightning", "matplotlib", "scipy") if name in sys.modules])
+""")
+    assert out.strip() == "[]"
