@@ -1,12 +1,11 @@
 """How exact is float32? Kernels, and the convolution against the recurrence, beside dense float64 truth.
 
-    python benchmarks/accuracy.py [--quick]
+    python benchmarks/accuracy.py [--quick true]
 
 Prints a table of the largest errors as fractions of the largest value, and writes it with machine, versions
 and commit to benchmarks/results/accuracy.json.
 """
 
-import argparse
 import json
 import platform
 import subprocess
@@ -14,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from jsonargparse import auto_cli
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -67,11 +67,13 @@ def step_error(variant: str, dtype: torch.dtype, L: int = 4096) -> float:
     return worst
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="leave out L = 65536")
-    lengths = (1024, 16384) if parser.parse_args().quick else (1024, 16384, 65536)
+def main(quick: bool = False) -> None:
+    """Measure the largest errors of float32 beside dense float64 truth, print them and write the results.
+
+    Args:
+        quick: leave out L = 65536.
+    """
+    lengths = (1024, 16384) if quick else (1024, 16384, 65536)
     torch.manual_seed(0)
     rows = []
     for N in (64, 256):
@@ -115,4 +117,4 @@ def show(rows: list[dict], steps: dict[str, float], lengths: tuple[int, ...]) ->
 
 
 if __name__ == "__main__":
-    main()
+    auto_cli(main)

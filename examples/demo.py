@@ -1,5 +1,10 @@
 """Train on handwritten digits, then read them pixel by pixel: python examples/demo.py [--options]."""
 
+import os
+
+# Before torch is loaded: its threads sleep while they wait, instead of taking turns on a core that is shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import sys
 from pathlib import Path
 

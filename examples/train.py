@@ -1,5 +1,10 @@
 """Train and evaluate S4 models: python examples/train.py [fit|validate|test|predict] RECIPE [--options]."""
 
+import os
+
+# Before torch is loaded: its threads sleep while they wait, instead of taking turns on a core that is shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import csv
 import json
 import logging

@@ -120,7 +120,6 @@ class S4Model(nn.Module):
         total = layers[0].new_zeros(layers[0].shape[:2])
         return ModelState(layers, total, torch.zeros(batch_size, dtype=torch.long, device=total.device))
 
-    @torch.no_grad()
     def generate(
         self, prompt: Tensor, steps: int, sample: Sampler | None = None, *, rate: float = 1.0
     ) -> Tensor:
@@ -139,7 +138,6 @@ class S4Model(nn.Module):
             raise ValueError(f"steps must be at least 1, got {steps}")
         return torch.stack(list(islice(self.stream(prompt, sample, rate=rate), steps)), 1)
 
-    @torch.no_grad()
     def stream(self, prompt: Tensor, sample: Sampler | None = None, *, rate: float = 1.0) -> Iterator[Tensor]:
         """`generate` without end, yielding (B, ...) as it goes; each step costs the same."""
         if self.pooling != "none":
@@ -149,13 +147,16 @@ class S4Model(nn.Module):
                 f"prompt must have shape (batch, length of at least 1, ...), got {tuple(prompt.shape)}"
             )
         sample = sample or greedy
-        x, layers = self._run(prompt, None, None, rate, True)
-        state = self._pool(x, layers, None, None)
-        y = self.decoder(x[:, -1])
+        with torch.no_grad():  # never held across a yield: the caller's code keeps its own gradient mode
+            x, layers = self._run(prompt, None, None, rate, True)
+            state = self._pool(x, layers, None, None)
+            y = self.decoder(x[:, -1])
         while True:
-            token = sample(y)
+            with torch.no_grad():
+                token = sample(y)
             yield token
-            y, state = self.step(token, state, rate=rate)
+            with torch.no_grad():
+                y, state = self.step(token, state, rate=rate)
 
     def _run(
         self, u: Tensor, state: ModelState | None, lengths: Tensor | None, rate: float, return_state: bool

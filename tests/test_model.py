@@ -285,7 +285,6 @@ def test_generation_of_reals() -> None:
     got = model.generate(prompt, 6, first_three)
     oracle.close(got, by_prefix(model, prompt, 6, first_three), 1e-9)
     assert not got.requires_grad
-    assert not any(u.requires_grad for u in itertools.islice(model.stream(prompt, first_three), 3))
 
 
 def test_generation_follows_the_rate() -> None:

@@ -1,4 +1,4 @@
-"""What needs a process of its own: torch.compile without the shape-checking hook, and peak memory."""
+"""What needs a process of its own: peak memory, and what the shape-checking hook would get in the way of."""
 
 import os
 import subprocess
@@ -58,14 +58,14 @@ def test_step_and_forward_compile_to_one_graph() -> None:
 
 
 MEMORY = """
-import resource, torch
+import torch
 import s4.kernel
 from s4 import S4Layer
 torch.manual_seed(0)
 
-def used():
+def used(what):  # not getrusage, whose peak starts at that of the process that started this one
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+        return next(int(line.split()[1]) for line in status if line.startswith(what)) / 1024
 
 def kernel(L):
     return S4Layer(128, 64, variant=VARIANT).kernel(L)
@@ -81,9 +81,9 @@ def cauchy(L):
 
 call = NAME
 call(64).sum().backward()  # libraries loaded, thread pools up
-start = used()
+start = used('VmRSS')
 call(16384).square().sum().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - start)
+print(used('VmHWM') - start)
 """
 
 
@@ -95,6 +95,19 @@ def test_memory_has_no_term_in_all_three_sizes(name: str, variant: str | None) -
     """Forward and backward at (H, N, L) = (128, 64, 16384), where H L N/2 complex64 numbers take 512 MiB."""
     limit = 600 if name == "kernel" else 300
     assert float(run(MEMORY.replace("NAME", name).replace("VARIANT", repr(variant)))) < limit
+
+
+def test_a_stream_builds_no_graph_and_leaves_gradients_on() -> None:
+    """The hook would hide from torch.no_grad that `stream` is a generator."""
+    run("""
+import torch
+from s4 import S4Block, S4Layer, S4Model
+model = S4Model(torch.nn.Linear(3, 4), [S4Block(S4Layer(4, 8))], torch.nn.Linear(4, 3)).eval()
+stream = model.stream(torch.randn(2, 5, 3), lambda y: y)
+for _ in range(3):
+    assert not next(stream).requires_grad
+    assert torch.is_grad_enabled()
+""")
 
 
 def test_info_lists_every_backend() -> None:
