@@ -1,28 +1,46 @@
 """Which backend runs: what the user named, or the best that can."""
 
-from collections.abc import Mapping
-from typing import TypeVar
+from types import ModuleType
 
-T = TypeVar("T")
+import torch
+
+from s4.kernel import _cpu, _naive, _torch
+
+BACKENDS: dict[str, ModuleType] = {"naive": _naive, "torch": _torch, "cpu": _cpu}
+_PREFERENCE = ("cpu", "torch")  # of "auto": the first that can run on the tensors' device
 
 
 def backends() -> dict[str, bool | str]:
-    """Each backend's name with True where it can run, or else the reason why not."""
-    return {"naive": True, "torch": True}
-
-
-def choose(backend: str, table: Mapping[str, T]) -> T:
-    """The table's entry for a backend; "auto" takes "torch", which runs on every device."""
-    check_backend(backend)
-    return table["torch" if backend == "auto" else backend]
+    """Each backend's name with True where it can run here, on any device, or else the reason why not."""
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    found: dict[str, bool | str] = {}
+    for name, module in BACKENDS.items():
+        states = [module.status(device) for device in devices]
+        found[name] = True if True in states else states[-1]
+    return found
 
 
 def check_backend(backend: str) -> None:
-    """Raise ValueError unless `backend` is "auto" or can run here."""
-    known = backends()
+    """Raise ValueError unless `backend` is "auto" or can run on some device here, saying why not."""
     if backend == "auto":
         return
+    known = backends()
     if backend not in known:
         raise ValueError(f"backend must be one of {', '.join(map(repr, ['auto', *known]))}, got {backend!r}")
     if known[backend] is not True:
         raise ValueError(f"backend {backend!r} cannot run: {known[backend]}")
+
+
+def choose(backend: str, device: torch.device) -> str:
+    """The name of the backend to run on a device: "auto" takes the best that can.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot run there; the message says why.
+    """
+    check_backend(backend)
+    if backend == "auto":
+        return next(name for name in _PREFERENCE if BACKENDS[name].status(device) is True)
+    state = BACKENDS[backend].status(device)
+    if state is not True:
+        raise ValueError(f"backend {backend!r} cannot run: {state}")
+    return backend

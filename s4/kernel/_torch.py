@@ -1,79 +1,94 @@
 """Backend "torch": plain PyTorch on any device, in memory that does not grow with n times the output."""
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
-
-from s4.ssm import Propagator, Recurrence, readout, stack
 
 _CHUNK = 1 << 20  # elements of one block of 1 / (z - w)
 
 
-class _Cauchy(torch.autograd.Function):
-    """Sums v (G, q, n) over poles w (G, n) at nodes z (G or 1, l), a block of nodes at a time.
-
-    Both passes rebuild the blocks R = 1/(z-w) and S = 1/(z-conj w) instead of keeping them.
-    """
-
-    @staticmethod
-    def forward(ctx, v: Tensor, z: Tensor, w: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(v, z, w)
-        vc = v.conj().resolve_conj()
-        out = v.new_empty(*v.shape[:2], z.shape[-1])
-        for nodes, R, S in _blocks(z, w):
-            out[..., nodes] = v @ R + vc @ S
-        return out
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        v, z, w = ctx.saved_tensors
-        vc = v.conj().resolve_conj()
-        grad_v, grad_w = torch.zeros_like(v), torch.zeros_like(w)
-        grad_z = z.new_zeros(v.shape[0], z.shape[-1])
-        for nodes, R, S in _blocks(z, w):
-            gl = g[..., nodes]
-            glc = gl.conj().resolve_conj()
-            grad_v += gl @ R.mH + glc @ S.mT
-            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                R2, S2 = R * R, S * S
-                grad_w += (vc * (gl @ R2.mH + glc @ S2.mT)).sum(-2)
-                if ctx.needs_input_grad[1]:
-                    grad_z[..., nodes] = -(gl * (v @ R2 + vc @ S2).conj()).sum(-2)
-        return grad_v, grad_z.sum_to_size(z.shape), grad_w
+def status(device: torch.device) -> bool | str:
+    """True: it runs everywhere."""
+    return True
 
 
-def _blocks(z: Tensor, w: Tensor):  # type: ignore[no-untyped-def]
+def cauchy(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
+    vc = v.conj().resolve_conj()
+    out = v.new_empty(*v.shape[:2], z.shape[1])
+    for nodes, R, S in _blocks(z, w):
+        out[..., nodes] = v @ R + vc @ S
+    return out
+
+
+def cauchy_backward(
+    grad: Tensor, v: Tensor, z: Tensor, w: Tensor, need_z: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    vc = v.conj().resolve_conj()
+    grad_v, grad_w = torch.zeros_like(v), torch.zeros_like(w)
+    grad_z = torch.zeros_like(z) if need_z else z.new_empty(0)
+    for nodes, R, S in _blocks(z, w):
+        g = grad[..., nodes]
+        gc = g.conj().resolve_conj()
+        grad_v += g @ R.mH + gc @ S.mT
+        R2, S2 = R * R, S * S
+        grad_w += (vc * (g @ R2.mH + gc @ S2.mT)).sum(-2)
+        if need_z:
+            at_nodes = (g * (v @ R2 + vc @ S2).conj()).sum(-2)
+            grad_z[..., nodes] = -at_nodes.sum_to_size(z.shape[0], at_nodes.shape[1])
+    return grad_v, grad_z, grad_w
+
+
+def _blocks(z: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """1/(z-w) and 1/(z-conj w), each (G, n, nodes), rebuilt in every pass instead of kept."""
     width = max(1, _CHUNK // max(1, w.numel()))
-    for start in range(0, z.shape[-1], width):
+    for start in range(0, z.shape[1], width):
         nodes = slice(start, start + width)
         at = z[:, None, nodes]
         yield nodes, 1 / (at - w[..., None]), 1 / (at - w[..., None].conj())
 
 
-def cauchy(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
-    batch = torch.broadcast_shapes(v.shape[:-1], z.shape[:-1], w.shape[:-1])
-    # Sums over the same poles and nodes, the last leading dimension of v, become one product.
-    shared = bool(batch) and all(t.dim() < 2 or t.shape[-2] == 1 for t in (z, w))
-    groups, q = (batch[:-1], batch[-1]) if shared else (batch, 1)
-    G = 1
-    for size in groups:
-        G *= size
-    v = v.expand(*batch, v.shape[-1]).reshape(G, q, v.shape[-1])
-    w = (w.squeeze(-2) if shared and w.dim() > 1 else w).expand(*groups, w.shape[-1]).reshape(G, w.shape[-1])
-    z = z.squeeze(-2) if shared and z.dim() > 1 else z
-    z = (
-        z.reshape(1, -1)
-        if z.numel() == z.shape[-1]
-        else z.expand(*groups, z.shape[-1]).reshape(G, z.shape[-1])
-    )
-    return _Cauchy.apply(v, z, w).view(*batch, z.shape[-1])
-
-
 def vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
-    batch = torch.broadcast_shapes(v.shape[:-1], x.shape[:-1])
-    n = v.shape[-1]
-    a = torch.exp(x.to(torch.complex128)).expand(*batch, n).reshape(-1, n)
-    none = a.real.new_zeros(0, a.shape[0], 2 * n)
-    rows = readout(v.to(torch.complex128).expand(*batch, n).reshape(1, -1, n))
-    ones = stack(torch.ones_like(a))
-    powers = Propagator(Recurrence(stack(a), none, none, ones, rows))
-    return powers.response(ones[..., None], L, v.real.dtype).view(*batch, L)
+    G, q = v.shape[:2]
+    short, long = _factors(x, L)
+    left = 2 * v[:, :, None] * long.mT[:, None]  # (G, q, a, n)
+    left = torch.cat([left.real, -left.imag], -1).flatten(1, 2)
+    right = torch.cat([short.real, short.imag], 1)
+    product = left.to(v.dtype.to_real()) @ right.to(v.dtype.to_real())
+    return product.view(G, q, -1)[..., :L].contiguous()
+
+
+def vandermonde_backward(grad: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    G, q, n = v.shape
+    L = grad.shape[2]
+    short, long = _factors(x, L)
+    T = short.shape[2]
+    b = torch.arange(T, device=x.device, dtype=torch.float64)
+    padded = torch.nn.functional.pad(grad, (0, long.shape[2] * T - L)).view(G, -1, T)
+    right = torch.cat([short.real, short.imag, b * short.real, b * short.imag], 1)
+    sums = (padded @ right.mT.to(grad.dtype)).double().view(G, q, -1, 4, n)  # over b, for each a
+    Y, Z = torch.complex(sums[..., 0, :], sums[..., 1, :]), torch.complex(sums[..., 2, :], sums[..., 3, :])
+    jump, step = long.mT[:, None], T * torch.arange(long.shape[2], device=x.device)[:, None]
+    grad_v = 2 * (jump * Y).sum(2).conj()
+    grad_x = 2 * (v * (jump * (Z + step * Y)).sum(2)).sum(1).conj()
+    return grad_v.to(v.dtype), grad_x.to(x.dtype)
+
+
+def _factors(x: Tensor, L: int) -> tuple[Tensor, Tensor]:
+    """e^(x b) for b < T (G, n, T) and e^(x a T) for a < L / T, with T about sqrt(L), in double precision.
+
+    In double, as a phase x l must be known to far better than 1 and grows with l.
+    """
+    T = 2 ** round(math.log2(max(L, 1)) / 2)
+    x = x.to(torch.complex128)
+    return _powers(x, T), _powers(x * T, -(-L // T))
+
+
+def _powers(x: Tensor, count: int) -> Tensor:
+    """e^(x b) for b < count, (G, n) to (G, n, count), by doubling."""
+    E = torch.ones_like(x)[..., None]
+    while E.shape[-1] < count:
+        more = E[..., : count - E.shape[-1]]
+        E = torch.cat([E, more * torch.exp(x * E.shape[-1])[..., None]], -1)
+    return E[..., :count]

@@ -1,12 +1,12 @@
 """Cauchy sums over conjugate pairs of poles: the contract, and the choice of who computes them."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from s4.kernel import _naive, _torch
+from s4.kernel import _naive, _ops
 from s4.kernel._choice import choose
-
-_BACKENDS = {"naive": _naive.cauchy, "torch": _torch.cauchy}
 
 
 def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
@@ -19,7 +19,7 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
         v: residues, complex (..., n).
         z: nodes, complex (..., l).
         w: poles, complex (..., n), one of each conjugate pair.
-        backend: "auto", "naive" or "torch"; see `s4.kernel.backends`.
+        backend: "auto" or one of `s4.kernel.backends()`.
 
     Returns:
         complex (..., l), differentiable in v, z and w.
@@ -33,7 +33,24 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
         raise ValueError(
             f"v and w must have one length of the last dimension, got {v.shape[-1]} and {w.shape[-1]}"
         )
-    return choose(backend, _BACKENDS)(v, z, w)
+    backend = choose(backend, v.device)
+    if backend == "naive":
+        return _naive.cauchy(v, z, w)
+    batch = torch.broadcast_shapes(v.shape[:-1], z.shape[:-1], w.shape[:-1])
+    # The last leading dimension, where it is of v alone, is that of right-hand sides over the same poles.
+    shared = len(batch) > 0 and all(t.dim() < 2 or t.shape[-2] == 1 for t in (z, w))
+    groups, q = (batch[:-1], batch[-1]) if shared else (batch, 1)
+    if shared:
+        z, w = (t.squeeze(-2) if t.dim() > 1 else t for t in (z, w))
+    G, nodes = math.prod(groups), z.shape[-1]
+    common = math.prod(z.shape[:-1]) == 1  # the same nodes for all groups
+    sums = _ops.cauchy(
+        v.expand(*batch, v.shape[-1]).reshape(G, q, v.shape[-1]),
+        z.reshape(1, nodes) if common else z.expand(*groups, nodes).reshape(G, nodes),
+        w.expand(*groups, w.shape[-1]).reshape(G, w.shape[-1]),
+        backend,
+    )
+    return sums.view(*batch, nodes)
 
 
 def check_sums(tensors: dict[str, Tensor]) -> None:

@@ -1,12 +1,13 @@
 """Vandermonde products over conjugate pairs: the contract, and the choice of who computes them."""
 
+import math
+
+import torch
 from torch import Tensor
 
-from s4.kernel import _naive, _torch
+from s4.kernel import _naive, _ops
 from s4.kernel._choice import choose
 from s4.kernel.cauchy import check_sums
-
-_BACKENDS = {"naive": _naive.vandermonde, "torch": _torch.vandermonde}
 
 
 def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
@@ -18,7 +19,7 @@ def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
         v: weights, complex (..., n).
         x: exponents, complex (..., n), one of each conjugate pair.
         L: number of steps, 0 or more.
-        backend: "auto", "naive" or "torch"; see `s4.kernel.backends`.
+        backend: "auto" or one of `s4.kernel.backends()`.
 
     Returns:
         real (..., L), differentiable in v and x.
@@ -36,4 +37,14 @@ def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
         raise TypeError(f"L must be an integer, got {L!r}")
     if L < 0:
         raise ValueError(f"L must be 0 or more, got {L}")
-    return choose(backend, _BACKENDS)(v, x, L)
+    backend = choose(backend, v.device)
+    if backend == "naive":
+        return _naive.vandermonde(v, x, L)
+    batch = torch.broadcast_shapes(v.shape[:-1], x.shape[:-1])
+    # The last leading dimension, where it is of v alone, is that of right-hand sides over the same poles.
+    shared = len(batch) > 0 and (x.dim() < 2 or x.shape[-2] == 1)
+    groups, q = (batch[:-1], batch[-1]) if shared else (batch, 1)
+    x = x.squeeze(-2) if shared and x.dim() > 1 else x
+    G, n = math.prod(groups), v.shape[-1]
+    v, x = v.expand(*batch, n).reshape(G, q, n), x.expand(*groups, n).reshape(G, n)
+    return _ops.vandermonde(v, x, L, backend).view(*batch, L)
