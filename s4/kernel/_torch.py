@@ -15,8 +15,11 @@ class _Cauchy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, v: Tensor, z: Tensor, w: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(v, z, w)
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def forward(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
         vc = v.conj().resolve_conj()
         out = v.new_empty(*v.shape[:2], z.shape[-1])
         for nodes, R, S in _blocks(z, w):
