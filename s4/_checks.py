@@ -65,14 +65,16 @@ def check_features(name: str, value: Any, like: Tensor, *dims: str) -> None:
     check_device(name, value, like)
 
 
-def check_state(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> None:
-    """A tensor of this shape, of the dtype and on the device of the parameter `like`."""
+def check_state(
+    name: str, value: Any, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """A tensor of this shape, on the device of the parameter `like` and of its dtype, if none is given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
-    if value.dtype != like.dtype:
-        raise TypeError(f"{name} must have the parameters' dtype {like.dtype}, got {value.dtype}")
+    if value.dtype != (dtype or like.dtype):
+        raise TypeError(f"{name} must have dtype {dtype or like.dtype}, got {value.dtype}")
     check_device(name, value, like)
 
 

@@ -214,15 +214,18 @@ class S4Model(nn.Module):
         return ModelState(layers, total, length)
 
     def _check_state(self, state: ModelState, batch: int) -> None:
-        if not isinstance(state, ModelState) or len(state.layers) != len(self.blocks):
+        valid = isinstance(state, ModelState) and isinstance(state.layers, tuple)
+        if not valid or len(state.layers) != len(self.blocks):
             raise ValueError(
                 f"state must be a ModelState of {len(self.blocks)} layers, as initial_state, forward and "
                 f"step return it, got {type(state).__name__}"
             )
         D = self.blocks[0].layer.D
         check_state("state.total", state.total, (batch, D.shape[0]), D)
-        if state.length.shape != (batch,):
-            raise ValueError(f"state.length must have shape ({batch},), got {tuple(state.length.shape)}")
+        check_state("state.length", state.length, (batch,), D, torch.int64)
+        for i, (layer_state, block) in enumerate(zip(state.layers, self.blocks, strict=True)):
+            shape = (batch, block.layer.d_model, block.layer.d_state)
+            check_state(f"state.layers[{i}]", layer_state, shape, block.layer.D)
 
 
 def greedy(logits: Tensor) -> Tensor:
