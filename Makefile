@@ -1,9 +1,9 @@
 # `make demo` and `make test` need nothing but Python and make. They install into .venv, or into the active
-# environment where there is one; VENV=path installs there, VENV= into whatever `python` is.
-VENV ?= $(if $(VIRTUAL_ENV)$(CONDA_PREFIX),,.venv)
+# virtual environment where there is one; VENV=path installs there, VENV= into whatever `python` is.
+VENV ?= $(if $(VIRTUAL_ENV),,.venv)
 PYTHON ?= python3
 PY := $(if $(VENV),$(VENV)/bin/python,python)
-STAMP := $(if $(VENV),$(VENV),build)/.installed
+STAMP := $(if $(VENV),$(VENV),$(shell python -c "import sys; print(sys.prefix)"))/.installed
 
 .PHONY: demo test lint clean help
 

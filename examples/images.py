@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from torch import Tensor
 
 SPLIT_SEED = 0  # which images are held out never depends on the seed of a run
 PERMUTATION_SEED = 42  # the one pixel order of permuted MNIST
-CACHE_VERSION = 1  # raise when the content of a cache file changes
+CACHE_VERSION = 2  # raise when the content of a cache file changes
 
 
 class DataError(Exception):
@@ -62,6 +63,7 @@ class TensorLoader:
         batch_size: rows a batch, on each rank.
         shuffle: a new order each epoch, else the order of `rows`.
         drop_last: leave out the rows that do not fill a batch on every rank.
+        content: what else must be equal in a run that goes on from a place in these data.
     """
 
     def __init__(
@@ -76,10 +78,12 @@ class TensorLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        content: dict[str, Any] | None = None,
     ) -> None:
         self.images, self.labels, self.rows = images, labels, rows
         self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
         self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.content = content or {}
         self.epoch = 0
         self.position = 0  # batches of this epoch already handed out
         self._start = 0  # where the next pass begins: 0, unless resumed
@@ -127,15 +131,18 @@ class TensorLoader:
         Raises:
             DataError: if the data, batch size, seed or number of ranks are not those of the saved run.
         """
-        if state["identity"] != self._identity():
+        saved, own = state["identity"], self._identity()
+        if differing := [name for name in {**own, **saved} if saved.get(name) != own.get(name)]:
+            was, now = ({name: side.get(name) for name in differing} for side in (saved, own))
             raise DataError(
-                f"cannot resume at the same batch: the checkpoint was written with {state['identity']}, "
-                f"this run has {self._identity()}; use the same data options, seed and number of devices"
+                f"cannot resume at the same batch: the checkpoint was written with {was}, "
+                f"this run has {now}; use the same data, data options, seed and number of devices"
             )
         self.epoch, self.position, self._start = state["epoch"], state["position"], state["position"]
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, Any]:
         return {
+            **self.content,
             "rows": len(self.rows),
             "batch_size": self.batch_size,
             "seed": self.seed,
@@ -176,7 +183,7 @@ class SequentialImages(pl.LightningDataModule):
             raise ValueError(f"data.validation must be in (0, 0.5], got {validation}")
         self.dataset, self.source, self.path = dataset, SOURCES[dataset], path
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
-        self.validation = validation
+        self.permute, self.validation = permute, validation
         self.cache_dir = cache_dir or _default_cache()
         length = self.source.length
         self.pixels = (
@@ -197,6 +204,10 @@ class SequentialImages(pl.LightningDataModule):
             raise DataError(
                 f"{self.dataset} has {len(self.train_rows)} training images, "
                 f"fewer than one batch of data.batch_size={self.batch_size}"
+            )
+        if not len(self.val_rows):
+            raise DataError(
+                f"data.validation={self.validation} holds out none of {len(self.train_rows)} training images"
             )
 
     def train_dataloader(self) -> TensorLoader:
@@ -241,6 +252,12 @@ class SequentialImages(pl.LightningDataModule):
             seed=self.seed,
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
+            content={
+                "dataset": self.dataset,
+                "permute": self.permute,
+                "validation": self.validation,
+                "digest": split["digest"],
+            },
         )
 
     def _images(self, split: str) -> dict[str, Any]:
@@ -248,18 +265,29 @@ class SequentialImages(pl.LightningDataModule):
             return _digits(split)
         file = self.cache_dir / f"{self.dataset}-{split}-{fingerprint(self.source, self.path, split)}.pt"
         try:
-            return torch.load(file, mmap=True, weights_only=True)
+            content = torch.load(file, mmap=True, weights_only=True)
+            if _is_decoded(content, self.source):
+                return content
         except UNREADABLE:  # absent, or damaged by something other than this program: built anew
+            pass
+        try:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)  # before the decoding, which takes a while
             atomic_save(decode(self.source, self.path, split), file)
             return torch.load(file, mmap=True, weights_only=True)
+        except OSError as error:
+            raise DataError(
+                f"cannot keep decoded images in data.cache_dir {self.cache_dir}: {_first_line(error)}; "
+                "expected a folder that can be written, with room for them"
+            ) from error
 
 
 def hold_out(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rows kept and rows held out, `fraction` of each class to within one image; the same on every call."""
+    """Rows kept and rows held out: round(fraction * n) of the n of each class, the same on every call."""
     order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]
     held = np.zeros(len(labels), dtype=bool)
-    held[by_class[:: round(1 / fraction)]] = True
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        held[rows[: round(fraction * len(rows))]] = True
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
@@ -273,7 +301,8 @@ def fingerprint(source: Source, path: Path | None, split: str) -> str:
 
 
 def decode(source: Source, path: Path | None, split: str) -> dict[str, Any]:
-    """Decode every image: `images` uint8 (n, L, C), `labels` int64 (n,), `mean` and `std` float32 (C,).
+    """Decode every image: `images` uint8 (n, L, C), `labels` int64 (n,), `mean` and `std` float32 (C,),
+    and `digest`, a hash of images and labels.
 
     Raises:
         DataError: if the files cannot be read or hold something else.
@@ -281,15 +310,17 @@ def decode(source: Source, path: Path | None, split: str) -> dict[str, Any]:
     import datasets  # only here: the embedded digits do without
 
     where = str(path or source.hub)
-    with tempfile.TemporaryDirectory() as scratch:
+    datasets.disable_progress_bars()
+    try:
         # A local folder is converted in a scratch folder, as its decoded form is cached by us.
-        datasets.disable_progress_bars()
-        try:
+        with tempfile.TemporaryDirectory() as scratch:
             if path:
                 files = [str(file) for file in _parquet_files(source, path, split)]
                 rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=scratch)
             else:
                 rows = datasets.load_dataset(source.hub, split=split)
+            if not re.match("u?int", kind := str(getattr(rows.features["label"], "dtype", "of no type"))):
+                raise ValueError(f"column 'label' is {kind}")
             rows = rows.cast_column(source.column, datasets.Image())
             images = torch.empty(len(rows), source.height, source.width, source.channels, dtype=torch.uint8)
             mode, start = "L" if source.channels == 1 else "RGB", 0
@@ -301,16 +332,18 @@ def decode(source: Source, path: Path | None, split: str) -> dict[str, Any]:
                 disable=not sys.stdout.isatty(),
             )
             for batch in batches:
+                if None in batch[source.column]:
+                    raise ValueError(f"row {start + batch[source.column].index(None)} has no image")
                 arrays = np.stack([np.asarray(image.convert(mode)) for image in batch[source.column]])
                 images[start : start + len(arrays)] = torch.from_numpy(arrays).view(-1, *images.shape[1:])
                 start += len(arrays)
             labels = torch.tensor(rows["label"][:], dtype=torch.int64)
-        except (*UNREADABLE, TypeError, datasets.exceptions.DatasetsError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(
-                f"cannot read {split} images from {where}: {reason}; expected {source.height}x{source.width} "
-                f"images in column {source.column!r} and integers in column 'label'"
-            ) from error
+    except (*UNREADABLE, TypeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"cannot read {split} images from {where}: {_first_line(error)}; "
+            f"expected {source.height}x{source.width} images in column {source.column!r} "
+            "and integers in column 'label'"
+        ) from error
     if not len(labels) or labels.min() < 0 or labels.max() >= source.classes:
         raise DataError(
             f"{where} {split}: expected labels 0 to {source.classes - 1}, got {labels.unique().tolist()[:5]}"
@@ -319,21 +352,30 @@ def decode(source: Source, path: Path | None, split: str) -> dict[str, Any]:
 
 
 def _parquet_files(source: Source, path: Path, split: str) -> list[Path]:
-    """The parquet files of a split, checked: they exist, can be read, and have the columns."""
+    """The parquet files of a split, checked: they are there once, can be read, and have the columns."""
     import pyarrow
     import pyarrow.parquet
 
     expected = f"expected {split}.parquet with columns {source.column!r} and 'label'"
     if not path.is_dir():
         raise DataError(f"data.path {path} is not a folder; {expected}")
-    files = sorted(path.rglob(f"{split}*.parquet"))
+    files, sets = [], {}  # sets: (folder, number of parts) to the parts that are there
+    for file in sorted(path.rglob(f"{split}*.parquet")):
+        if match := re.fullmatch(rf"{split}(?:-(\d+)-of-(\d+)(?:-\w+)?)?\.parquet", file.name):
+            sets.setdefault((file.parent, int(match[2] or 1)), []).append(int(match[1] or 0))
+            files.append(file)
     if not files:
         raise DataError(f"data.path {path} has no {split}.parquet; {expected}")
+    if len(sets) > 1 or any(parts != list(range(number)) for (_, number), parts in sets.items()):
+        names = ", ".join(str(file.relative_to(path)) for file in files)
+        raise DataError(
+            f"data.path {path} must hold every part of {split} just once, got {names}; {expected}"
+        )
     for file in files:
         try:
             columns = pyarrow.parquet.read_schema(file).names
         except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"cannot read {file}: {str(error).splitlines()[0]}; {expected}") from error
+            raise DataError(f"cannot read {file}: {_first_line(error)}; {expected}") from error
         if missing := {source.column, "label"} - set(columns):
             raise DataError(f"{file} has no column {sorted(missing)}, only {columns}; {expected}")
     return files
@@ -353,7 +395,35 @@ def _with_statistics(images: Tensor, labels: Tensor) -> dict[str, Any]:
     weights, levels = counts / counts.sum(1, keepdim=True), torch.arange(256.0, dtype=torch.float64)
     mean = weights @ levels
     std = (weights @ levels.square() - mean.square()).clamp_min(1e-6).sqrt()
-    return {"images": images, "labels": labels, "mean": mean.float(), "std": std.float()}
+    digest = hashlib.sha256(images.numpy())
+    digest.update(labels.numpy())
+    return {
+        "images": images,
+        "labels": labels,
+        "mean": mean.float(),
+        "std": std.float(),
+        "digest": digest.hexdigest()[:16],  # of the content alone: a folder may move
+    }
+
+
+def _is_decoded(content: object, source: Source) -> bool:
+    """Whether a cache file holds what `decode` returns."""
+    if not isinstance(content, dict) or not isinstance(content.get("labels"), Tensor):
+        return False
+    number = content["labels"].numel()
+    layout = {
+        "images": (torch.uint8, (number, source.length, source.channels)),
+        "labels": (torch.int64, (number,)),
+        "mean": (torch.float32, (source.channels,)),
+        "std": (torch.float32, (source.channels,)),
+    }
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    found = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+    return found == layout and isinstance(content.get("digest"), str)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _default_cache() -> Path:

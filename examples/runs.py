@@ -6,6 +6,7 @@ import re
 import subprocess
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,8 @@ class LineProgress(ProgressBar):
 
     def __init__(self, seconds: float = 30.0) -> None:
         super().__init__()
-        self.seconds, self.console, self._last = seconds, Console(highlight=False, soft_wrap=True), 0.0
+        self.seconds, self.console = seconds, Console(highlight=False, soft_wrap=True)
+        self._last = time.monotonic()
 
     def disable(self) -> None:
         """Lightning silences the other ranks with this."""
@@ -178,10 +180,51 @@ class LineProgress(ProgressBar):
         if time.monotonic() - self._last > self.seconds:
             self._line(trainer, pl_module)
 
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """A line if it is time."""
+        self._place("validating", batch_idx, trainer.num_val_batches)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """A line if it is time."""
+        self._place("testing", batch_idx, trainer.num_test_batches)
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """A line if it is time."""
+        self._place("predicting", batch_idx, trainer.num_predict_batches)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A line with the validation figures."""
         if trainer.training or trainer.state.fn == "fit":
             self._line(trainer, pl_module)
+
+    def _place(self, doing: str, batch_idx: int, batches: Sequence[int | float]) -> None:
+        if time.monotonic() - self._last > self.seconds:
+            self._last = time.monotonic()
+            self.console.print(f"{doing}  batch {batch_idx + 1} of {batches[0]}")
 
     def _line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._last = time.monotonic()

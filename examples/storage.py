@@ -13,6 +13,17 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 # What torch.load raises on a file that is truncated, empty, or not one of its own.
 UNREADABLE = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError)
 
+# What testing and resuming read of a checkpoint.
+CONTENT = (
+    "epoch",
+    "global_step",
+    "loops",
+    "lr_schedulers",
+    "optimizer_states",
+    "pytorch-lightning_version",
+    "state_dict",
+)
+
 
 class CheckpointError(Exception):
     """A checkpoint that is missing, damaged, or of another run; the message names the file."""
@@ -24,7 +35,12 @@ def atomic_save(content: object, path: Path) -> None:
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # such as a full disk, which torch hides
+                    raise error.__context__ from None
+                raise
             file.flush()
             os.fsync(file.fileno())
         os.chmod(partial, 0o666 & ~_umask())
@@ -49,8 +65,10 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint ({reason}); nothing was changed"
         ) from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise CheckpointError(f"{path} is not a checkpoint of this program; nothing was changed")
+    if missing := [name for name in CONTENT if not isinstance(content, dict) or name not in content]:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this program, it has no {', '.join(missing)}; nothing was changed"
+        )
     return content
 
 

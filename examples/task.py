@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from storage import CheckpointError
 from torch import Tensor, nn
 
 from s4 import S4Block, S4Layer, S4Model, param_groups
@@ -34,7 +35,7 @@ class SequenceClassifier(pl.LightningModule):
         mode: how a sequence is processed, see S4Layer.
         backend: who computes the kernel, see S4Layer.
         norm: layer, batch or rms.
-        prenorm: normalise before the S4 layer, else after the residual sum.
+        prenorm: normalise before each S4 layer and after the last block, else after each residual sum.
         dropout: probability.
         tie_dropout: drop whole channels, the same at every step.
         mixer: glu or linear, what follows the activation.
@@ -57,7 +58,7 @@ class SequenceClassifier(pl.LightningModule):
         dt_max: float = 1e-1,
         n_ssm: int = 1,
         bidirectional: bool = False,
-        mode: Literal["auto", "fft", "scan"] = "auto",
+        mode: Literal["auto", "fft"] = "auto",
         backend: str = "auto",
         norm: Literal["layer", "batch", "rms"] = "layer",
         prenorm: bool = True,
@@ -97,6 +98,8 @@ class SequenceClassifier(pl.LightningModule):
             [block() for _ in range(n_layers)],
             nn.Linear(d_model, n_classes),
             pooling="mean",
+            # What pre-norm blocks add up has no norm yet. After batch norm too, as this one is by position.
+            norm=(nn.RMSNorm if norm == "rms" else nn.LayerNorm)(d_model) if prenorm else None,
         )
         self._step_began = 0.0
 
@@ -128,6 +131,17 @@ class SequenceClassifier(pl.LightningModule):
         """Log training speed over all devices."""
         seconds = time.perf_counter() - self._step_began
         self.log("samples/s", len(batch[1]) * self.trainer.world_size / seconds, prog_bar=True)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the weights of another model, by name."""
+        saved = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
+        own = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
+        if differing := [name for name in {**own, **saved} if saved.get(name) != own.get(name)]:
+            name = differing[0]
+            raise CheckpointError(
+                f"the checkpoint is of another model: {name} has shape {saved.get(name, 'none')} in it and "
+                f"{own.get(name, 'none')} here; use the recipe and options it was trained with"
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, and the schedule by step."""

@@ -243,7 +243,8 @@ def run(arguments: list[str]) -> ExampleCLI:
             args=[command, "--run_dir", f"runs/{recipe.stem}", "--config", str(recipe), *rest[1:]],
             auto_configure_optimizers=False,
         )
-    except (CheckpointError, ConfigError, DataError, MisconfigurationException) as error:
+    # OSError: a full disk, or a folder of the run that cannot be written.
+    except (CheckpointError, ConfigError, DataError, MisconfigurationException, OSError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}")
         raise SystemExit(1) from None
 

@@ -4,7 +4,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from s4.layer import S4Layer, check_features, check_lengths, check_option
+from s4._checks import check_features, check_flag, check_lengths, check_number, check_option
+from s4.layer import S4Layer, padding
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
@@ -45,11 +46,14 @@ class S4Block(nn.Module):
         super().__init__()
         if not isinstance(layer, S4Layer):
             raise TypeError(f"layer must be an S4Layer, got {type(layer).__name__}")
-        check_option("norm", norm, tuple(_NORMS))
-        check_option("activation", activation, tuple(_ACTIVATIONS))
+        check_option("norm", norm, _NORMS)
+        check_flag("prenorm", prenorm)
+        check_option("activation", activation, _ACTIVATIONS)
+        check_number("dropout", dropout, 0)
+        if dropout >= 1:
+            raise ValueError(f"dropout must be below 1, got {dropout}")
+        check_flag("tie_dropout", tie_dropout)
         check_option("mixer", mixer, ("glu", "linear"))
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         d_model, device, dtype = layer.d_model, layer.D.device, layer.D.dtype
         self.prenorm = prenorm
         self.norm = _NORMS[norm](d_model, device=device, dtype=dtype)
@@ -76,9 +80,10 @@ class S4Block(nn.Module):
 
         Outputs past a sequence's end are not zero: the residual runs on there.
         """
-        check_features("x", x, self.layer.d_model, "batch", "length")
+        check_features("x", x, self.layer.D, "batch", "length")
         if lengths is not None:
-            check_lengths(lengths, x.shape[0], x.shape[1])
+            lengths = check_lengths(lengths, x.shape[0], x.shape[1], self.layer.D)
+            x = x.masked_fill(padding(lengths, x.shape[1])[..., None], 0)
         z = self._norm(x, lengths) if self.prenorm else x
         after = None
         z = self.layer(z, state, lengths=lengths, rate=rate, return_state=return_state)
@@ -95,7 +100,7 @@ class S4Block(nn.Module):
         Equals `forward` in eval mode; in training mode dropout draws a mask a step, also when tied, and batch
         norm takes its statistics over the batch alone.
         """
-        check_features("x", x, self.layer.d_model, "batch")
+        check_features("x", x, self.layer.D, "batch")
         z, state = self.layer.step(
             self._norm(x[:, None], None)[:, 0] if self.prenorm else x, state, rate=rate
         )
@@ -119,11 +124,11 @@ class S4Block(nn.Module):
         if not isinstance(self.norm, nn.BatchNorm1d):
             out: Tensor = self.norm(x)
             return out
-        if lengths is None:
+        if lengths is None or not self.training:
             flat: Tensor = self.norm(x.flatten(0, 1))
             return flat.view_as(x)
         # Only what lies inside the sequences may enter the statistics.
-        inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        inside = ~padding(lengths, x.shape[1])
         normed = torch.zeros_like(x)
         normed[inside] = self.norm(x[inside]).to(x.dtype)
         return normed

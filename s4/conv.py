@@ -46,13 +46,18 @@ class _Circular(torch.autograd.Function):
     Keeps u and k but no spectrum, and goes back through real transforms only.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, u: Tensor, k: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(u, k)
+    def forward(u: Tensor, k: Tensor) -> Tensor:
         if u.numel() == 0:
             return u.clone()
         size = k.shape[-1]
         return torch.fft.irfft(torch.fft.rfft(u, size) * torch.fft.rfft(k), size)[..., : u.shape[-1]]
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[no-untyped-def]

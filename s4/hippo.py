@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Complex128, Float64
 from torch import Tensor
 
+from s4._checks import check_integer, check_option
+
 T = TypeVar("T")
 
 
@@ -36,7 +38,8 @@ def transition(measure: str, N: int) -> tuple[Float64[Tensor, "N N"], Float64[Te
     Raises:
         ValueError: unknown measure, or N odd or below 2.
     """
-    return _choose("measure", measure, _TRANSITIONS)(_even(N))
+    with torch.device("cpu"):  # whatever the default device is
+        return _choose("measure", measure, _TRANSITIONS)(_even(N))
 
 
 def dplr(
@@ -58,22 +61,8 @@ def dplr(
     Raises:
         ValueError: unknown measure, or N odd or below 2.
     """
-    A, B = transition(measure, N)
-    P = _LOW_RANK[measure](N)
-    if measure == "fout":
-        # A + P P^T is already made of 2x2 rotations, the first of them zero: no eigensolver could pair
-        # its two null vectors.
-        frequency = 2 * math.pi * torch.arange(N // 2, dtype=torch.float64)
-        cosines = torch.stack([P[0], B])[:, 0::2].to(torch.complex128) / math.sqrt(2)
-        return 1j * frequency, cosines[:1], cosines[1]
-    shift = -0.5 if measure == "legs" else 0.0
-    skew = A + P.T @ P - shift * torch.eye(N, dtype=torch.float64)
-    frequency, V = torch.linalg.eigh(-1j * skew)  # ascending, symmetric about 0
-    frequency, V = frequency[N // 2 :], V[:, N // 2 :]
-    phase = V.mH @ B.to(V.dtype)
-    V = V * (phase / phase.abs())
-    Lambda = torch.complex(torch.full_like(frequency, shift), frequency)
-    return Lambda, torch.einsum("jn,rj->rn", V.conj(), P.to(V.dtype)), (V.mH @ B.to(V.dtype)).real + 0j
+    with torch.device("cpu"):
+        return _dplr(measure, N)
 
 
 def diag(init: str, N: int) -> tuple[Complex128[Tensor, "n"], Complex128[Tensor, "n"]]:
@@ -91,7 +80,27 @@ def diag(init: str, N: int) -> tuple[Complex128[Tensor, "n"], Complex128[Tensor,
     Raises:
         ValueError: unknown init, or N odd or below 2.
     """
-    return _choose("init", init, _DIAGONALS)(_even(N))
+    with torch.device("cpu"):
+        return _choose("init", init, _DIAGONALS)(_even(N))
+
+
+def _dplr(measure: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
+    A, B = transition(measure, N)
+    P = _LOW_RANK[measure](N)
+    if measure == "fout":
+        # A + P P^T is already made of 2x2 rotations, the first of them zero: no eigensolver could pair
+        # its two null vectors.
+        frequency = 2 * math.pi * torch.arange(N // 2, dtype=torch.float64)
+        cosines = torch.stack([P[0], B])[:, 0::2].to(torch.complex128) / math.sqrt(2)
+        return 1j * frequency, cosines[:1], cosines[1]
+    shift = -0.5 if measure == "legs" else 0.0
+    skew = A + P.T @ P - shift * torch.eye(N, dtype=torch.float64)
+    frequency, V = torch.linalg.eigh(-1j * skew)  # ascending, symmetric about 0
+    frequency, V = frequency[N // 2 :], V[:, N // 2 :]
+    phase = V.mH @ B.to(V.dtype)
+    V = V * (phase / phase.abs())
+    Lambda = torch.complex(torch.full_like(frequency, shift), frequency)
+    return Lambda, torch.einsum("jn,rj->rn", V.conj(), P.to(V.dtype)), (V.mH @ B.to(V.dtype)).real + 0j
 
 
 def _legs(N: int) -> tuple[Tensor, Tensor]:
@@ -166,12 +175,12 @@ _DIAGONALS: dict[str, Callable[[int], tuple[Tensor, Tensor]]] = {
 
 
 def _choose(name: str, value: str, table: dict[str, T]) -> T:
-    if value not in table:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, table))}, got {value!r}")
+    check_option(name, value, table)
     return table[value]
 
 
 def _even(N: int) -> int:
-    if not isinstance(N, int) or N < 2 or N % 2:
-        raise ValueError(f"N must be an even integer of at least 2, got {N!r}")
+    check_integer("N", N, 2)
+    if N % 2:
+        raise ValueError(f"N must be even, got {N}")
     return N

@@ -1,12 +1,23 @@
 """S4Layer: the parameters of one S4 layer, and its convolutional, recurrent and dense views."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from s4 import conv, hippo, ssm
+from s4._checks import (
+    check_features,
+    check_flag,
+    check_integer,
+    check_lengths,
+    check_number,
+    check_option,
+    check_state,
+)
 from s4.kernel import diag, dplr
 from s4.kernel._choice import check_backend
 from s4.ssm import Propagator, System
@@ -14,7 +25,6 @@ from s4.ssm import Propagator, System
 _INITS = {"dplr": ("legs", "legt", "fout"), "diag": ("legs", "lin", "inv")}
 _DISCRETIZATIONS = {"dplr": ("bilinear",), "diag": ("zoh", "bilinear")}
 _MODES = ("auto", "fft")
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _MIN_DECAY = (
     1e-4  # of -Re Lambda at initialisation: LegT and FouT have none, and its logarithm is a parameter
 )
@@ -36,7 +46,7 @@ class S4Layer(nn.Module):
         dt_min, dt_max: range of the initial step sizes, log-uniform over the channels.
         n_ssm: independent (A, B) pairs, each shared by d_model / n_ssm neighbouring channels.
         bidirectional: also convolve backwards, with an output row C of its own. No state, no step.
-        mode: how `forward` processes a sequence: "fft", or "auto", which chooses for you.
+        mode: how `forward` processes a sequence: "fft", by FFT convolution, or "auto", the same at present.
         backend: who computes the kernel: "auto", or the Cauchy or Vandermonde sums of one of
             `s4.kernel.backends()`.
         device: of the parameters.
@@ -64,22 +74,21 @@ class S4Layer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _positive_int("d_model", d_model)
-        _positive_int("d_state", d_state)
-        _positive_int("n_ssm", n_ssm)
+        check_integer("d_model", d_model, 1)
+        check_integer("d_state", d_state, 2)
+        check_integer("n_ssm", n_ssm, 1)
         if d_state % 2:
             raise ValueError(f"d_state must be even, as modes come in conjugate pairs, got {d_state}")
         if d_model % n_ssm:
             raise ValueError(f"n_ssm must divide d_model ({d_model}), got {n_ssm}")
-        check_option("variant", variant, tuple(_INITS))
+        check_option("variant", variant, _INITS)
         check_option("init", init, _INITS[variant], f" for variant={variant!r}")
         if discretization is None:
             discretization = _DISCRETIZATIONS[variant][0]
         check_option("discretization", discretization, _DISCRETIZATIONS[variant], f" for variant={variant!r}")
-        if not 0 < dt_min <= dt_max < math.inf:
-            raise ValueError(
-                f"dt_min and dt_max must satisfy 0 < dt_min <= dt_max, got {dt_min} and {dt_max}"
-            )
+        check_number("dt_min", dt_min, 0, above=True)
+        check_number("dt_max", dt_max, dt_min)
+        check_flag("bidirectional", bidirectional)
         check_option("mode", mode, _MODES)
         check_backend(backend)
         dtype = dtype or torch.get_default_dtype()
@@ -158,8 +167,16 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
-        self._check_sequence(u, state, lengths, rate, return_state)
-        with torch.autocast(u.device.type, enabled=False):
+        self._check_parameters(rate)
+        check_features("u", u, self.D, "batch", "length")
+        if state is not None:
+            self._check_causal("state")
+            check_state("state", state, (u.shape[0], self.d_model, self.d_state), self.D)
+        if return_state:
+            self._check_causal("return_state")
+        if lengths is not None:
+            lengths = check_lengths(lengths, u.shape[0], u.shape[1], self.D)
+        with _full_precision(u.device):
             return self._forward(u, state, lengths, rate, return_state)
 
     def _forward(
@@ -169,7 +186,7 @@ class S4Layer(nn.Module):
         x = rearrange(u, "b l h -> b h l").to(self.D.dtype)
         past = None
         if lengths is not None:
-            past = torch.arange(L, device=u.device) >= lengths[:, None, None]
+            past = padding(lengths, L)[:, None]
             x = x.masked_fill(past, 0)
         system = self._system(rate)
         propagator = Propagator(ssm.discretize(system, self.discretization))
@@ -207,9 +224,9 @@ class S4Layer(nn.Module):
         """
         self._check_parameters(rate)
         self._check_causal("step")
-        check_features("u", u, self.d_model, "batch")
-        self._check_state(state, u.shape[0])
-        with torch.autocast(u.device.type, enabled=False):
+        check_features("u", u, self.D, "batch")
+        check_state("state", state, (u.shape[0], self.d_model, self.d_state), self.D)
+        with _full_precision(u.device):
             dtype = self.D.dtype
             recurrence = ssm.discretize(self._system(rate), self.discretization).to(dtype)
             y, state = ssm.step(recurrence, state, u.to(dtype))
@@ -218,16 +235,14 @@ class S4Layer(nn.Module):
     def initial_state(self, batch_size: int) -> Tensor:
         """The state before any input: zeros (B, H, N)."""
         self._check_causal("initial_state")
-        if batch_size < 0:
-            raise ValueError(f"batch_size must be 0 or more, got {batch_size}")
+        check_integer("batch_size", batch_size, 0)
         return self.D.new_zeros(batch_size, self.d_model, self.d_state)
 
     def kernel(self, L: int, *, rate: float = 1.0) -> Tensor:
         """Impulse response without D: (H, L); if bidirectional (2, H, L), forward and backward."""
         self._check_parameters(rate)
-        if not isinstance(L, int) or L < 0:
-            raise ValueError(f"L must be an integer of at least 0, got {L!r}")
-        with torch.autocast(self.D.device.type, enabled=False):
+        check_integer("L", L, 0)
+        with _full_precision(self.D.device):
             system = self._system(rate)
             k = self._kernel(system, Propagator(ssm.discretize(system, self.discretization)), L)
         return k if self.bidirectional else k[0]
@@ -282,61 +297,20 @@ class S4Layer(nn.Module):
                 f"S4Layer computes with float32 or float64 parameters, got {self.D.dtype}: "
                 "keep the layer in float32 and use torch.autocast for reduced precision"
             )
-        if not 0 < rate < math.inf:
-            raise ValueError(f"rate must be positive and finite, got {rate}")
+        check_number("rate", rate, 0, above=True)
 
     def _check_causal(self, what: str) -> None:
         if self.bidirectional:
             raise ValueError(f"{what} needs a causal layer, but this one has bidirectional=True")
 
-    def _check_state(self, state: Tensor, batch: int) -> None:
-        expected = (batch, self.d_model, self.d_state)
-        if not isinstance(state, Tensor) or state.shape != expected:
-            got = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
-            raise ValueError(f"state must have shape {expected}, (batch, d_model, d_state), got {got}")
-        if state.dtype != self.D.dtype:
-            raise TypeError(f"state must have the parameters' dtype {self.D.dtype}, got {state.dtype}")
 
-    def _check_sequence(
-        self, u: Tensor, state: Tensor | None, lengths: Tensor | None, rate: float, return_state: bool
-    ) -> None:
-        self._check_parameters(rate)
-        check_features("u", u, self.d_model, "batch", "length")
-        if state is not None:
-            self._check_causal("state")
-            self._check_state(state, u.shape[0])
-        if return_state:
-            self._check_causal("return_state")
-        if lengths is not None:
-            check_lengths(lengths, u.shape[0], u.shape[1])
+def padding(lengths: Tensor, L: int) -> Tensor:
+    """(B, L), True past the end of each right-padded sequence."""
+    return torch.arange(L, device=lengths.device) >= lengths[:, None]
 
 
-def check_lengths(lengths: Tensor, batch: int, L: int) -> None:
-    """Raise unless lengths are `batch` integers in 0..L. Ranges are not read while torch.compile traces."""
-    if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
-        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise TypeError(f"lengths must be a tensor of integers, got {got}")
-    if lengths.shape != (batch,):
-        raise ValueError(f"lengths must have shape ({batch},), got {tuple(lengths.shape)}")
-    if not torch.compiler.is_compiling() and bool(((lengths < 0) | (lengths > L)).any()):
-        raise ValueError(f"lengths must lie in 0..{L}, the length of the batch, got {lengths.tolist()}")
-
-
-def check_features(name: str, value: Tensor, d_model: int, *dims: str) -> None:
-    """Raise unless value is floating point and of shape (*dims, d_model)."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if value.dim() != len(dims) + 1 or value.shape[-1] != d_model:
-        raise ValueError(f"{name} must have shape ({', '.join(dims)}, {d_model}), got {tuple(value.shape)}")
-
-
-def _positive_int(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-
-
-def check_option(name: str, value: str, options: tuple[str, ...], where: str = "") -> None:
-    """Raise ValueError unless value is one of the options."""
-    if value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}{where}, got {value!r}")
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast, where the device has one."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from s4._checks import check_integer, check_lengths, check_module, check_number, check_option, check_state
 from s4.block import S4Block
-from s4.layer import check_lengths, check_option
+from s4.layer import padding
 
 Sampler = Callable[[Tensor], Tensor]
 
@@ -31,6 +32,8 @@ class S4Model(nn.Module):
     Args:
         encoder: maps inputs (B, L, ...) to (B, L, d_model) position by position: `nn.Linear`, `nn.Embedding`.
         blocks: the stack.
+        norm: applied to the outputs of the last block, position by position, before pooling: what a stack of
+            pre-norm blocks ends with. None for post-norm blocks.
         decoder: maps (..., d_model) to outputs position by position: `nn.Linear`, or a norm and a linear map.
         pooling: "none", an output for each position; "last", the output of the last; "mean", the output of
             the mean over all positions.
@@ -40,9 +43,21 @@ class S4Model(nn.Module):
     """
 
     def __init__(
-        self, encoder: nn.Module, blocks: Iterable[S4Block], decoder: nn.Module, *, pooling: str = "none"
+        self,
+        encoder: nn.Module,
+        blocks: Iterable[S4Block],
+        decoder: nn.Module,
+        *,
+        norm: nn.Module | None = None,
+        pooling: str = "none",
     ) -> None:
         super().__init__()
+        check_module("encoder", encoder)
+        check_module("decoder", decoder)
+        if norm is not None:
+            check_module("norm", norm)
+        if not isinstance(blocks, Iterable):
+            raise TypeError(f"blocks must be a sequence of S4Block, got {type(blocks).__name__}")
         stack = list(blocks)
         if not stack or not all(isinstance(block, S4Block) for block in stack):
             raise TypeError(f"blocks must be one or more S4Block, got {[type(b).__name__ for b in stack]}")
@@ -51,6 +66,7 @@ class S4Model(nn.Module):
         check_option("pooling", pooling, ("none", "mean", "last"))
         self.encoder = encoder
         self.blocks: Sequence[S4Block] = nn.ModuleList(stack)  # type: ignore[assignment]
+        self.norm = norm
         self.decoder = decoder
         self.pooling = pooling
 
@@ -79,6 +95,10 @@ class S4Model(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
+        if not isinstance(u, Tensor) or u.dim() < 2:
+            raise ValueError(f"u must be a tensor of shape (batch, length, ...), got {_shape(u)}")
+        if lengths is not None:
+            lengths = check_lengths(lengths, u.shape[0], u.shape[1], self.blocks[0].layer.D)
         x, layers = self._run(u, state, lengths, rate, return_state)
         after = None
         if return_state or self.pooling == "mean":
@@ -90,7 +110,7 @@ class S4Model(nn.Module):
         else:
             y = self.decoder(x)
             if lengths is not None:
-                y = y.masked_fill(_past(lengths, x.shape[1]).view(*x.shape[:2], *(1,) * (y.dim() - 2)), 0)
+                y = _zero_padding(y, lengths)
         return (y, after) if return_state and after is not None else y
 
     def step(self, u: Tensor, state: ModelState, *, rate: float = 1.0) -> tuple[Tensor, ModelState]:
@@ -105,12 +125,16 @@ class S4Model(nn.Module):
             outputs (B, ...): what `forward` gives at this position or, pooled, for the sequence up to here;
             and the next state.
         """
-        self._check_state(state)
+        if not isinstance(u, Tensor) or u.dim() < 1:
+            raise ValueError(f"u must be a tensor of shape (batch, ...), got {_shape(u)}")
+        self._check_state(state, u.shape[0])
         x = self.encoder(u[:, None])[:, 0]
         layers = []
         for block, layer_state in zip(self.blocks, state.layers, strict=True):
             x, layer_state = block.step(x, layer_state, rate=rate)
             layers.append(layer_state)
+        if self.norm is not None:
+            x = self.norm(x[:, None])[:, 0]
         after = ModelState(tuple(layers), state.total + x, state.length + 1)
         return self.decoder(_mean(after) if self.pooling == "mean" else x), after
 
@@ -134,19 +158,20 @@ class S4Model(nn.Module):
         Returns:
             the new inputs (B, steps, ...), prompt excluded.
         """
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        check_integer("steps", steps, 1)
         return torch.stack(list(islice(self.stream(prompt, sample, rate=rate), steps)), 1)
 
     def stream(self, prompt: Tensor, sample: Sampler | None = None, *, rate: float = 1.0) -> Iterator[Tensor]:
         """`generate` without end, yielding (B, ...) as it goes; each step costs the same."""
         if self.pooling != "none":
             raise ValueError(f"generation needs a model with pooling='none', got {self.pooling!r}")
-        if prompt.dim() < 2 or prompt.shape[1] < 1:
+        if not isinstance(prompt, Tensor) or prompt.dim() < 2 or prompt.shape[1] < 1:
             raise ValueError(
-                f"prompt must have shape (batch, length of at least 1, ...), got {tuple(prompt.shape)}"
+                f"prompt must be a tensor of shape (batch, length of at least 1, ...), got {_shape(prompt)}"
             )
-        sample = sample or greedy
+        sample = greedy if sample is None else sample
+        if not callable(sample):
+            raise TypeError(f"sample must be a function of the decoder's output, got {sample!r}")
         with torch.no_grad():  # never held across a yield: the caller's code keeps its own gradient mode
             x, layers = self._run(prompt, None, None, rate, True)
             state = self._pool(x, layers, None, None)
@@ -162,10 +187,10 @@ class S4Model(nn.Module):
         self, u: Tensor, state: ModelState | None, lengths: Tensor | None, rate: float, return_state: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Outputs of the last block (B, L, d_model), zero past the lengths, and the layers' states."""
-        if lengths is not None:
-            check_lengths(lengths, u.shape[0], u.shape[1])
         if state is not None:
-            self._check_state(state)
+            self._check_state(state, u.shape[0])
+        if lengths is not None:
+            u = _zero_padding(u, lengths)
         x, layers = self.encoder(u), []
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.layers[i]
@@ -173,8 +198,10 @@ class S4Model(nn.Module):
             if return_state:
                 x, after = x
                 layers.append(after)
+        if self.norm is not None:
+            x = self.norm(x)
         if lengths is not None:
-            x = x.masked_fill(_past(lengths, x.shape[1])[..., None], 0)
+            x = _zero_padding(x, lengths)
         return x, tuple(layers)
 
     def _pool(
@@ -186,12 +213,19 @@ class S4Model(nn.Module):
             total, length = total + before.total, length + before.length
         return ModelState(layers, total, length)
 
-    def _check_state(self, state: ModelState) -> None:
-        if not isinstance(state, ModelState) or len(state.layers) != len(self.blocks):
+    def _check_state(self, state: ModelState, batch: int) -> None:
+        valid = isinstance(state, ModelState) and isinstance(state.layers, tuple)
+        if not valid or len(state.layers) != len(self.blocks):
             raise ValueError(
                 f"state must be a ModelState of {len(self.blocks)} layers, as initial_state, forward and "
                 f"step return it, got {type(state).__name__}"
             )
+        D = self.blocks[0].layer.D
+        check_state("state.total", state.total, (batch, D.shape[0]), D)
+        check_state("state.length", state.length, (batch,), D, torch.int64)
+        for i, (layer_state, block) in enumerate(zip(state.layers, self.blocks, strict=True)):
+            shape = (batch, block.layer.d_model, block.layer.d_state)
+            check_state(f"state.layers[{i}]", layer_state, shape, block.layer.D)
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -209,7 +243,7 @@ def categorical(
     """A sampler that draws tokens from softmax(logits / temperature).
 
     Args:
-        temperature: above 0; below 1 sharpens.
+        temperature: above 0; below 1 sharpens, towards `greedy`.
         top_k: draw from the k most likely tokens only.
         top_p: draw from the fewest tokens whose probabilities sum to top_p at least (nucleus sampling).
         generator: source of randomness, for draws that can be repeated.
@@ -217,15 +251,18 @@ def categorical(
     Returns:
         a function from logits (B, vocabulary) to tokens (B,).
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}; use greedy for the limit")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+    check_number("temperature", temperature, 0, above=True)
+    if top_k is not None:
+        check_integer("top_k", top_k, 1)
+    if top_p is not None:
+        check_number("top_p", top_p, 0, above=True)
+        if top_p > 1:
+            raise ValueError(f"top_p must be at most 1, got {top_p}")
 
     def sample(logits: Tensor) -> Tensor:
-        p, token = torch.softmax(logits.float() / temperature, -1).sort(-1, descending=True)
+        p, token = torch.softmax((logits - logits.amax(-1, keepdim=True)).double() / temperature, -1).sort(
+            -1, descending=True
+        )
         if top_k is not None:
             p[:, top_k:] = 0
         if top_p is not None:
@@ -235,8 +272,13 @@ def categorical(
     return sample
 
 
-def _past(lengths: Tensor, L: int) -> Tensor:
-    return torch.arange(L, device=lengths.device) >= lengths[:, None]
+def _zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
+    """x (B, L, ...) with zeros past the lengths, also where it holds NaN or tokens that do not exist."""
+    return x.masked_fill(padding(lengths, x.shape[1]).view(*x.shape[:2], *(1,) * (x.dim() - 2)), 0)
+
+
+def _shape(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _mean(state: ModelState) -> Tensor:

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from s4._checks import check_module, check_number
 from s4.layer import S4Layer
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -28,9 +29,10 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float, ssm_lr: float
         ValueError: a rate below 0, or an S4 layer whose SSM parameters are not parameters of the model (after
             a parametrization, or sharding that flattens them: make the groups before it).
     """
-    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("ssm_lr", ssm_lr)):
-        if not value >= 0:
-            raise ValueError(f"{name} must be at least 0, got {value}")
+    check_module("model", model)
+    check_number("lr", lr, 0)
+    check_number("weight_decay", weight_decay, 0)
+    check_number("ssm_lr", ssm_lr, 0)
     own = {id(p) for p in model.parameters()}
     ssm, plain = set(), set()
     for path, module in model.named_modules():

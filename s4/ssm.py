@@ -117,7 +117,13 @@ def modes(x: Float[Tensor, "*batch N"]) -> Complex[Tensor, "*batch n"]:
 
 def readout(C: Complex[Tensor, "*batch n"]) -> Float[Tensor, "*batch N"]:
     """The real row that maps a stacked state x to 2 Re(C x)."""
-    return 2 * stack(C.conj())
+    return 2 * torch.cat([C.real, -C.imag], -1)
+
+
+def row_modes(C: Float[Tensor, "*batch N"]) -> Complex[Tensor, "*batch n"]:
+    """The inverse of `readout`."""
+    re, im = C.chunk(2, -1)
+    return torch.complex(re, -im) / 2
 
 
 def step(
@@ -236,7 +242,7 @@ class Propagator:
     def _rows(self, C: Tensor, count: int, j: int) -> Tensor:
         """[C, C A^m, ..., C A^(m (count-1))] below each other, m = 2^j: (H, count c, N), by doubling."""
         if self._diagonal:
-            return readout(self._doubled(modes(C).conj() / 2, count, j))
+            return readout(self._doubled(row_modes(C), count, j))
         return self._doubled(C, count, j)
 
     def _doubled(self, C: Tensor, count: int, j: int) -> Tensor:

@@ -1,6 +1,7 @@
 """S4Block against its parts put together by hand, and its two views against each other."""
 
 import copy
+import math
 import pickle
 
 import oracle
@@ -19,6 +20,14 @@ OPTIONS = [
     {"norm": "rms", "prenorm": True, "mixer": "linear"},
     {"norm": "rms", "prenorm": False, "mixer": "glu", "activation": "gelu"},
 ]
+
+
+ACTIVATIONS = {
+    "gelu": lambda z: z * (1 + torch.erf(z / 2**0.5)) / 2,
+    "relu": lambda z: torch.where(z > 0, z, torch.zeros_like(z)),
+    "silu": lambda z: z / (1 + torch.exp(-z)),
+    "tanh": lambda z: 1 - 2 / (1 + torch.exp(2 * z)),
+}
 
 
 def ids(options: dict[str, object]) -> str:
@@ -46,7 +55,7 @@ def norm_of(block: S4Block, options: dict[str, object]) -> nn.Module:
 
 
 def by_hand(block: S4Block, options: dict[str, object], x: Tensor) -> Tensor:
-    """x + mix(gelu(S4(norm x))), or norm(x + mix(gelu(S4 x))), with every formula written out."""
+    """x + mix(act(S4(norm x))), or norm(x + mix(act(S4 x))), with every formula written out."""
     norm = norm_of(block, options)
 
     def normed(z: Tensor) -> Tensor:
@@ -61,14 +70,14 @@ def by_hand(block: S4Block, options: dict[str, object], x: Tensor) -> Tensor:
     (linear,) = (m for m in block.modules() if isinstance(m, nn.Linear))
     prenorm = options.get("prenorm", True)
     z = block.layer(normed(x) if prenorm else x)
-    z = z * (1 + torch.erf(z / 2**0.5)) / 2
+    z = ACTIVATIONS[options.get("activation", "gelu")](z)
     z = z @ linear.weight.T + linear.bias
     if options.get("mixer", "glu") == "glu":
         z = z[..., :D_MODEL] * torch.sigmoid(z[..., D_MODEL:])
     return x + z if prenorm else normed(x + z)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+@pytest.mark.parametrize("options", [*OPTIONS, *({"activation": name} for name in ACTIVATIONS)], ids=ids)
 def test_block_is_its_parts(options: dict[str, object]) -> None:
     block = build(**options)
     x = torch.randn(3, L, D_MODEL).double()
@@ -117,6 +126,35 @@ def test_padded_is_unpadded(options: dict[str, object], bidirectional: bool) -> 
         _, state = block(x, lengths=lengths, return_state=True)
         for b, size in enumerate(lengths):
             oracle.close(state[b : b + 1], block(x[b : b + 1, :size], return_state=True)[1], 1e-9)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "both"])
+@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+def test_padding_is_not_looked_at(options: dict[str, object], bidirectional: bool, training: bool) -> None:
+    """NaN there is as good as zero, in the outputs and in every gradient."""
+    block = build(bidirectional, **options).train(training)
+    sizes = [L, 1, 0, 11]
+    clean = torch.randn(len(sizes), L, D_MODEL).double()
+    results = []
+    for filler in (0.0, math.nan):
+        x = clean.clone()
+        for b, size in enumerate(sizes):
+            x[b, size:] = filler
+        x.requires_grad_()
+        twin = copy.deepcopy(block)
+        y = twin(x, lengths=torch.tensor(sizes))
+        assert torch.isfinite(y).all()
+        inside = torch.cat([y[b, :size] for b, size in enumerate(sizes)])
+        loss = (inside * torch.linspace(-1, 2, inside.numel()).double().view_as(inside)).sum()
+        grads = torch.autograd.grad(loss, [x, *twin.parameters()])
+        for b, size in enumerate(sizes):
+            assert (grads[0][b, size:] == 0).all()
+        buffers = [value for value in twin.buffers() if value.is_floating_point()]
+        results.append([inside, *grads, *buffers])
+    for got, want in zip(results[1], results[0], strict=True):
+        assert torch.isfinite(got).all()
+        oracle.close(got, want, 1e-12)
 
 
 @pytest.mark.parametrize("prenorm", [True, False])
@@ -171,7 +209,7 @@ def test_tied_dropout_draws_one_mask_over_time() -> None:
             assert not torch.allclose(change[0], change[1])
 
 
-@pytest.mark.parametrize("activation", ["gelu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradient_reaches_every_parameter(activation: str) -> None:
     block = build(activation=activation).train()
     x = torch.randn(2, L, D_MODEL).double().requires_grad_()

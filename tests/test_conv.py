@@ -105,6 +105,33 @@ def test_gradients(L: int, K: int) -> None:
     u, k, back = (x.requires_grad_() for x in signals((2, 2, L), (2, K), (2, K)))
     assert torch.autograd.gradcheck(conv.causal, (u, k))
     assert torch.autograd.gradcheck(conv.two_sided, (u, k, back))
+    assert torch.autograd.gradgradcheck(conv.causal, (u, k))
+    assert torch.autograd.gradgradcheck(conv.two_sided, (u, k, back))
+
+
+@pytest.mark.parametrize(("L", "K"), [(5, 5), (12, 6), (6, 30)])
+def test_functional_gradients(L: int, K: int) -> None:
+    """torch.func.grad is autograd's, and under vmap it is that of each sample."""
+    u, k, weight = signals((3, 2, L), (3, 2, K), (2, L))
+
+    def loss(u: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (conv.causal(u, k).square() * weight).sum()
+
+    grad = torch.func.grad(loss, argnums=(0, 1))
+
+    def autograd(u: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        u, k = u.clone().requires_grad_(), k.clone().requires_grad_()
+        return torch.autograd.grad(loss(u, k), (u, k))
+
+    for got, want in zip(grad(u, k[0]), autograd(u, k[0]), strict=True):
+        oracle.close(got, want, 1e-12)
+    for dims in ((0, 0), (0, None), (None, 0)):
+        each = [[x[0 if d is None else b] for x, d in zip((u, k), dims, strict=True)] for b in range(3)]
+        together = [x[0] if d is None else x for x, d in zip((u, k), dims, strict=True)]
+        got = torch.func.vmap(grad, in_dims=dims)(*together)
+        for b in range(3):
+            for g, w in zip(got, autograd(*each[b]), strict=True):
+                oracle.close(g[b], w, 1e-12)
 
 
 def test_numpy_convolve_agrees() -> None:

@@ -52,6 +52,14 @@ LAYER = {
     "unknown backend": ({"backend": "magic"}, ValueError, "backend.*torch.*magic"),
     "half parameters": ({"dtype": torch.bfloat16}, TypeError, "dtype.*bfloat16"),
     "complex parameters": ({"dtype": torch.complex64}, TypeError, "dtype.*complex64"),
+    "two directions": ({"bidirectional": 2}, EITHER, "bidirectional.*2"),
+    "bidirectional a word": ({"bidirectional": "no"}, EITHER, "bidirectional.*no"),
+    "bidirectional none": ({"bidirectional": None}, EITHER, "bidirectional.*None"),
+    "dt_min a word": ({"dt_min": "a"}, EITHER, "dt_min.*a"),
+    "dt_max none": ({"dt_max": None}, EITHER, "dt_max.*None"),
+    "backends": ({"backend": ["torch"]}, EITHER, r"backend.*\['torch'\]"),
+    "variants": ({"variant": ["dplr"]}, EITHER, r"variant.*\['dplr'\]"),
+    "dtype a word": ({"dtype": "float32"}, EITHER, "dtype.*float32"),
 }
 
 
@@ -147,6 +155,19 @@ CALLS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
     ),
     "bfloat16 parameters in kernel": (lambda: causal().bfloat16().kernel(4), TypeError, "bfloat16"),
     "batch size negative": (lambda: causal().initial_state(-1), EITHER, "batch_size.*-1"),
+    "batch size half": (lambda: causal().initial_state(2.5), EITHER, r"batch_size.*2\.5"),
+    "batch size a flag": (lambda: causal().initial_state(True), EITHER, "batch_size.*True"),
+    "batch size none": (lambda: causal().initial_state(None), EITHER, "batch_size.*None"),
+    "kernel of a flag": (lambda: causal().kernel(True), EITHER, "L .*True"),
+    "u elsewhere": (lambda: causal()(U.to("meta")), ValueError, "u .*meta"),
+    "state elsewhere": (lambda: causal()(U, X.to("meta")), ValueError, "state .*meta"),
+    "lengths elsewhere": (
+        lambda: causal()(U, lengths=torch.tensor([1, 2], device="meta")),
+        ValueError,
+        "lengths .*meta",
+    ),
+    "u elsewhere in step": (lambda: causal().step(U[:, 0].to("meta"), X), ValueError, "u .*meta"),
+    "state elsewhere in step": (lambda: causal().step(U[:, 0], X.to("meta")), ValueError, "state .*meta"),
 }
 
 
@@ -155,8 +176,35 @@ def test_layer_calls(call: Callable[[], Any], kind: Kind, match: str) -> None:
     refuses(kind, match, call)
 
 
+RATES = {
+    "word": ("a", "a"),
+    "none": (None, "None"),
+    "two": (torch.ones(2), "tensor|Tensor"),
+    "zero": (0, "0"),
+    "infinite": (float("inf"), "inf"),
+    "nan": (float("nan"), "nan"),
+}
+
+
+@pytest.mark.parametrize(("rate", "match"), RATES.values(), ids=RATES)
+def test_rate(rate: Any, match: str) -> None:
+    for call in (
+        lambda: causal()(U, rate=rate),
+        lambda: causal().step(U[:, 0], X, rate=rate),
+        lambda: causal().kernel(3, rate=rate),
+        lambda: causal().dense(rate=rate),
+        lambda: S4Block(causal())(U, rate=rate),
+        lambda: model()(T, rate=rate),
+        lambda: model().step(T[:, 0], model().initial_state(2), rate=rate),
+        lambda: model().generate(T, 2, rate=rate),
+    ):
+        refuses(EITHER, f"rate.*({match})", call)
+
+
 HIPPO = {
     "unknown measure": (lambda: hippo.transition("lagt", 4), "measure.*legs.*lagt"),
+    "measures": (lambda: hippo.transition(["legs"], 4), r"measure.*\['legs'\]"),
+    "inits": (lambda: hippo.diag(["legs"], 4), r"init.*\['legs'\]"),
     "measure of dplr": (lambda: hippo.dplr("lin", 4), "measure.*legs.*lin"),
     "init of diag": (lambda: hippo.diag("legt", 4), "init.*legs.*legt"),
     "odd N": (lambda: hippo.transition("legs", 3), "N .*3"),
@@ -169,7 +217,7 @@ HIPPO = {
 
 @pytest.mark.parametrize(("call", "match"), HIPPO.values(), ids=HIPPO)
 def test_hippo(call: Callable[[], Any], match: str) -> None:
-    refuses(ValueError, match, call)
+    refuses(EITHER, match, call)
 
 
 # V (..., n), Z (..., l) and W (..., n) as `cauchy` and `vandermonde` take them
@@ -180,6 +228,8 @@ SUMS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
         ValueError,
         "backend.*torch.*magic",
     ),
+    "cauchy of a list": (lambda: s4.kernel.cauchy([1], Z, W), TypeError, "v .*list"),
+    "cauchy at a number": (lambda: s4.kernel.cauchy(V, 1j, W), TypeError, "z .*complex"),
     "cauchy real v": (lambda: s4.kernel.cauchy(V.real, Z, W), TypeError, "v .*float32"),
     "cauchy real z": (lambda: s4.kernel.cauchy(V, Z.real, W), TypeError, "z .*float32"),
     "cauchy real w": (lambda: s4.kernel.cauchy(V, Z, W.real), TypeError, "w .*float32"),
@@ -192,6 +242,8 @@ SUMS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
         ValueError,
         "backend.*torch.*magic",
     ),
+    "vandermonde of a list": (lambda: s4.kernel.vandermonde(V, [1], 3), TypeError, "x .*list"),
+    "vandermonde of a flag": (lambda: s4.kernel.vandermonde(V, W, True), EITHER, "L .*True"),
     "vandermonde real v": (lambda: s4.kernel.vandermonde(V.real, W, 3), TypeError, "v .*float32"),
     "vandermonde real x": (lambda: s4.kernel.vandermonde(V, W.real, 3), TypeError, "x .*float32"),
     "vandermonde modes": (lambda: s4.kernel.vandermonde(V, W[:, :1], 3), ValueError, "v and x.*2.*1"),
@@ -222,6 +274,18 @@ BLOCK = {
     "unknown mixer": (lambda: S4Block(causal(), mixer="attention"), ValueError, "mixer.*glu.*attention"),
     "negative dropout": (lambda: S4Block(causal(), dropout=-0.1), ValueError, r"dropout.*-0\.1"),
     "dropout of all": (lambda: S4Block(causal(), dropout=1.5), ValueError, r"dropout.*1\.5"),
+    "dropout of everything": (lambda: S4Block(causal(), dropout=1.0), ValueError, r"dropout.*1\.0"),
+    "dropout a word": (lambda: S4Block(causal(), dropout="x"), EITHER, "dropout.*x"),
+    "dropout none": (lambda: S4Block(causal(), dropout=None), EITHER, "dropout.*None"),
+    "prenorm a word": (lambda: S4Block(causal(), prenorm="yes"), EITHER, "prenorm.*yes"),
+    "tie_dropout a word": (lambda: S4Block(causal(), tie_dropout="x"), EITHER, "tie_dropout.*x"),
+    "norms": (lambda: S4Block(causal(), norm=["layer"]), EITHER, r"norm.*\['layer'\]"),
+    "sequence elsewhere": (lambda: S4Block(causal())(U.to("meta")), ValueError, "x .*meta"),
+    "lengths elsewhere": (
+        lambda: S4Block(causal())(U, lengths=torch.tensor([1, 2], device="meta")),
+        ValueError,
+        "lengths .*meta",
+    ),
     "sequence of another width": (lambda: S4Block(causal())(U[..., :3]), ValueError, r"\(2, 5, 3\)"),
     "sequence of rank 2": (lambda: S4Block(causal())(U[0]), ValueError, r"\(5, 4\)"),
     "sequence to step": (lambda: S4Block(causal()).step(U, X), ValueError, r"\(2, 5, 4\)"),
@@ -255,6 +319,11 @@ def one_block_state() -> s4.model.ModelState:
     return S4Model(nn.Embedding(7, 4), [S4Block(causal())], nn.Linear(4, 7)).initial_state(2)
 
 
+def bent(**parts: torch.Tensor) -> s4.model.ModelState:
+    """The state of `model` for a batch of two with some of it replaced."""
+    return model().initial_state(2)._replace(**parts)
+
+
 T = torch.zeros(2, 5, dtype=torch.long)
 MODEL = {
     "unknown pooling": (lambda: model("max"), ValueError, "pooling.*mean.*max"),
@@ -264,6 +333,43 @@ MODEL = {
         lambda: S4Model(nn.Identity(), [S4Block(causal()), S4Block(S4Layer(6, 8))], nn.Identity()),
         ValueError,
         "blocks.*4.*6",
+    ),
+    "no encoder": (lambda: S4Model(5, [S4Block(causal())], nn.Identity()), TypeError, "encoder.*5"),
+    "a function as encoder": (
+        lambda: S4Model(lambda u: u, [S4Block(causal())], nn.Identity()),
+        TypeError,
+        "encoder.*function",
+    ),
+    "no decoder": (lambda: S4Model(nn.Identity(), [S4Block(causal())], None), TypeError, "decoder.*None"),
+    "a block as blocks": (
+        lambda: S4Model(nn.Identity(), S4Block(causal()), nn.Identity()),
+        TypeError,
+        "blocks.*S4Block",
+    ),
+    "blocks none": (lambda: S4Model(nn.Identity(), None, nn.Identity()), TypeError, "blocks.*None"),
+    "no norm": (
+        lambda: S4Model(nn.Identity(), [S4Block(causal())], nn.Identity(), norm=5),
+        TypeError,
+        "norm.*5",
+    ),
+    "poolings": (lambda: model(["mean"]), EITHER, r"pooling.*\['mean'\]"),
+    "u of rank 1": (lambda: model()(T[0]), ValueError, r"u .*\(5,\)"),
+    "u a list": (lambda: model()([[1, 2]]), EITHER, "u .*list"),
+    "lengths elsewhere": (
+        lambda: model("mean")(T, lengths=torch.tensor([1, 2], device="meta")),
+        ValueError,
+        "lengths .*meta",
+    ),
+    "total of another width": (lambda: model("mean")(T, bent(total=torch.zeros(2, 3))), ValueError, "state"),
+    "total of another width in step": (
+        lambda: model("mean").step(T[:, 0], bent(total=torch.zeros(2, 3))),
+        ValueError,
+        "state",
+    ),
+    "length of another batch": (
+        lambda: model("mean")(T, bent(length=torch.zeros(3, dtype=torch.long))),
+        ValueError,
+        "state",
     ),
     "lengths too long": (lambda: model("mean")(T, lengths=torch.tensor([2, 6])), ValueError, "lengths .*6"),
     "lengths of another batch": (
@@ -285,9 +391,16 @@ MODEL = {
     "generate after pooling": (lambda: model("mean").generate(T, 3), ValueError, "pooling.*mean"),
     "generate from nothing": (lambda: model().generate(T[:, :0], 3), ValueError, r"prompt.*\(2, 0\)"),
     "generate without batch": (lambda: model().generate(T[0], 3), ValueError, r"prompt.*\(5,\)"),
+    "generate from a list": (lambda: model().generate([1], 2), EITHER, "prompt.*list"),
+    "stream from a list": (lambda: next(model().stream([1])), EITHER, "prompt.*list"),
+    "generate by a number": (lambda: model().generate(T, 2, 5), TypeError, "sample.*5"),
+    "half a step": (lambda: model().generate(T, 2.5), EITHER, r"steps.*2\.5"),
     "negative steps": (lambda: model().generate(T, -1), ValueError, "steps.*-1"),
     "no rate": (lambda: model()(T, rate=0.0), ValueError, "rate.*0"),
     "temperature": (lambda: s4.model.categorical(0.0), ValueError, "temperature.*0"),
+    "temperature a word": (lambda: s4.model.categorical("a"), EITHER, "temperature.*a"),
+    "half a top_k": (lambda: s4.model.categorical(top_k=2.5), EITHER, r"top_k.*2\.5"),
+    "top_p a word": (lambda: s4.model.categorical(top_p="a"), EITHER, "top_p.*a"),
     "top_k": (lambda: s4.model.categorical(top_k=0), ValueError, "top_k.*0"),
     "top_p": (lambda: s4.model.categorical(top_p=1.5), ValueError, r"top_p.*1\.5"),
     "last of nothing": (lambda: model("last")(T[:, :0]), ValueError, "last"),
@@ -307,3 +420,18 @@ OPTIM = {"lr": -1.0, "weight_decay": -0.1, "ssm_lr": -1e-3}
 def test_param_groups(name: str, value: float, nan: bool) -> None:
     keywords = {"lr": 0.1, "weight_decay": 0.1, "ssm_lr": 0.1} | {name: float("nan") if nan else value}
     refuses(ValueError, f"{name}.*{'nan' if nan else value}", lambda: param_groups(causal(), **keywords))
+
+
+OTHER_OPTIM = {
+    "a list of modules": ({"model": [nn.Linear(2, 2)]}, TypeError, "model.*Linear"),
+    "lr a word": ({"lr": "1"}, EITHER, "lr.*1"),
+    "lr infinite": ({"lr": float("inf")}, ValueError, "lr.*inf"),
+    "ssm_lr infinite": ({"ssm_lr": float("inf")}, ValueError, "ssm_lr.*inf"),
+    "weight_decay none": ({"weight_decay": None}, EITHER, "weight_decay.*None"),
+}
+
+
+@pytest.mark.parametrize(("changed", "kind", "match"), OTHER_OPTIM.values(), ids=OTHER_OPTIM)
+def test_param_groups_of_another_kind(changed: dict[str, Any], kind: Kind, match: str) -> None:
+    keywords = {"model": causal(), "lr": 0.1, "weight_decay": 0.1, "ssm_lr": 0.1} | changed
+    refuses(kind, match, lambda: param_groups(**keywords))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ import images
 import runs
 import train
 from images import DataError, SequentialImages, TensorLoader, hold_out
-from storage import CheckpointError, atomic_save, load_checkpoint
+from storage import CONTENT, CheckpointError, atomic_save, load_checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -37,14 +38,14 @@ TINY = [
 ]
 
 
-def write_parquet(folder: Path, source: images.Source, per_class: int = 4) -> Path:
+def write_parquet(folder: Path, source: images.Source, per_class: int = 6, seed: int = 0) -> Path:
     """Random images, encoded as PNG, with the columns of the hub's data set."""
     import pyarrow
     import pyarrow.parquet
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     for split in ("train", "test"):
         rows = []
         for _ in range(10 * per_class):
@@ -117,6 +118,8 @@ def test_recipes_have_the_values_of_the_paper() -> None:
     model = recipe["model"]
     assert (model["n_layers"], model["d_model"], model["d_state"], model["dropout"]) == (6, 512, 64, 0.1)
     assert (model["lr"], model["ssm_lr"], model["weight_decay"]) == (0.01, 0.001, 0.05)
+    assert (model["bidirectional"], model["prenorm"], model["tie_dropout"]) == (True, False, True)
+    assert (model["mixer"], model["norm"], model["n_ssm"]) == ("glu", "layer", 2)
     assert (model["warmup_steps"], recipe["data"]["batch_size"]) == (900, 50)
     assert recipe["trainer"]["max_epochs"] == 200
 
@@ -147,7 +150,8 @@ def test_help_lists_recipes(capsys: Capture) -> None:
         with pytest.raises(SystemExit) as ended:
             train.run(arguments)
         assert ended.value.code == 0
-        assert all(recipe in capsys.readouterr().out for recipe in RECIPES[-1:])
+        shown = capsys.readouterr().out
+        assert [recipe for recipe in RECIPES if recipe not in shown] == []
 
 
 def test_print_config(capsys: Capture) -> None:
@@ -155,6 +159,40 @@ def test_print_config(capsys: Capture) -> None:
         train.run(["scifar", "--model.lr", "0.004", "--print_config"])
     assert ended.value.code == 0
     assert "lr: 0.004" in capsys.readouterr().out
+
+
+def test_every_choice_of_the_model_exists() -> None:
+    choices = {
+        name: get_args(hint)
+        for name, hint in get_type_hints(train.SequenceClassifier.__init__).items()
+        if get_origin(hint) is Literal
+    }
+    assert choices.keys() == {"variant", "init", "mode", "norm", "mixer"}
+    for name, values in choices.items():
+        for value in values:
+            variant = {"variant": "diag"} if value in ("lin", "inv") else {}
+            train.SequenceClassifier(d_model=4, n_layers=1, d_state=2, **{name: value, **variant})
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
+def test_final_norm_of_pre_norm_stacks(norm: str) -> None:
+    kinds = [
+        type(
+            train.SequenceClassifier(d_model=4, n_layers=1, d_state=2, norm=norm, prenorm=prenorm).model.norm
+        )
+        for prenorm in (True, False)
+    ]
+    assert kinds == [torch.nn.RMSNorm if norm == "rms" else torch.nn.LayerNorm, type(None)]
+
+
+def test_lines_while_testing(capsys: Capture) -> None:
+    line = runs.LineProgress(seconds=0)
+    trainer = type("Trainer", (), {"num_test_batches": [3]})()
+    line.on_test_batch_end(trainer, None, None, None, 0)
+    assert capsys.readouterr().out.split() == ["testing", "batch", "1", "of", "3"]
+    line.seconds = 30
+    line.on_test_batch_end(trainer, None, None, None, 1)
+    assert capsys.readouterr().out == ""
 
 
 def test_schedule() -> None:
@@ -233,16 +271,51 @@ def test_resume_before_and_after_the_end_of_an_epoch(
 def test_resume_needs_the_same_data(tmp_path: Path, capsys: Capture) -> None:
     train.run(["digits", *TINY, "--trainer.max_steps", "2"])
     options = ["digits", *TINY, "--trainer.max_steps", "4"]
-    fails(capsys, 1, [*options, "--data.batch_size", "8", "--ckpt_path", "last"], "'batch_size': 8")
+    for option, value, said in (
+        ("--data.batch_size", "8", "'batch_size': 8"),
+        ("--data.permute", "true", "'permute': True"),
+        ("--data.validation", "0.2", "'validation': 0.2"),
+    ):
+        fails(capsys, 1, [*options, option, value, "--ckpt_path", "last"], said)
+
+
+def test_resume_knows_a_moved_folder_from_other_images(tmp_path: Path, capsys: Capture) -> None:
+    folder = write_parquet(tmp_path / "mnist", images.SOURCES["mnist"])
+    moved = folder.rename(tmp_path / "moved")
+    other = write_parquet(tmp_path / "other", images.SOURCES["mnist"], seed=1)
+    options = ["smnist_small", *TINY, "--data.batch_size", "8"]
+    train.run([*options, "--data.path", str(moved), "--trainer.max_steps", "1"])
+    options += ["--trainer.max_steps", "2", "--ckpt_path", "last"]
+    back = moved.rename(folder)
+    os.utime(back / "train.parquet", (1, 1))
+    fails(capsys, 1, [*options, "--data.path", str(other)], "'digest'")
+    assert train.run([*options, "--data.path", str(back)]).resume_step == 1
 
 
 def test_failed_write_keeps_the_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "last.ckpt"
-    atomic_save({"state_dict": {}}, file)
+    content = dict.fromkeys(CONTENT, 0)
+    atomic_save(content, file)
     with pytest.raises(Exception, match="pickle"):
         atomic_save({"state_dict": {}, "bad": lambda: None}, file)
-    assert load_checkpoint(file) == {"state_dict": {}}
+    assert load_checkpoint(file) == content
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_full_disk_is_an_os_error() -> None:
+    program = """
+import resource, signal, sys, torch
+from pathlib import Path
+from storage import atomic_save
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    atomic_save(torch.zeros(10**6), Path("large.pt"))
+except OSError:
+    sys.exit(7 if not any(Path().iterdir()) else 1)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path])}
+    assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 7
 
 
 # Errors
@@ -258,6 +331,7 @@ def test_unknown_recipe(capsys: Capture) -> None:
         (2, "--model.d_model", "many", "d_model"),
         (2, "--model.norm", "group", "norm"),
         (2, "--model.variant", "dense", "variant"),
+        (2, "--model.mode", "scan", "mode"),
         (2, "--model.nothing", "1", "nothing"),
         (2, "--trainer.max_epochs", "soon", "max_epochs"),
         (2, "--data.dataset", "imagenet", "dataset"),
@@ -269,6 +343,8 @@ def test_unknown_recipe(capsys: Capture) -> None:
         (1, "--data.batch_size", "0", "batch_size"),
         (1, "--data.batch_size", "4000", "batch_size"),
         (1, "--data.validation", "0", "validation"),
+        (1, "--data.validation", "0.001", "validation"),
+        (1, "--run_dir", "/dev/null/run", "/dev/null"),
         (1, "--trainer.accelerator", "abacus", "accelerator"),
         (1, "--trainer.max_epochs", "-1", "max_steps"),
     ],
@@ -289,6 +365,43 @@ def test_wrong_folder(folders: dict[str, Path], tmp_path: Path, capsys: Capture)
     broken = write_parquet(tmp_path / "broken", images.SOURCES["mnist"], 1)
     (broken / "train.parquet").write_bytes((broken / "train.parquet").read_bytes()[:-100])
     said(broken, "train.parquet", "cannot read")
+    twice = write_parquet(tmp_path / "twice", images.SOURCES["mnist"], 1)
+    shutil.copy(twice / "train.parquet", twice / "train-00000-of-00001.parquet")
+    said(twice, "just once", "train.parquet", "train-00000-of-00001.parquet")
+    (twice / "train.parquet").unlink()
+    (twice / "train-00000-of-00001.parquet").rename(twice / "train-00000-of-00002.parquet")
+    said(twice, "every part", "train-00000-of-00002.parquet")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "named"),
+    [("image", None, "row 3 has no image"), ("label", 0.7, "'label' is float64")],
+)
+def test_wrong_cell(column: str, value: object, named: str, tmp_path: Path, capsys: Capture) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = write_parquet(tmp_path / "mnist", images.SOURCES["mnist"], 1)
+    table = pyarrow.parquet.read_table(folder / "train.parquet").to_pydict()
+    table[column] = [*table[column][:3], value, *table[column][4:]]
+    pyarrow.parquet.write_table(pyarrow.table(table), folder / "train.parquet")
+    fails(capsys, 1, ["smnist", *TINY, "--data.path", str(folder)], str(folder), named)
+
+
+def test_cache_that_cannot_be_written(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    options = ["smnist", *TINY, "--data.path", str(folders["mnist"]), "--data.cache_dir"]
+    fails(capsys, 1, [*options, str(file)], "data.cache_dir", str(file))
+    fails(capsys, 1, [*options, str(file / "below")], "data.cache_dir", str(file))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(images, "atomic_save", full)
+    fails(capsys, 1, [*options, str(tmp_path / "new")], "data.cache_dir", "No space left")
 
 
 def test_damaged_checkpoint(tmp_path: Path, capsys: Capture) -> None:
@@ -300,6 +413,13 @@ def test_damaged_checkpoint(tmp_path: Path, capsys: Capture) -> None:
         fails(capsys, 1, ["digits", *TINY, "--ckpt_path", "last"], "last.ckpt", "damaged")
         assert last.read_bytes() == damaged
         assert (folder / "best.ckpt").read_bytes() == best
+    whole = torch.load(folder / "best.ckpt", weights_only=True)
+    for name in CONTENT:
+        torch.save({key: value for key, value in whole.items() if key != name}, last)
+        fails(capsys, 1, ["digits", *TINY, "--ckpt_path", "last"], "last.ckpt", f"no {name};")
+    whole["state_dict"]["model.decoder.bias"] = torch.zeros(3)
+    torch.save(whole, last)
+    fails(capsys, 1, ["digits", *TINY, "--ckpt_path", "last"], "another model", "decoder.bias", "(3,)")
     fails(capsys, 1, ["digits", "--ckpt_path", "none.ckpt"], "no checkpoint at none.ckpt")
     fails(capsys, 1, ["test", "smnist"], "train first")
 
@@ -377,21 +497,21 @@ def test_loader_state_of_other_data() -> None:
         loader(0, 2).load_state_dict(state)
 
 
-def test_hold_out_is_stratified_and_fixed() -> None:
+@pytest.mark.parametrize("fraction", [0.1, 0.15, 0.2, 0.3, 0.4])
+def test_hold_out_is_stratified_and_fixed(fraction: float) -> None:
     labels = np.random.default_rng(1).integers(0, 10, 2000)
-    kept, held = hold_out(labels, 0.1)
+    kept, held = hold_out(labels, fraction)
     assert sorted([*kept, *held]) == list(range(2000))
-    share = np.bincount(labels[held]) - np.bincount(labels) / 10
-    assert np.abs(share).max() < 1
-    assert all(np.array_equal(a, b) for a, b in zip(hold_out(labels, 0.1), (kept, held), strict=True))
+    assert np.bincount(labels[held]).tolist() == [round(fraction * n) for n in np.bincount(labels)]
+    assert all(np.array_equal(a, b) for a, b in zip(hold_out(labels, fraction), (kept, held), strict=True))
 
 
 def test_digits_splits() -> None:
     data = SequentialImages("digits", batch_size=32)
     data.setup("fit")
-    assert data.train["images"].shape == (1437, 64, 1)
+    assert data.train["images"].shape == (1438, 64, 1)
     assert data.train["images"].dtype == torch.uint8
-    assert len(data.test["labels"]) == 360
+    assert len(data.test["labels"]) == 359
     batch, labels = next(iter(data.train_dataloader()))
     assert data.normalize(batch).shape == (32, 64, 1)
     assert labels.dtype == torch.int64
@@ -407,7 +527,7 @@ def test_images_are_decoded_exactly_and_once(
     data.setup("fit")
     expected = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8).reshape(-1, 3)
     assert np.array_equal(data.train["images"][0].numpy(), expected)
-    assert data.train["labels"].tolist() == [index % 10 for index in range(40)]
+    assert data.train["labels"].tolist() == [index % 10 for index in range(60)]
 
     def decode(*_: object) -> None:
         raise AssertionError("decoded again")
@@ -417,7 +537,7 @@ def test_images_are_decoded_exactly_and_once(
 
 
 def test_cache_is_rebuilt(tmp_path: Path) -> None:
-    folder = write_parquet(tmp_path / "mnist", images.SOURCES["mnist"], 1)
+    folder = write_parquet(tmp_path / "mnist", images.SOURCES["mnist"])
     data = SequentialImages("mnist", path=folder, batch_size=4, cache_dir=tmp_path / "decoded")
     data.setup("fit")
     whole = data.train["images"].clone()
@@ -425,6 +545,11 @@ def test_cache_is_rebuilt(tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:1000])
     data.setup("fit")
     assert torch.equal(data.train["images"], whole)
+    for content in ({"images": whole}, [1, 2], {**data.train, "images": whole[:, :9].clone()}):
+        for file in (tmp_path / "decoded").iterdir():  # of another program
+            torch.save(content, file)
+        data.setup("fit")
+        assert torch.equal(data.train["images"], whole)
     os.utime(folder / "train.parquet", (1, 1))  # another file
     data.setup("fit")
     assert len(list((tmp_path / "decoded").iterdir())) == 3

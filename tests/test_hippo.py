@@ -171,3 +171,17 @@ def test_diag_inits_are_their_formulas(N: int) -> None:
     want, _, want_B = hippo.dplr("legs", N)
     np.testing.assert_array_equal(Lambda, want)
     np.testing.assert_array_equal(B, want_B / 2)
+
+
+@pytest.mark.parametrize("N", [2, 8])
+def test_default_device_does_not_matter(N: int) -> None:
+    calls = [(hippo.transition, name) for name in MEASURES] + [(hippo.dplr, name) for name in MEASURES]
+    calls += [(hippo.diag, name) for name in ("legs", "lin", "inv")]
+    for function, name in calls:
+        want = function(name, N)
+        with torch.device("meta"):
+            got = function(name, N)
+        for g, w in zip(got, want, strict=True):
+            assert g.device.type == "cpu"
+            assert g.dtype == (torch.float64 if function is hippo.transition else torch.complex128)
+            assert torch.equal(g, w)

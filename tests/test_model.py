@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import math
 import pickle
 from collections.abc import Callable
 
@@ -26,6 +27,7 @@ BLOCKS = {
     "postnorm": {"prenorm": False, "mixer": "linear"},
     "batch": {"norm": "batch"},
     "rms": {"norm": "rms", "dropout": 0.3, "tie_dropout": True},
+    "final norm": {},  # after the last block, before the pooling
 }
 TABLE = [
     ("dplr", "prenorm", "none"),
@@ -34,6 +36,7 @@ TABLE = [
     ("diag", "rms", "none"),
 ]
 TABLE += [("mixed", "prenorm", "mean"), ("mixed", "postnorm", "none")]
+TABLE += [("mixed", "final norm", pooling) for pooling in ("none", "mean", "last")]
 
 
 def build(
@@ -51,7 +54,8 @@ def build(
     ]
     blocks = [S4Block(layer, **BLOCKS[block]) for layer in layers]
     decoder = nn.Sequential(nn.Linear(D_MODEL, VOCABULARY if tokens else D_OUT), nn.Tanh())
-    return S4Model(encoder, blocks, decoder, pooling=pooling).double()
+    norm = nn.LayerNorm(D_MODEL) if block == "final norm" else None
+    return S4Model(encoder, blocks, decoder, pooling=pooling, norm=norm).double()
 
 
 def trained(*arguments: str, **keywords: bool) -> S4Model:
@@ -189,14 +193,90 @@ def test_padded_is_unpadded(stack: str, block: str, pooling: str, both: bool) ->
             assert (y[b, size:] == 0).all()
 
 
-@pytest.mark.parametrize("length", [1, L])
+NARROW = [torch.uint8, torch.int8, torch.int16, torch.int32]
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("pooling", ["none", "mean", "last"])
-def test_model_is_its_parts(pooling: str, length: int) -> None:
-    model = trained("mixed", "prenorm", pooling)
+def test_narrow_lengths_are_lengths(pooling: str, dtype: torch.dtype) -> None:
+    """L and what is counted on from the lengths need not fit their dtype."""
+    model = build(pooling=pooling).eval()
+    u = inputs(2, length=300)
+    want = model(u, lengths=torch.tensor([100, 50]), return_state=True)
+    y, state = model(u, lengths=torch.tensor([100, 50], dtype=dtype), return_state=True)
+    oracle.close(y, want[0], 0)
+    same(state, want[1], 0)
+    assert state.length.dtype == torch.int64
+    # Ten steps and a chunk beyond the largest number of the dtype, against each sequence alone.
+    sizes = [120, 100] if dtype == torch.int8 else [250, 100]
+    first, more = u[:, :250], inputs(2, length=20)
+    _, state = model(first, lengths=torch.tensor(sizes, dtype=dtype), return_state=True)
+    assert state.length.dtype == torch.int64
+    stepped, state = in_steps(model, more[:, :10], state)
+    lengths = torch.tensor([10, 10], dtype=dtype)
+    y, state = model(more[:, 10:], state, lengths=lengths, return_state=True)
+    assert state.length.dtype == torch.int64
+    assert state.length.tolist() == [size + 20 for size in sizes]
+    for b, size in enumerate(sizes):
+        alone = torch.cat([first[b : b + 1, :size], more[b : b + 1]], 1)
+        if pooling == "none":
+            whole = model(alone)
+            oracle.close(torch.cat([stepped, y], 1)[b : b + 1], whole[:, size:], 1e-9)
+        else:
+            oracle.close(stepped[b : b + 1, -1], model(alone[:, :-10]), 1e-9)
+            oracle.close(y[b : b + 1], model(alone), 1e-9)
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["causal", "both"])
+@pytest.mark.parametrize(("stack", "block", "pooling"), TABLE)
+def test_padding_is_not_looked_at(stack: str, block: str, pooling: str, both: bool) -> None:
+    """NaN there is as good as zero, in the outputs and in the gradient of every parameter."""
+    model = trained(stack, block, pooling, both=both)
+    sizes = [L, 1, 13]
+    clean = inputs(len(sizes))
+    results = []
+    for filler in (0.0, math.nan):
+        u = clean.clone()
+        for b, size in enumerate(sizes):
+            u[b, size:] = filler
+        y = model(u, lengths=torch.tensor(sizes))
+        weight = torch.linspace(-1, 2, y.numel()).double().view_as(y)
+        results.append([y, *torch.autograd.grad((y * weight).sum(), list(model.parameters()))])
+    for got, want in zip(results[1], results[0], strict=True):
+        assert torch.isfinite(got).all()
+        oracle.close(got, want, 1e-12)
+
+
+@pytest.mark.parametrize("pooling", ["none", "mean", "last"])
+def test_padding_may_be_no_token(pooling: str) -> None:
+    """-100, which losses leave out of account, is outside every embedding."""
+    model = trained("mixed", "prenorm", pooling, tokens=True)
+    sizes = [L, 1, 13]
+    clean = inputs(len(sizes), True)
+    results = []
+    for filler in (3, -100):
+        u = clean.clone()
+        for b, size in enumerate(sizes):
+            u[b, size:] = filler
+        y = model(u, lengths=torch.tensor(sizes))
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
+        assert (u[1, 1:] == filler).all()
+    for got, want in zip(results[1], results[0], strict=True):
+        oracle.close(got, want, 1e-12)
+
+
+@pytest.mark.parametrize("length", [1, L])
+@pytest.mark.parametrize("block", ["prenorm", "final norm"])
+@pytest.mark.parametrize("pooling", ["none", "mean", "last"])
+def test_model_is_its_parts(pooling: str, block: str, length: int) -> None:
+    model = trained("mixed", block, pooling)
     u = inputs(length=length)
     x = model.encoder(u)
-    for block in model.blocks:
-        x = block(x)
+    for part in model.blocks:
+        x = part(x)
+    if block == "final norm":
+        x = model.norm(x)
+        oracle.close(model(u, return_state=True)[1].total, x.sum(1), 1e-12)
     pooled = {"none": x, "mean": x.mean(1), "last": x[:, -1]}[pooling]
     oracle.close(model(u), model.decoder(pooled), 1e-12)
 
@@ -256,9 +336,11 @@ def test_generation_is_the_full_forward_on_a_growing_prefix(
     )
 
 
-def test_stream_yields_what_generate_returns() -> None:
-    model = trained(tokens=True)
+@pytest.mark.parametrize("block", ["prenorm", "final norm"])
+def test_stream_yields_what_generate_returns(block: str) -> None:
+    model = trained("mixed", block, tokens=True)
     prompt = inputs(2, True, 5)
+    assert torch.equal(model.generate(prompt, 8), by_prefix(model, prompt, 8, s4.model.greedy))
     streamed = torch.stack(list(itertools.islice(model.stream(prompt), 15)), 1)
     assert torch.equal(streamed, model.generate(prompt, 15))
     assert torch.is_grad_enabled()

@@ -25,7 +25,7 @@ def check_backend(backend: str) -> None:
     if backend == "auto":
         return
     known = backends()
-    if backend not in known:
+    if not isinstance(backend, str) or backend not in known:
         raise ValueError(f"backend must be one of {', '.join(map(repr, ['auto', *known]))}, got {backend!r}")
     if known[backend] is not True:
         raise ValueError(f"backend {backend!r} cannot run: {known[backend]}")

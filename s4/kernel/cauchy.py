@@ -57,6 +57,8 @@ def check_sums(tensors: dict[str, Tensor]) -> None:
     """Raise unless all are complex, of one dtype and device, with leading dimensions that broadcast."""
     names, first = ", ".join(tensors), next(iter(tensors.values()))
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a complex tensor, got {type(tensor).__name__}")
         if tensor.dtype not in (torch.complex64, torch.complex128):
             raise TypeError(f"{name} must be complex64 or complex128, got {tensor.dtype}")
         if tensor.dim() < 1:

@@ -7,7 +7,7 @@ from torch import Tensor
 from s4.kernel._choice import check_backend
 from s4.kernel.dplr import krylov_kernel
 from s4.kernel.vandermonde import vandermonde
-from s4.ssm import Propagator, modes
+from s4.ssm import Propagator, modes, row_modes
 
 
 def kernel(
@@ -25,7 +25,7 @@ def kernel(
     if backend == "auto":
         return krylov_kernel(propagator, L, dtype)
     a, _, _, B, C = propagator.recurrence
-    v = modes(C).conj() / 2 * modes(B)
+    v = row_modes(C) * modes(B)
     a = modes(a)
     x = torch.log(torch.where(a == 0, 1e-300, a))
     # In double precision: the phases of fast, slowly decaying modes need it at large L.

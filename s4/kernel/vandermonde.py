@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from s4._checks import check_integer
 from s4.kernel import _naive, _ops
 from s4.kernel._choice import choose
 from s4.kernel.cauchy import check_sums
@@ -33,10 +34,7 @@ def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
         raise ValueError(
             f"v and x must have one length of the last dimension, got {v.shape[-1]} and {x.shape[-1]}"
         )
-    if not isinstance(L, int):
-        raise TypeError(f"L must be an integer, got {L!r}")
-    if L < 0:
-        raise ValueError(f"L must be 0 or more, got {L}")
+    check_integer("L", L, 0)
     backend = choose(backend, v.device)
     if backend == "naive":
         return _naive.vandermonde(v, x, L)

@@ -1,0 +1,93 @@
+"""Checks of public arguments: TypeError for a wrong kind, ValueError for a wrong value, naming them."""
+
+import math
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_option(name: str, value: Any, options: Iterable[str], where: str = "") -> None:
+    """One of the options."""
+    options = tuple(options)
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}{where}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """An integer of at least `least`."""
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_number(name: str, value: Any, least: float | int, *, above: bool = False) -> None:
+    """A finite number of at least `least`, or above it."""
+    if not isinstance(value, Real | torch.SymFloat) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    number: Any = value
+    if not (number > least if above else number >= least) or not number < math.inf:
+        raise ValueError(f"{name} must be finite and {'above' if above else 'at least'} {least}, got {value}")
+
+
+def check_module(name: str, value: Any) -> None:
+    """A torch module."""
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {value!r}")
+
+
+def check_device(name: str, value: Tensor, like: Tensor) -> None:
+    """On the device of the parameters."""
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on the parameters' device {like.device}, got {value.device}")
+
+
+def check_features(name: str, value: Any, like: Tensor, *dims: str) -> None:
+    """A floating-point tensor of shape (*dims, d_model) on the device of the parameter `like` (d_model,)."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    if value.dim() != len(dims) + 1 or value.shape[-1] != like.shape[0]:
+        raise ValueError(
+            f"{name} must have shape ({', '.join(dims)}, {like.shape[0]}), got {tuple(value.shape)}"
+        )
+    check_device(name, value, like)
+
+
+def check_state(
+    name: str, value: Any, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """A tensor of this shape, on the device of the parameter `like` and of its dtype, if none is given."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    if value.dtype != (dtype or like.dtype):
+        raise TypeError(f"{name} must have dtype {dtype or like.dtype}, got {value.dtype}")
+    check_device(name, value, like)
+
+
+def check_lengths(lengths: Any, batch: int, L: int, like: Tensor) -> Tensor:
+    """`batch` integers in 0..L, returned as int64. torch.compile and meta tensors leave the range unread."""
+    if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
+        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"lengths must be a tensor of integers, got {got}")
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths must have shape ({batch},), got {tuple(lengths.shape)}")
+    check_device("lengths", lengths, like)
+    lengths = lengths.long()
+    unread = torch.compiler.is_compiling() or lengths.is_meta
+    if not unread and bool(((lengths < 0) | (lengths > L)).any()):
+        raise ValueError(f"lengths must lie in 0..{L}, the length of the batch, got {lengths.tolist()}")
+    return lengths
