@@ -5,6 +5,7 @@ import platform
 import torch
 
 import s4
+from s4.kernel import _choice
 
 
 def report() -> str:
@@ -22,7 +23,8 @@ def report() -> str:
     lines.append("kernel backends")
     for name, state in s4.kernel.backends().items():
         lines.append(f"  {name:<8} {'available' if state is True else f'not available: {state}'}")
-    lines.append("  auto     Krylov products in plain PyTorch; the sums themselves by 'torch'")
+    sums = _choice.best(torch.device("cpu"))
+    lines.append(f"  auto     layers: powers of the state matrix; the sums themselves, on the CPU: {sums}")
     return "\n".join(lines)
 
 

@@ -31,16 +31,21 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend {backend!r} cannot run: {known[backend]}")
 
 
-def choose(backend: str, device: torch.device) -> str:
-    """The name of the backend to run on a device: "auto" takes the best that can.
+def best(device: torch.device) -> str:
+    """The name of what "auto" runs on a device."""
+    return next(name for name in _PREFERENCE if BACKENDS[name].status(device) is True)
+
+
+def choose(backend: str, device: torch.device) -> ModuleType:
+    """The backend to run on a device: "auto" takes the best that can.
 
     Raises:
         ValueError: an unknown backend, or one that cannot run there; the message says why.
     """
     check_backend(backend)
     if backend == "auto":
-        return next(name for name in _PREFERENCE if BACKENDS[name].status(device) is True)
+        backend = best(device)
     state = BACKENDS[backend].status(device)
     if state is not True:
         raise ValueError(f"backend {backend!r} cannot run: {state}")
-    return backend
+    return BACKENDS[backend]

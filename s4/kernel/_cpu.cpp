@@ -5,9 +5,9 @@
 // v (G, q, n), w and x (G, n), z (Gz, l) with Gz 1 or G. One binary holds code for several instruction sets
 // and picks at load time.
 //
-// Cost of a Cauchy pair (one pole, one node, one vector of nodes at a time), with u = 1/(z-w) and
-// u' = 1/(z-conj w): 13 instructions and two divisions build P = u + u' and M = i (u - u'); every right-hand
-// side then takes 4 multiply-adds, as v = a + i b contributes a P + b M. Nothing of size G n l is stored.
+// Cost of a Cauchy pair (one pole, one vector of nodes), with u = 1/(z-w) and u' = 1/(z-conj w): 13 instructions
+// and two divisions (one in double precision) build P = u + u' and M = i (u - u'); every right-hand side then takes
+// 4 multiply-adds, as v = a + i b contributes a P + b M. Nothing of size G n l is stored.
 
 #include <algorithm>
 #include <atomic>
@@ -63,7 +63,13 @@ struct Pair {
     Vec<T> s, d, e, ia, ib;
     INLINE Pair(Vec<T> x, Vec<T> y, T p, T q) {
         s = x - p, d = y - q, e = y + q;
-        ia = 1 / (s * s + d * d), ib = 1 / (s * s + e * e);
+        const Vec<T> a = s * s + d * d, b = s * s + e * e;
+        if constexpr (sizeof(T) == 8) {  // one division for two; in single precision a b could leave the range
+            const Vec<T> inverse = 1 / (a * b);
+            ia = inverse * b, ib = inverse * a;
+        } else {
+            ia = 1 / a, ib = 1 / b;
+        }
     }
     INLINE Vec<T> p_re() const { return s * (ia + ib); }
     INLINE Vec<T> p_im() const { return -(d * ia + e * ib); }
@@ -105,11 +111,16 @@ INLINE void cauchy_rows(const Cauchy<T>& c, const T* v, const T* w, const T* x, 
             }
         }
         const int64_t valid = std::min(lanes, count - j);
-        for (int k = 0; k < Q; ++k)
-            for (int64_t i = 0; i < valid; ++i) {
-                out[2 * (k * c.nodes + j + i)] = re[k][i];
-                out[2 * (k * c.nodes + j + i) + 1] = im[k][i];
-            }
+        for (int k = 0; k < Q; ++k) {
+            T r[lanes], i[lanes], both[2 * lanes];
+            std::memcpy(r, &re[k], sizeof r), std::memcpy(i, &im[k], sizeof i);
+            for (int64_t m = 0; m < lanes; ++m) both[2 * m] = r[m], both[2 * m + 1] = i[m];
+            T* place = out + 2 * (k * c.nodes + j);
+            if (valid == lanes)
+                std::memcpy(place, both, sizeof both);
+            else
+                std::memcpy(place, both, 2 * valid * sizeof(T));
+        }
     }
 }
 
@@ -236,6 +247,12 @@ INLINE void cauchy_backward_nodes(const Cauchy<T>& c, int64_t task, const T* gra
     }
 }
 
+// A factor rounded to T, or 0 where products with it would be denormal numbers, which cost some 100 cycles each.
+template <class T>
+INLINE T normal(double value) {
+    return std::abs(value) < (sizeof(T) == 4 ? 1e-30 : 1e-290) ? T(0) : T(value);
+}
+
 // Powers e^(x b) for b in [0, count), of one exponent, in double precision: by doubling from exact squares, so that
 // no error grows faster than log2(count) roundings.
 INLINE void powers(std::complex<double> x, int64_t count, double* re, double* im) {
@@ -271,7 +288,7 @@ INLINE void short_powers(const Vandermonde<T>& c, int64_t g, T* re, T* im) {
     std::vector<double> dr(width), di(width);
     for (int64_t n = 0; n < c.poles; ++n) {
         powers(c.exponent(g, n), width, dr.data(), di.data());
-        for (int64_t b = 0; b < width; ++b) re[n * width + b] = T(dr[b]), im[n * width + b] = T(di[b]);
+        for (int64_t b = 0; b < width; ++b) re[n * width + b] = normal<T>(dr[b]), im[n * width + b] = normal<T>(di[b]);
     }
 }
 
@@ -289,8 +306,13 @@ INLINE void vandermonde_chunks(const T* er, const T* ei, const T* coefficients, 
                 acc[a] += coefficients[2 * (a * poles + n)] * r - coefficients[2 * (a * poles + n) + 1] * i;
         }
         for (int a = 0; a < A; ++a) {
-            const int64_t valid = std::min(lanes, count - a * width - j);
-            if (valid > 0) std::memcpy(out + a * width + j, &acc[a], valid * sizeof(T));
+            T result[lanes];
+            std::memcpy(result, &acc[a], sizeof result);
+            const int64_t valid = count - a * width - j;
+            if (valid >= lanes)
+                std::memcpy(out + a * width + j, result, sizeof result);
+            else if (valid > 0)
+                std::memcpy(out + a * width + j, result, valid * sizeof(T));
         }
     }
 }
@@ -308,8 +330,8 @@ INLINE void vandermonde_group(const Vandermonde<T>& c, int64_t g, T* out) {
         for (int64_t a = 0; a < chunks; ++a)
             for (int64_t n = 0; n < c.poles; ++n) {
                 const double r = jr[n * chunks + a], i = ji[n * chunks + a];
-                coefficients[2 * (a * c.poles + n)] = T(2 * (v[2 * n] * r - v[2 * n + 1] * i));
-                coefficients[2 * (a * c.poles + n) + 1] = T(2 * (v[2 * n] * i + v[2 * n + 1] * r));
+                coefficients[2 * (a * c.poles + n)] = normal<T>(2 * (v[2 * n] * r - v[2 * n + 1] * i));
+                coefficients[2 * (a * c.poles + n) + 1] = normal<T>(2 * (v[2 * n] * i + v[2 * n + 1] * r));
             }
         T* row = out + (g * c.rows + k) * c.steps;
         int64_t a = 0;
@@ -359,8 +381,8 @@ INLINE void vandermonde_backward_group(const Vandermonde<T>& c, int64_t g, const
         powers(c.exponent(g, n) * double(width), chunks, jr.data(), ji.data());
         for (int64_t a = 0; a < chunks; ++a) {
             T* jump = &jumps[(n * chunks + a) * 4];
-            jump[0] = T(jr[a]), jump[1] = T(ji[a]);
-            jump[2] = T(jr[a] * double(a * width)), jump[3] = T(ji[a] * double(a * width));
+            jump[0] = normal<T>(jr[a]), jump[1] = normal<T>(ji[a]);
+            jump[2] = normal<T>(jr[a] * double(a * width)), jump[3] = normal<T>(ji[a] * double(a * width));
         }
     }
     T* gx = grad_x + 2 * g * c.poles;

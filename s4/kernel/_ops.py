@@ -2,13 +2,13 @@
 
 Canonical shapes, contiguous where a backend sees them: v (G, q, n), z (1 or G, l), w and x (G, n), sums
 (G, q, l). A backend is a module with `status(device)`, `cauchy`, `cauchy_backward`, `vandermonde` and
-`vandermonde_backward`.
+`vandermonde_backward`. The choice is made inside, so that a graph holds the name that was asked for.
 """
 
 import torch
 from torch import Tensor
 
-from s4.kernel._choice import BACKENDS
+from s4.kernel._choice import choose
 
 
 def _plain(t: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def _plain(t: Tensor) -> Tensor:
 @torch.library.custom_op("s4::cauchy", mutates_args=())
 def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str) -> Tensor:
     """Sums (G, q, l)."""
-    return BACKENDS[backend].cauchy(_plain(v), _plain(z), _plain(w))
+    return choose(backend, v.device).cauchy(_plain(v), _plain(z), _plain(w))
 
 
 @torch.library.custom_op("s4::cauchy_backward", mutates_args=())
@@ -27,19 +27,19 @@ def cauchy_backward(
     grad: Tensor, v: Tensor, z: Tensor, w: Tensor, need_z: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of v, z and w; that of z is empty unless asked for."""
-    return BACKENDS[backend].cauchy_backward(_plain(grad), _plain(v), _plain(z), _plain(w), need_z)
+    return choose(backend, v.device).cauchy_backward(_plain(grad), _plain(v), _plain(z), _plain(w), need_z)
 
 
 @torch.library.custom_op("s4::vandermonde", mutates_args=())
 def vandermonde(v: Tensor, x: Tensor, L: int, backend: str) -> Tensor:
     """Products (G, q, L), real."""
-    return BACKENDS[backend].vandermonde(_plain(v), _plain(x), L)
+    return choose(backend, v.device).vandermonde(_plain(v), _plain(x), L)
 
 
 @torch.library.custom_op("s4::vandermonde_backward", mutates_args=())
 def vandermonde_backward(grad: Tensor, v: Tensor, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Gradients of v and x."""
-    return BACKENDS[backend].vandermonde_backward(_plain(grad), _plain(v), _plain(x))
+    return choose(backend, v.device).vandermonde_backward(_plain(grad), _plain(v), _plain(x))
 
 
 @cauchy.register_fake

@@ -1,4 +1,7 @@
-"""Backend "torch": plain PyTorch on any device, in memory that does not grow with n times the output."""
+"""Backend "torch": plain PyTorch on any device, in memory that does not grow with n times the output.
+
+Conjugates are physical: inside an operator under torch.compile, lazy ones are read as if not conjugated.
+"""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ def status(device: torch.device) -> bool | str:
 
 
 def cauchy(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
-    vc = v.conj().resolve_conj()
+    vc = v.conj_physical()
     out = v.new_empty(*v.shape[:2], z.shape[1])
     for nodes, R, S in _blocks(z, w):
         out[..., nodes] = v @ R + vc @ S
@@ -25,17 +28,17 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
 def cauchy_backward(
     grad: Tensor, v: Tensor, z: Tensor, w: Tensor, need_z: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    vc = v.conj().resolve_conj()
+    vc = v.conj_physical()
     grad_v, grad_w = torch.zeros_like(v), torch.zeros_like(w)
     grad_z = torch.zeros_like(z) if need_z else z.new_empty(0)
     for nodes, R, S in _blocks(z, w):
         g = grad[..., nodes]
-        gc = g.conj().resolve_conj()
-        grad_v += g @ R.mH + gc @ S.mT
+        gc = g.conj_physical()
+        grad_v += g @ R.conj_physical().mT + gc @ S.mT
         R2, S2 = R * R, S * S
-        grad_w += (vc * (g @ R2.mH + gc @ S2.mT)).sum(-2)
+        grad_w += (vc * (g @ R2.conj_physical().mT + gc @ S2.mT)).sum(-2)
         if need_z:
-            at_nodes = (g * (v @ R2 + vc @ S2).conj()).sum(-2)
+            at_nodes = (g * (v @ R2 + vc @ S2).conj_physical()).sum(-2)
             grad_z[..., nodes] = -at_nodes.sum_to_size(z.shape[0], at_nodes.shape[1])
     return grad_v, grad_z, grad_w
 
@@ -46,7 +49,7 @@ def _blocks(z: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     for start in range(0, z.shape[1], width):
         nodes = slice(start, start + width)
         at = z[:, None, nodes]
-        yield nodes, 1 / (at - w[..., None]), 1 / (at - w[..., None].conj())
+        yield nodes, 1 / (at - w[..., None]), 1 / (at - w[..., None].conj_physical())
 
 
 def vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
@@ -56,7 +59,7 @@ def vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
     left = torch.cat([left.real, -left.imag], -1).flatten(1, 2)
     right = torch.cat([short.real, short.imag], 1)
     product = left.to(v.dtype.to_real()) @ right.to(v.dtype.to_real())
-    return product.view(G, q, -1)[..., :L].contiguous()
+    return product.view(G, q, long.shape[2] * short.shape[2])[..., :L].contiguous()
 
 
 def vandermonde_backward(grad: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,13 +68,14 @@ def vandermonde_backward(grad: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Te
     short, long = _factors(x, L)
     T = short.shape[2]
     b = torch.arange(T, device=x.device, dtype=torch.float64)
-    padded = torch.nn.functional.pad(grad, (0, long.shape[2] * T - L)).view(G, -1, T)
+    a = long.shape[2]
+    padded = torch.nn.functional.pad(grad, (0, a * T - L)).view(G, q * a, T)
     right = torch.cat([short.real, short.imag, b * short.real, b * short.imag], 1)
-    sums = (padded @ right.mT.to(grad.dtype)).double().view(G, q, -1, 4, n)  # over b, for each a
+    sums = (padded @ right.mT.to(grad.dtype)).double().view(G, q, a, 4, n)  # over b, for each a
     Y, Z = torch.complex(sums[..., 0, :], sums[..., 1, :]), torch.complex(sums[..., 2, :], sums[..., 3, :])
-    jump, step = long.mT[:, None], T * torch.arange(long.shape[2], device=x.device)[:, None]
-    grad_v = 2 * (jump * Y).sum(2).conj()
-    grad_x = 2 * (v * (jump * (Z + step * Y)).sum(2)).sum(1).conj()
+    jump, step = long.mT[:, None], T * torch.arange(a, device=x.device)[:, None]
+    grad_v = 2 * (jump * Y).sum(2).conj_physical()
+    grad_x = 2 * (v * (jump * (Z + step * Y)).sum(2)).sum(1).conj_physical()
     return grad_v.to(v.dtype), grad_x.to(x.dtype)
 
 

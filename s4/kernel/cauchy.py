@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from s4.kernel import _naive, _ops
-from s4.kernel._choice import choose
 
 
 def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
@@ -33,7 +32,6 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
         raise ValueError(
             f"v and w must have one length of the last dimension, got {v.shape[-1]} and {w.shape[-1]}"
         )
-    backend = choose(backend, v.device)
     if backend == "naive":
         return _naive.cauchy(v, z, w)
     batch = torch.broadcast_shapes(v.shape[:-1], z.shape[:-1], w.shape[:-1])

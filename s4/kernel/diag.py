@@ -4,7 +4,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from s4.kernel._choice import check_backend
 from s4.kernel.dplr import krylov_kernel
 from s4.kernel.vandermonde import vandermonde
 from s4.ssm import Propagator, modes, row_modes
@@ -21,7 +20,6 @@ def kernel(
         dtype: of the result, float32 or float64.
         backend: "auto", or one of `s4.kernel.backends()`.
     """
-    check_backend(backend)
     if backend == "auto":
         return krylov_kernel(propagator, L, dtype)
     a, _, _, B, C = propagator.recurrence

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from s4.conv import fft_size
-from s4.kernel._choice import check_backend
 from s4.kernel.cauchy import cauchy
 from s4.ssm import Propagator, System
 
@@ -28,7 +27,6 @@ def kernel(
         dtype: of the result, float32 or float64.
         backend: "auto", or one of `s4.kernel.backends()`.
     """
-    check_backend(backend)
     if backend == "auto":
         return krylov_kernel(propagator, L, dtype)
     return cauchy_kernel(system, L, dtype, backend)

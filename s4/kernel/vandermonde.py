@@ -7,7 +7,6 @@ from torch import Tensor
 
 from s4._checks import check_integer
 from s4.kernel import _naive, _ops
-from s4.kernel._choice import choose
 from s4.kernel.cauchy import check_sums
 
 
@@ -35,7 +34,6 @@ def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
             f"v and x must have one length of the last dimension, got {v.shape[-1]} and {x.shape[-1]}"
         )
     check_integer("L", L, 0)
-    backend = choose(backend, v.device)
     if backend == "naive":
         return _naive.vandermonde(v, x, L)
     batch = torch.broadcast_shapes(v.shape[:-1], x.shape[:-1])

@@ -1,0 +1,258 @@
+"""Which backend is fastest, and how much memory does it take?
+
+    pip install -e ".[test]"
+    python benchmarks/kernels.py [--budget SECONDS] [--device cuda] [--official DIR]
+
+Times the sums and `S4Layer.kernel`, forward and forward with backward, beside two baselines: the sums
+broadcast in plain PyTorch ("naive"), and the original formula of a DPLR kernel, four broadcast Cauchy sums at
+L/2 + 1 roots of unity. Prints a table; writes JSON and plots of time and memory to benchmarks/results/.
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+import s4
+from s4 import S4Layer
+
+RESULTS = Path(__file__).parent / "results"
+NAIVE_LIMIT = 2**28  # elements H n L above which a broadcast baseline is left out
+
+
+@dataclass
+class Cell:
+    """One measurement: milliseconds (median and quartiles over repeats) and MiB above the start."""
+
+    what: str
+    who: str
+    H: int
+    N: int
+    L: int
+    backward: bool
+    ms: float
+    ms_low: float
+    ms_high: float
+    mib: float
+
+
+def original_kernel(v: Tensor, w: Tensor, L: int) -> Tensor:
+    """The published formula: v (4, H, n) residues of the four sums, w (H, n) poles, broadcast."""
+    node = torch.exp(-2j * torch.pi * torch.arange(L // 2 + 1, device=w.device) / L).to(w.dtype)
+    z = 2 * (1 - node) / (1 + node + 1e-6)
+    r = s4.kernel.cauchy(v, z, w, backend="naive")
+    return torch.fft.irfft((r[0] - r[1] * r[2] / (1 + r[3])) * 2 / (1 + node + 1e-6), L)
+
+
+def official_sums(folder: Path) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """The Cauchy and Vandermonde sums of a checkout of the original repository."""
+    sys.path.insert(0, str(folder))
+    models = import_module("models.s4.s4")
+    return {"cauchy": models.cauchy_naive, "vandermonde": models.log_vandermonde_naive}
+
+
+def contenders(
+    H: int, N: int, L: int, device: torch.device, official: Path | None
+) -> Iterator[tuple[str, str, Callable[[], Tensor], list[Tensor]]]:
+    """(what, who, function, parameters) for one size."""
+    layer = S4Layer(H, N, device=device)
+    diagonal = S4Layer(H, N, variant="diag", device=device)
+    n = N // 2
+    v = torch.randn(H, 4, n, dtype=torch.complex64, device=device, requires_grad=True)
+    w = torch.complex(-torch.rand(H, n) - 0.1, torch.randn(H, n)).to(device).requires_grad_()
+    x = (0.01 * w.detach()).requires_grad_()
+    z = torch.polar(torch.ones(L // 2 + 1), torch.linspace(0, torch.pi, L // 2 + 1)).to(device)
+    small = H * n * L <= NAIVE_LIMIT
+    names = [name for name, state in s4.kernel.backends().items() if state is True]
+    for name in [*names, "auto"]:
+        if name == "naive" and not small:
+            continue
+        yield "cauchy", name, lambda b=name: s4.kernel.cauchy(v, z, w[:, None], backend=b).abs(), [v, w]
+        yield (
+            "vandermonde",
+            name,
+            lambda b=name: s4.kernel.vandermonde(v[:, :1], x[:, None], L, backend=b),
+            [v, x],
+        )
+    for name in [*names, "auto"]:
+        if name == "naive":
+            continue
+        for what, module in (("S4 kernel", layer), ("S4D kernel", diagonal)):
+            yield what, name, _layer_kernel(module, name, L), list(module.parameters())
+    if H * n * L <= 8 * NAIVE_LIMIT:
+        rows = v.transpose(0, 1)
+        yield "S4 kernel", "original formula", lambda: original_kernel(rows, w, L), [v, w]
+    if official is not None and small:
+        sums = official_sums(official)
+        rows = v.transpose(0, 1)
+        yield "cauchy", "official", lambda: sums["cauchy"](rows, z, w).abs(), [v, w]
+        yield "vandermonde", "official", lambda: sums["vandermonde"](v[:, 0], x, L), [v, x]
+
+
+def _layer_kernel(layer: S4Layer, backend: str, L: int) -> Callable[[], Tensor]:
+    def kernel() -> Tensor:
+        layer.backend = backend
+        return layer.kernel(L)
+
+    return kernel
+
+
+def measure(
+    run: Callable[[], Tensor], parameters: list[Tensor], backward: bool, seconds: float
+) -> list[float]:
+    """[median, quartiles] in milliseconds and the peak in MiB above the start."""
+
+    def once() -> float:
+        for p in parameters:
+            p.grad = None
+        _synchronize(parameters[0].device)
+        start = time.perf_counter()
+        with torch.set_grad_enabled(backward):
+            y = run()
+        if backward:
+            y.square().sum().backward()
+        _synchronize(parameters[0].device)
+        return 1e3 * (time.perf_counter() - start)
+
+    once()
+    memory = Peak(parameters[0].device)
+    times = [once()]
+    mib = memory.above_start()
+    stop = time.perf_counter() + seconds
+    while len(times) < 3 or (time.perf_counter() < stop and len(times) < 50):
+        times.append(once())
+    low, median, high = statistics.quantiles(times, n=4)
+    return [median, low, high, mib]
+
+
+class Peak:
+    """Memory taken since the start: of the device, or the resident set of this process (Linux)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated() / 2**20
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
+            self.start = self._status("VmRSS")
+
+    def above_start(self) -> float:
+        """MiB between the start and the highest point since."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated() / 2**20 - self.start
+        return self._status("VmHWM") - self.start
+
+    @staticmethod
+    def _status(field: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def show(cells: list[Cell]) -> None:
+    """One line a measurement; speed against the broadcast baseline of the same cell."""
+    baseline = {
+        (c.what, c.H, c.N, c.L, c.backward): c.ms for c in cells if c.who in ("naive", "original formula")
+    }
+    table = Table()
+    for column in ("what", "who", "H", "N", "L", "pass", "ms", "quartiles", "MiB", "x baseline"):
+        table.add_column(column, justify="right")
+    for c in cells:
+        base = baseline.get((c.what, c.H, c.N, c.L, c.backward))
+        table.add_row(
+            c.what, c.who, str(c.H), str(c.N), str(c.L), "fwd+bwd" if c.backward else "fwd",
+            f"{c.ms:.2f}", f"{c.ms_low:.2f} - {c.ms_high:.2f}", f"{c.mib:.0f}",
+            f"{base / c.ms:.1f}" if base else "",
+        )  # fmt: skip
+    Console(width=120).print(table)
+
+
+def plot(cells: list[Cell], file: Path) -> None:
+    """Time and memory of forward and backward against L, log-log, one line a contender."""
+    kinds = list(dict.fromkeys(c.what for c in cells))
+    H, N = max((c.H, c.N) for c in cells)
+    figure, axes = plt.subplots(
+        2, len(kinds), figsize=(4 * len(kinds), 7), layout="constrained", squeeze=False
+    )
+    for column, what in enumerate(kinds):
+        for who in dict.fromkeys(c.who for c in cells if c.what == what):
+            points = [c for c in cells if (c.what, c.who, c.H, c.N, c.backward) == (what, who, H, N, True)]
+            for axis, values in zip(
+                axes[:, column], ([c.ms for c in points], [c.mib for c in points]), strict=True
+            ):
+                axis.loglog([c.L for c in points], values, marker="o", label=who)
+        axes[0, column].set(title=f"{what}, H = {H}, N = {N}", ylabel="ms, forward + backward")
+        axes[1, column].set(xlabel="L", ylabel="peak MiB")
+        axes[0, column].legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def main(
+    budget: float = 600.0,
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    widths: list[int] = [32, 128],  # noqa: B006  # read only; a tuple has no command-line form
+    states: list[int] = [64],  # noqa: B006
+    lengths: list[int] = [256, 1024, 4096, 16384],  # noqa: B006
+    official: Path | None = None,
+    name: str = "kernels",
+) -> None:
+    """Time the kernel backends side by side, and write benchmarks/results/NAME-DEVICE.json and .png.
+
+    Args:
+        budget: seconds after which no further measurement starts.
+        device: cpu or cuda.
+        widths: numbers of channels H.
+        states: state sizes N.
+        lengths: sequence lengths L.
+        official: a checkout of the original S4 repository, to run its sums in the same table.
+        name: of the files written.
+    """
+    torch.manual_seed(0)
+    sizes = [(H, N, L) for H in widths for N in states for L in lengths]
+    stop, cells = time.monotonic() + budget, []
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(sizes))
+        for H, N, L in sizes:
+            progress.update(task, description=f"H {H}, N {N}, L {L}")
+            for what, who, run, parameters in contenders(H, N, L, torch.device(device), official):
+                for backward in (False, True):
+                    if time.monotonic() > stop:
+                        break
+                    cells.append(Cell(what, who, H, N, L, backward, *measure(run, parameters, backward, 0.5)))
+            progress.advance(task)
+    show(cells)
+    describe = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty"]
+    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    result = {
+        "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
+        "machine": f"{machine}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": str(torch.__version__),
+        "cells": [asdict(cell) for cell in cells],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}-{device}.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(cells, RESULTS / f"{name}-{device}.png")
+
+
+if __name__ == "__main__":
+    auto_cli(main)
