@@ -32,6 +32,7 @@ DT_RANGE = (1e-4, 1e-1)
 CASES = [
     ("dplr", "legs", "auto"),
     ("dplr", "legs", "torch"),
+    ("dplr", "fout", "torch"),
     ("dplr", "legt", "auto"),
     ("dplr", "fout", "auto"),
     ("diag", "legs", "auto"),

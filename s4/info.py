@@ -24,7 +24,9 @@ def report() -> str:
     for name, state in s4.kernel.backends().items():
         lines.append(f"  {name:<8} {'available' if state is True else f'not available: {state}'}")
     sums = _choice.best(torch.device("cpu"))
-    lines.append(f"  auto     layers: powers of the state matrix; the sums themselves, on the CPU: {sums}")
+    lines.append(
+        f"  auto     on the CPU: sums by {sums!r}, kernels by fused sums at short L or powers at long L"
+    )
     return "\n".join(lines)
 
 

@@ -160,8 +160,7 @@ class Propagator:
     def __init__(self, recurrence: Recurrence) -> None:
         self.recurrence = recurrence
         self._diagonal = recurrence.F.shape[0] == 0
-        # Diagonal systems work on complex modes (H, n), others on real states (H, N).
-        self._squares = [modes(recurrence.a) if self._diagonal else dense(recurrence)]
+        self._squares: list[Tensor] = []
 
     def response(self, X: Float[Tensor, "H N q"], L: int, dtype: torch.dtype) -> Float[Tensor, "c q H L"]:
         """C A^l X for l = 0, ..., L-1: one product of rows C A^(a T) and columns A^b X, with l = a T + b.
@@ -221,6 +220,9 @@ class Propagator:
         return torch.cat([X.real, X.imag], -2) if self._diagonal else X
 
     def _power(self, j: int) -> Tensor:
+        """A^(2^j): complex diagonals (H, n) on modes, or real matrices (H, N, N)."""
+        if not self._squares:
+            self._squares.append(modes(self.recurrence.a) if self._diagonal else dense(self.recurrence))
         while len(self._squares) <= j:
             last = self._squares[-1]
             self._squares.append(last * last if self._diagonal else last @ last)

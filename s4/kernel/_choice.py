@@ -3,6 +3,7 @@
 from types import ModuleType
 
 import torch
+from torch._C._functorch import maybe_current_level
 
 from s4.kernel import _cpu, _naive, _torch
 
@@ -34,6 +35,15 @@ def check_backend(backend: str) -> None:
 def best(device: torch.device) -> str:
     """The name of what "auto" runs on a device."""
     return next(name for name in _PREFERENCE if BACKENDS[name].status(device) is True)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_fused_sums(device_type: str) -> bool:
+    """Whether "auto" can be a fused backend on this type of device; a constant to torch.compile.
+
+    Not inside torch.func.grad and vmap, which cannot see through custom operators.
+    """
+    return maybe_current_level() is None and best(torch.device(device_type)) != "torch"
 
 
 def choose(backend: str, device: torch.device) -> ModuleType:

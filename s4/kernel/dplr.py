@@ -11,14 +11,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from s4.conv import fft_size
+from s4.kernel._choice import has_fused_sums
 from s4.kernel.cauchy import cauchy
 from s4.ssm import Propagator, System
+
+_NODES = {torch.float32: (1, 1e-7), torch.float64: (4, 1e-12)}  # M / L and delta of `cauchy_kernel`
 
 
 def kernel(
     system: System, propagator: Propagator, L: int, dtype: torch.dtype, backend: str = "auto"
 ) -> Float[Tensor, "c H {L}"]:
-    """The kernel the way that is fastest here ("auto": Krylov), or by Cauchy sums of a named backend.
+    """The kernel the way that is fastest here ("auto"), or by Cauchy sums of a named backend.
+
+    Krylov products take O(N^3 log L) and 2 L N flops a channel, fused sums O(N L): measured on two cores at
+    N = 64 (benchmarks/kernels.py), the sums take 0.4 to 0.6 of the time at L = 1024 and as long at L = N^2.
 
     Args:
         system: in double precision for full accuracy.
@@ -27,7 +33,9 @@ def kernel(
         dtype: of the result, float32 or float64.
         backend: "auto", or one of `s4.kernel.backends()`.
     """
-    if backend == "auto":
+    d_state = 2 * system.Lambda.shape[-1]
+    few_nodes = _NODES[dtype][0] * L <= d_state**2
+    if backend == "auto" and not (few_nodes and has_fused_sums(system.dt.device.type)):
         return krylov_kernel(propagator, L, dtype)
     return cauchy_kernel(system, L, dtype, backend)
 
@@ -59,7 +67,7 @@ def cauchy_kernel(
     c, H, _ = C.shape
     if L == 0 or H == 0:
         return dt.new_zeros(c, H, L, dtype=dtype)
-    oversampling, delta = (1, 1e-7) if dtype == torch.float32 else (4, 1e-12)
+    oversampling, delta = _NODES[dtype]
     M = fft_size(max(oversampling * L, 16))
     angle = torch.arange(M // 2 + 1, dtype=torch.float64, device=dt.device) * (-2 * math.pi / M)
     z = torch.polar(torch.full_like(angle, delta ** (1 / M)), angle)
