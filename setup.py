@@ -1,7 +1,10 @@
 """The optional C++ extension; everything else is in pyproject.toml."""
 
+import sysconfig
+
 from setuptools import Extension, setup
 
+limited = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded builds have no stable ABI to name
 setup(
     ext_modules=[
         Extension(
@@ -9,9 +12,9 @@ setup(
             sources=["s4/kernel/_cpu.cpp"],
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-pthread"],
             extra_link_args=["-pthread"],
-            py_limited_api=True,
+            py_limited_api=limited,
             optional=True,  # no compiler, no extension: the other backends remain
         )
     ],
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if limited else {},
 )

@@ -77,3 +77,39 @@ def test_threads_share_the_work_whatever_its_shape(threads: int) -> None:
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_permuted_inputs_keep_what_the_graph_was_told(backend: str) -> None:
+    """Gradients are contiguous whatever the strides of the inputs, in the fake and in fact."""
+    v, z, w = numbers(2, 5, 3).detach().mT, numbers(1, 7).detach(), numbers(2, 5).detach()
+    inputs = (numbers(2, 3, 7).detach(), v, z, w, True, backend)
+    torch.library.opcheck(_ops.cauchy_backward, inputs, test_utils="test_faketensor")
+    grad = torch.randn(2, 3, 7, dtype=torch.float64)
+    torch.library.opcheck(_ops.vandermonde_backward, (grad, v, w, backend), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_nothing_but_the_numbers_given_is_read(backend: str, dtype: torch.dtype) -> None:
+    """Vectors are padded inside: no pole, no growing mode and no empty length may meet the padding."""
+    v, z = numbers(1, 1, 1, dtype=dtype), torch.tensor([[2j, 3j, 1 + 2j]], dtype=dtype)
+    for pole in (1, 1 + 1e-20j, 0):
+        w = torch.full((1, 1), pole, dtype=dtype, requires_grad=True)
+        got = torch.autograd.grad(_ops.cauchy(v, z, w, backend).abs().sum(), (v, w))
+        want = torch.autograd.grad(s4.kernel.cauchy(v, z, w[:, None], backend="naive").abs().sum(), (v, w))
+        torch.testing.assert_close(got, want)
+    for L, growth in ((5, 20.0 if dtype == torch.complex64 else 120.0), (0, 1.0)):
+        x = torch.full((1, 1), growth, dtype=dtype, requires_grad=True)
+        got = torch.autograd.grad(_ops.vandermonde(v, x, L, backend).sum(), (v, x))
+        want = torch.autograd.grad(s4.kernel.vandermonde(v, x[:, None], L, backend="naive").sum(), (v, x))
+        torch.testing.assert_close(got, want, rtol=1e-4 if dtype == torch.complex64 else 1e-9, atol=0)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_operators_refuse_other_shapes(backend: str) -> None:
+    v, z, w = numbers(2, 3, 4), numbers(1, 5), numbers(2, 4)
+    with pytest.raises(ValueError, match="need v"):
+        _ops.cauchy(v, z, w[:, :3], backend)
+    with pytest.raises(ValueError, match="need v"):
+        _ops.vandermonde(v, w.to(torch.complex64), 3, backend)

@@ -18,7 +18,7 @@
 #include <thread>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONES
@@ -44,17 +44,27 @@ using Vec = typename Vector<T>::type;
 template <class T>
 constexpr int64_t kLanes = 64 / sizeof(T);
 
-// Runs task(i) for i in [0, count) on up to `threads` threads.
+// Runs task(i) for i in [0, count) on up to `threads` threads; 0, or 1 if memory ran out and results are incomplete.
 template <class Task>
-void parallel(int64_t count, int threads, const Task& task) {
+int parallel(int64_t count, int threads, const Task& task) {
     std::atomic<int64_t> next{0};
+    std::atomic<int> failed{0};
     auto work = [&] {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+        try {
+            for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+        } catch (...) {  // nothing may leave a thread, or this library
+            failed = 1, next = count;
+        }
     };
     std::vector<std::thread> helpers;
-    for (int64_t t = 1; t < std::min<int64_t>(threads, count); ++t) helpers.emplace_back(work);
+    try {
+        helpers.reserve(std::max(threads, 1));
+        for (int64_t t = 1; t < std::min<int64_t>(threads, count); ++t) helpers.emplace_back(work);
+    } catch (...) {  // fewer threads than asked for do all the work
+    }
     work();
     for (auto& helper : helpers) helper.join();
+    return failed;
 }
 
 // P = 1/(z-w) + 1/(z-conj w) and M = i (1/(z-w) - 1/(z-conj w)) for a vector of nodes z = x + i y and w = p + i q.
@@ -77,9 +87,11 @@ struct Pair {
     INLINE Vec<T> m_im() const { return s * (ia - ib); }
 };
 
-// Real and imaginary parts of `count` complex numbers in arrays padded with `fill` to a multiple of the lanes.
+// Real and imaginary parts of `count` >= 1 complex numbers in arrays padded to a multiple of the lanes: nodes with
+// the last of them, so that no padding meets a pole which no node meets; gradients with zeros.
 template <class T>
-INLINE void split(const T* from, int64_t count, T* re, T* im, T fill_re, T fill_im) {
+INLINE void split(const T* from, int64_t count, T* re, T* im, bool zeros = false) {
+    const T fill_re = zeros ? T(0) : from[2 * count - 2], fill_im = zeros ? T(0) : from[2 * count - 1];
     for (int64_t i = 0; i < count; ++i) re[i] = from[2 * i], im[i] = from[2 * i + 1];
     for (int64_t i = count; i % kLanes<T> != 0; ++i) re[i] = fill_re, im[i] = fill_im;
 }
@@ -129,7 +141,7 @@ INLINE void cauchy_block(const Cauchy<T>& c, int64_t task, T* out) {
     const int64_t g = task / c.blocks(), start = task % c.blocks() * kBlock;
     const int64_t count = std::min(kBlock, c.nodes - start);
     alignas(64) T x[kBlock], y[kBlock];
-    split(c.nodes_of(g) + 2 * start, count, x, y, T(1), T(0));
+    split(c.nodes_of(g) + 2 * start, count, x, y);
     const T *v = c.v + g * c.rows * c.poles * 2, *w = c.w + g * c.poles * 2;
     out += (g * c.rows * c.nodes + start) * 2;
     int64_t k = 0;
@@ -159,9 +171,9 @@ INLINE void cauchy_backward_rows(const Cauchy<T>& c, int64_t g, int64_t row, int
     alignas(64) T x[kBlock], y[kBlock], gr[Q][kBlock], gi[Q][kBlock];
     for (int64_t start = 0; start < c.nodes; start += kBlock) {
         const int64_t count = std::min(kBlock, c.nodes - start);
-        split(c.nodes_of(g) + 2 * start, count, x, y, T(1), T(0));
+        split(c.nodes_of(g) + 2 * start, count, x, y);
         for (int k = 0; k < Q; ++k)
-            split(grad + ((g * c.rows + row + k) * c.nodes + start) * 2, count, gr[k], gi[k], T(0), T(0));
+            split(grad + ((g * c.rows + row + k) * c.nodes + start) * 2, count, gr[k], gi[k], true);
         for (int64_t n = first; n < last; ++n) {
             Vec<T> acc[kSums];
             T* place = sums + (n - first) * kSums * lanes;
@@ -218,10 +230,10 @@ INLINE void cauchy_backward_nodes(const Cauchy<T>& c, int64_t task, const T* gra
     const int64_t g = task / c.blocks(), start = task % c.blocks() * kBlock;
     const int64_t count = std::min(kBlock, c.nodes - start);
     alignas(64) T x[kBlock], y[kBlock], gr[kBlock], gi[kBlock], re[kBlock] = {}, im[kBlock] = {};
-    split(c.nodes_of(g) + 2 * start, count, x, y, T(1), T(0));
+    split(c.nodes_of(g) + 2 * start, count, x, y);
     const T* w = c.w + g * c.poles * 2;
     for (int64_t k = 0; k < c.rows; ++k) {
-        split(grad + ((g * c.rows + k) * c.nodes + start) * 2, count, gr, gi, T(0), T(0));
+        split(grad + ((g * c.rows + k) * c.nodes + start) * 2, count, gr, gi, true);
         const T* v = c.v + (g * c.rows + k) * c.poles * 2;
         for (int64_t j = 0; j < count; j += lanes) {
             Vec<T> xs, ys, r, i, zr{}, zi{}, old;
@@ -256,6 +268,7 @@ INLINE T normal(double value) {
 // Powers e^(x b) for b in [0, count), of one exponent, in double precision: by doubling from exact squares, so that
 // no error grows faster than log2(count) roundings.
 INLINE void powers(std::complex<double> x, int64_t count, double* re, double* im) {
+    if (count < 1) return;
     re[0] = 1, im[0] = 0;
     for (int64_t have = 1; have < count; have *= 2) {
         const std::complex<double> jump = std::exp(x * double(have));
@@ -275,19 +288,20 @@ struct Vandermonde {
     int64_t groups, rows, poles, steps;
 
     int64_t width() const { return std::min(kBlock / 2, (steps + kLanes<T> - 1) / kLanes<T> * kLanes<T>); }
-    int64_t chunks() const { return (steps + width() - 1) / width(); }
+    int64_t chunks() const { return steps ? (steps + width() - 1) / width() : 0; }
     std::complex<double> exponent(int64_t g, int64_t n) const {
         return {double(x[2 * (g * poles + n)]), double(x[2 * (g * poles + n) + 1])};
     }
 };
 
-// e^(x b) for all poles of a group, [pole][b], as real and imaginary parts in the type of the sums.
+// e^(x b) for all poles of a group, [pole][b], as real and imaginary parts in the type of the sums; 0 past the last
+// step, where a growing mode could overflow.
 template <class T>
 INLINE void short_powers(const Vandermonde<T>& c, int64_t g, T* re, T* im) {
     const int64_t width = c.width();
     std::vector<double> dr(width), di(width);
     for (int64_t n = 0; n < c.poles; ++n) {
-        powers(c.exponent(g, n), width, dr.data(), di.data());
+        powers(c.exponent(g, n), std::min(width, c.steps), dr.data(), di.data());
         for (int64_t b = 0; b < width; ++b) re[n * width + b] = normal<T>(dr[b]), im[n * width + b] = normal<T>(di[b]);
     }
 }
@@ -336,10 +350,10 @@ INLINE void vandermonde_group(const Vandermonde<T>& c, int64_t g, T* out) {
         T* row = out + (g * c.rows + k) * c.steps;
         int64_t a = 0;
         for (; a + 4 <= chunks; a += 4)
-            vandermonde_chunks<T, 4>(er.data(), ei.data(), &coefficients[2 * a * c.poles], c.poles, width,
+            vandermonde_chunks<T, 4>(er.data(), ei.data(), coefficients.data() + 2 * a * c.poles, c.poles, width,
                                      c.steps - a * width, row + a * width);
         for (; a < chunks; ++a)
-            vandermonde_chunks<T, 1>(er.data(), ei.data(), &coefficients[2 * a * c.poles], c.poles, width,
+            vandermonde_chunks<T, 1>(er.data(), ei.data(), coefficients.data() + 2 * a * c.poles, c.poles, width,
                                      c.steps - a * width, row + a * width);
     }
 }
@@ -430,35 +444,36 @@ INLINE void vandermonde_backward_group(const Vandermonde<T>& c, int64_t g, const
                                                           T* grad_v, T* grad_x) {                                     \
         vandermonde_backward_group(c, g, grad, grad_v, grad_x);                                                       \
     }                                                                                                                  \
-    extern "C" void s4_cauchy_##SUFFIX(const T* v, const T* z, const T* w, T* out, int64_t groups, int64_t rows,      \
+    extern "C" int s4_cauchy_##SUFFIX(const T* v, const T* z, const T* w, T* out, int64_t groups, int64_t rows,      \
                                        int64_t poles, int64_t nodes, int64_t z_groups, int threads) {                 \
         const Cauchy<T> c{v, z, w, groups, rows, poles, nodes, z_groups};                                             \
-        parallel(groups * c.blocks(), threads, [&](int64_t task) { cauchy_task_##SUFFIX(c, task, out); });            \
+        return parallel(groups * c.blocks(), threads, [&](int64_t task) { cauchy_task_##SUFFIX(c, task, out); });     \
     }                                                                                                                  \
-    extern "C" void s4_cauchy_backward_##SUFFIX(const T* grad, const T* v, const T* z, const T* w, T* grad_v,         \
+    extern "C" int s4_cauchy_backward_##SUFFIX(const T* grad, const T* v, const T* z, const T* w, T* grad_v,         \
                                                 T* grad_w, T* grad_z, int64_t groups, int64_t rows, int64_t poles,    \
                                                 int64_t nodes, int64_t z_groups, int threads) {                       \
         const Cauchy<T> c{v, z, w, groups, rows, poles, nodes, z_groups};                                             \
         const int64_t parts = std::min(poles, std::max<int64_t>(1, 4 * threads / std::max<int64_t>(1, groups)));      \
-        parallel(groups * parts, threads, [&](int64_t task) {                                                         \
+        const int failed = parallel(groups * parts, threads, [&](int64_t task) {                                      \
             const int64_t g = task / parts, part = task % parts;                                                      \
             cauchy_backward_task_##SUFFIX(c, g, part * poles / parts, (part + 1) * poles / parts, grad, grad_v,       \
                                           grad_w);                                                                    \
         });                                                                                                            \
-        if (grad_z)                                                                                                    \
-            parallel(groups * c.blocks(), threads,                                                                    \
-                     [&](int64_t task) { cauchy_nodes_task_##SUFFIX(c, task, grad, grad_z); });                       \
+        if (failed || !grad_z) return failed;                                                                         \
+        return parallel(groups * c.blocks(), threads,                                                                 \
+                        [&](int64_t task) { cauchy_nodes_task_##SUFFIX(c, task, grad, grad_z); });                    \
     }                                                                                                                  \
-    extern "C" void s4_vandermonde_##SUFFIX(const T* v, const T* x, T* out, int64_t groups, int64_t rows,             \
+    extern "C" int s4_vandermonde_##SUFFIX(const T* v, const T* x, T* out, int64_t groups, int64_t rows,             \
                                             int64_t poles, int64_t steps, int threads) {                              \
         const Vandermonde<T> c{v, x, groups, rows, poles, steps};                                                     \
-        if (steps) parallel(groups, threads, [&](int64_t g) { vandermonde_task_##SUFFIX(c, g, out); });               \
+        return parallel(steps ? groups : 0, threads, [&](int64_t g) { vandermonde_task_##SUFFIX(c, g, out); });       \
     }                                                                                                                  \
-    extern "C" void s4_vandermonde_backward_##SUFFIX(const T* grad, const T* v, const T* x, T* grad_v, T* grad_x,     \
+    extern "C" int s4_vandermonde_backward_##SUFFIX(const T* grad, const T* v, const T* x, T* grad_v, T* grad_x,     \
                                                      int64_t groups, int64_t rows, int64_t poles, int64_t steps,      \
                                                      int threads) {                                                   \
         const Vandermonde<T> c{v, x, groups, rows, poles, steps};                                                     \
-        parallel(groups, threads, [&](int64_t g) { vandermonde_backward_task_##SUFFIX(c, g, grad, grad_v, grad_x); }); \
+        return parallel(groups, threads,                                                                              \
+                        [&](int64_t g) { vandermonde_backward_task_##SUFFIX(c, g, grad, grad_v, grad_x); });          \
     }
 
 ENTRY_POINTS(float, c64)

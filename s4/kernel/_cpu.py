@@ -20,7 +20,10 @@ def _library() -> ctypes.CDLL | str:
         Path(__file__).parent.glob("_cpu_native*.dylib")
     )
     if not files:
-        return "not built: reinstall s4-pytorch with a C++ compiler (g++ or clang++) on the path"
+        return (
+            "not built: with a C++ compiler (g++ or clang++) on the path, "
+            "run pip install --force-reinstall --no-cache-dir --no-deps s4-pytorch"
+        )
     try:
         return ctypes.CDLL(str(files[0]))
     except OSError as error:
@@ -73,4 +76,5 @@ def _call(name: str, dtype: torch.dtype, tensors: list[Tensor | None], sizes: li
         raise RuntimeError(library)
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
     function = getattr(library, f"s4_{name}_{_SUFFIX[dtype]}")
-    function(*pointers, *map(ctypes.c_int64, sizes), ctypes.c_int(torch.get_num_threads()))
+    if function(*pointers, *map(ctypes.c_int64, sizes), ctypes.c_int(torch.get_num_threads())):
+        raise MemoryError(f"backend 'cpu' ran out of memory in {name} of shape {sizes}")

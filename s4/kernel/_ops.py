@@ -11,6 +11,17 @@ from torch import Tensor
 from s4.kernel._choice import choose
 
 
+def _check(v: Tensor, z: Tensor | None, w: Tensor) -> None:
+    """Raise unless shapes, dtypes and devices are those of the contract: some backends read raw memory."""
+    groups = z is None or (z.dim() == 2 and z.shape[0] in (1, v.shape[0]))
+    alike = all(t is None or (t.dtype == v.dtype and t.device == v.device) for t in (z, w))
+    if v.dim() != 3 or w.shape != (v.shape[0], v.shape[2]) or not groups or not alike:
+        shapes = [tuple(t.shape) for t in (v, z, w) if t is not None]
+        raise ValueError(
+            f"need v (G, q, n), z (1 or G, l), w or x (G, n) of one dtype and device, got {shapes}"
+        )
+
+
 def _plain(t: Tensor) -> Tensor:
     """The numbers themselves in memory, no lazy conjugation or negation, contiguous."""
     return t.resolve_conj().resolve_neg().contiguous()
@@ -19,6 +30,7 @@ def _plain(t: Tensor) -> Tensor:
 @torch.library.custom_op("s4::cauchy", mutates_args=())
 def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str) -> Tensor:
     """Sums (G, q, l)."""
+    _check(v, z, w)
     return choose(backend, v.device).cauchy(_plain(v), _plain(z), _plain(w))
 
 
@@ -27,18 +39,21 @@ def cauchy_backward(
     grad: Tensor, v: Tensor, z: Tensor, w: Tensor, need_z: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of v, z and w; that of z is empty unless asked for."""
+    _check(v, z, w)
     return choose(backend, v.device).cauchy_backward(_plain(grad), _plain(v), _plain(z), _plain(w), need_z)
 
 
 @torch.library.custom_op("s4::vandermonde", mutates_args=())
 def vandermonde(v: Tensor, x: Tensor, L: int, backend: str) -> Tensor:
     """Products (G, q, L), real."""
+    _check(v, None, x)
     return choose(backend, v.device).vandermonde(_plain(v), _plain(x), L)
 
 
 @torch.library.custom_op("s4::vandermonde_backward", mutates_args=())
 def vandermonde_backward(grad: Tensor, v: Tensor, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Gradients of v and x."""
+    _check(v, None, x)
     return choose(backend, v.device).vandermonde_backward(_plain(grad), _plain(v), _plain(x))
 
 
@@ -51,7 +66,7 @@ def _(v: Tensor, z: Tensor, w: Tensor, backend: str) -> Tensor:
 def _(
     grad: Tensor, v: Tensor, z: Tensor, w: Tensor, need_z: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(v), torch.empty_like(z) if need_z else z.new_empty(0), torch.empty_like(w)
+    return v.new_empty(v.shape), z.new_empty(z.shape if need_z else 0), w.new_empty(w.shape)
 
 
 @vandermonde.register_fake
@@ -61,7 +76,7 @@ def _(v: Tensor, x: Tensor, L: int, backend: str) -> Tensor:
 
 @vandermonde_backward.register_fake
 def _(grad: Tensor, v: Tensor, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(v), torch.empty_like(x)
+    return v.new_empty(v.shape), x.new_empty(x.shape)
 
 
 def _save_cauchy(ctx, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) -> None:  # type: ignore[no-untyped-def]
