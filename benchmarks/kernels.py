@@ -8,6 +8,7 @@ broadcast in plain PyTorch ("naive"), and the original formula of a DPLR kernel,
 L/2 + 1 roots of unity. Prints a table; writes JSON and plots of time and memory to benchmarks/results/.
 """
 
+import ctypes
 import json
 import platform
 import statistics
@@ -148,6 +149,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated() / 2**20
         else:
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed would hide what this one takes
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
             self.start = self._status("VmRSS")
 
