@@ -1,11 +1,13 @@
 """The operators behind the sums: what torch.library promises of them, for every backend that runs here."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 import s4.kernel
-from s4.kernel import _cpu, _ops
+from s4.kernel import _cpu, _ops, dplr
 from s4.kernel._choice import BACKENDS
 
 FUSED = [name for name in BACKENDS if name != "naive" and s4.kernel.backends()[name] is True]
@@ -113,3 +115,29 @@ def test_operators_refuse_other_shapes(backend: str) -> None:
         _ops.cauchy(v, z, w[:, :3], backend)
     with pytest.raises(ValueError, match="need v"):
         _ops.vandermonde(v, w.to(torch.complex64), 3, backend)
+
+
+@pytest.mark.skipif("cpu" not in FUSED, reason="the C++ extension is not built")
+@pytest.mark.parametrize(
+    ("dtype", "longest"), [(torch.float32, 64), (torch.float64, 16)], ids=["float32", "float64"]
+)
+def test_auto_takes_sums_for_short_kernels_and_powers_for_long(
+    dtype: torch.dtype, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At N = 8 sums serve up to N^2 nodes: L, or 4 L in float64. Without the extension powers serve all."""
+    taken: list[str] = []
+    for name in ("cauchy_kernel", "krylov_kernel"):
+        way = getattr(dplr, name)
+
+        def spy(*arguments: object, way: Callable[..., Tensor] = way, name: str = name) -> Tensor:
+            taken.append(name)
+            return way(*arguments)
+
+        monkeypatch.setattr(dplr, name, spy)
+    layer = s4.S4Layer(2, 8, dtype=dtype)
+    layer.kernel(longest)
+    layer.kernel(longest + 1)
+    assert taken == ["cauchy_kernel", "krylov_kernel"]
+    monkeypatch.setattr(_cpu, "_library", lambda: "not built")
+    layer.kernel(longest)
+    assert taken[2:] == ["krylov_kernel"]
