@@ -119,12 +119,12 @@ def test_operators_refuse_other_shapes(backend: str) -> None:
 
 @pytest.mark.skipif("cpu" not in FUSED, reason="the C++ extension is not built")
 @pytest.mark.parametrize(
-    ("dtype", "longest"), [(torch.float32, 64), (torch.float64, 16)], ids=["float32", "float64"]
+    ("dtype", "longest"), [(torch.float32, 32), (torch.float64, 8)], ids=["float32", "float64"]
 )
 def test_auto_takes_sums_for_short_kernels_and_powers_for_long(
     dtype: torch.dtype, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At N = 8 sums serve up to N^2 nodes: L, or 4 L in float64. Without the extension powers serve all."""
+    """At N = 16 sums serve up to N^2 / 8 nodes: L, or 4 L in float64. Without the extension powers do."""
     taken: list[str] = []
     for name in ("cauchy_kernel", "krylov_kernel"):
         way = getattr(dplr, name)
@@ -134,7 +134,7 @@ def test_auto_takes_sums_for_short_kernels_and_powers_for_long(
             return way(*arguments)
 
         monkeypatch.setattr(dplr, name, spy)
-    layer = s4.S4Layer(2, 8, dtype=dtype)
+    layer = s4.S4Layer(2, 16, dtype=dtype)
     layer.kernel(longest)
     layer.kernel(longest + 1)
     assert taken == ["cauchy_kernel", "krylov_kernel"]

@@ -46,6 +46,12 @@ def has_fused_sums(device_type: str) -> bool:
     return maybe_current_level() is None and best(torch.device(device_type)) != "torch"
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_fused_powers(device_type: str) -> bool:
+    """Whether `_ops.krylov` and `_ops.orbit` run on this type of device; a constant to torch.compile."""
+    return maybe_current_level() is None and _cpu.status(torch.device(device_type)) is True
+
+
 def choose(backend: str, device: torch.device) -> ModuleType:
     """The backend to run on a device: "auto" takes the best that can.
 

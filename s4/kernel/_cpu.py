@@ -1,4 +1,4 @@
-"""Backend "cpu": the fused C++ sums of `_cpu.cpp`, called through ctypes.
+"""Backend "cpu": the fused C++ code of `_cpu.cpp`, called through ctypes.
 
 The shared library is built when the package is installed with a C++ compiler at hand. It links neither torch
 nor Python, so one build serves every version of both.
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_SUFFIX = {torch.complex64: "c64", torch.complex128: "c128"}
+_SUFFIX = {torch.complex64: "c64", torch.complex128: "c128", torch.float32: "f32", torch.float64: "f64"}
 
 
 @functools.cache
@@ -25,9 +25,18 @@ def _library() -> ctypes.CDLL | str:
             "run pip install --force-reinstall --no-cache-dir --no-deps s4-pytorch"
         )
     try:
-        return ctypes.CDLL(str(files[0]))
-    except OSError as error:
+        library = ctypes.CDLL(str(files[0]))
+        library.s4_level.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:  # AttributeError: a library left over from another version
         return f"cannot load {files[0].name}: {error}"
+    return library
+
+
+@functools.cache
+def level() -> str:
+    """The instruction set that runs here: the best of those in the library that this processor has."""
+    library = _library()
+    return library if isinstance(library, str) else library.s4_level().decode()
 
 
 def status(device: torch.device) -> bool | str:
@@ -70,11 +79,53 @@ def vandermonde_backward(grad: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Te
     return grad_v, grad_x
 
 
-def _call(name: str, dtype: torch.dtype, tensors: list[Tensor | None], sizes: list[int]) -> None:
+def krylov(a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor, L: int, dtype: torch.dtype) -> Tensor:
+    """C A^l X for l < L, (c, q, H, L) in dtype, of A = diag(a) + F G; shapes as in `_ops.krylov`."""
+    c, q = C.shape[0], X.shape[1]
+    out = a.new_empty(c, q, a.shape[0], L, dtype=dtype)
+    _call("krylov", dtype, [a, F, G, X, C, out], [*_system(a, F), q, c, L])
+    return out
+
+
+def krylov_backward(
+    grad: Tensor, a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    make = torch.zeros_like if grad.shape[3] == 0 else torch.empty_like
+    grads = make(a), make(F), make(G), make(X), make(C)
+    sizes = [*_system(a, F), X.shape[1], C.shape[0], grad.shape[3]]
+    _call("krylov_backward", grad.dtype, [a, F, G, X, C, grad, *grads], sizes)
+    return grads
+
+
+def orbit(a: Tensor, F: Tensor, G: Tensor, X: Tensor, T: int) -> Tensor:
+    """A^t X for t < T, (H, q, T, N), of A = diag(a) + F G; shapes as in `_ops.orbit`."""
+    H, q, N = X.shape
+    out = X.new_empty(H, q, T, N)
+    _call("orbit", None, [a, F, G, X, out], [*_system(a, F), q, T])
+    return out
+
+
+def orbit_backward(
+    grad: Tensor, a: Tensor, F: Tensor, G: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    H, q, T, N = out.shape
+    make = torch.zeros_like if T == 0 else torch.empty_like
+    grads = make(a), make(F), make(G), (a.new_zeros if T == 0 else a.new_empty)(H, q, N)
+    _call("orbit_backward", None, [a, F, G, out, grad, *grads], [*_system(a, F), q, T])
+    return grads
+
+
+def _system(a: Tensor, F: Tensor) -> list[int]:
+    """Channels, modes and rank."""
+    return [a.shape[0], a.shape[1] // 2, F.shape[0]]
+
+
+def _call(name: str, dtype: torch.dtype | None, tensors: list[Tensor | None], sizes: list[int]) -> None:
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(library)
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-    function = getattr(library, f"s4_{name}_{_SUFFIX[dtype]}")
+    parts = ["s4", name, *([] if dtype is None else [_SUFFIX[dtype]]), level()]
+    function = getattr(library, "_".join(parts))
     if function(*pointers, *map(ctypes.c_int64, sizes), ctypes.c_int(torch.get_num_threads())):
         raise MemoryError(f"backend 'cpu' ran out of memory in {name} of shape {sizes}")

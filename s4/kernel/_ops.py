@@ -1,13 +1,19 @@
-"""The sums as PyTorch operators: what torch.compile, torch.export and autograd see of every backend.
+"""Sums and powers as PyTorch operators: what torch.compile, torch.export and autograd see of the backends.
 
-Canonical shapes, contiguous where a backend sees them: v (G, q, n), z (1 or G, l), w and x (G, n), sums
-(G, q, l). A backend is a module with `status(device)`, `cauchy`, `cauchy_backward`, `vandermonde` and
-`vandermonde_backward`. The choice is made inside, so that a graph holds the name that was asked for.
+Of the sums, canonical shapes, contiguous where a backend sees them: v (G, q, n), z (1 or G, l), w and x
+(G, n), sums (G, q, l). A backend is a module with `status(device)`, `cauchy`, `cauchy_backward`,
+`vandermonde` and `vandermonde_backward`. The choice is made inside, so that a graph holds the name asked for.
+
+Powers of A = diag(a) + F G, with a (H, N), F and G (r, H, N) as in `s4.ssm.Recurrence`, all float64, are of
+the CPU only: elsewhere `s4.ssm.Propagator` makes them of matrix products.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from s4.kernel import _cpu
 from s4.kernel._choice import choose
 
 
@@ -101,3 +107,89 @@ def _vandermonde_gradients(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, Non
 
 cauchy.register_autograd(_cauchy_gradients, setup_context=_save_cauchy)
 vandermonde.register_autograd(_vandermonde_gradients, setup_context=_save_vandermonde)
+
+
+def _check_powers(a: Tensor, F: Tensor, G: Tensor, X: Tensor, *rows: Tensor) -> None:
+    """Raise unless the operands of `krylov` or `orbit` are what raw memory is read as."""
+    H, N = a.shape
+    shapes = F.shape == G.shape == (F.shape[0], H, N) and X.shape == (H, X.shape[1], N)
+    shapes = shapes and all(C.shape == (C.shape[0], H, N) for C in rows) and N % 2 == 0
+    if not shapes or any(t.dtype != torch.float64 or t.device.type != "cpu" for t in (a, F, G, X, *rows)):
+        given = [tuple(t.shape) for t in (a, F, G, X, *rows)]
+        raise ValueError(
+            f"need a (H, N), F and G (r, H, N), X (H, q, N), C (c, H, N), float64 on cpu, got {given}"
+        )
+
+
+@torch.library.custom_op("s4::krylov", mutates_args=())
+def krylov(a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor, L: int, dtype: torch.dtype) -> Tensor:
+    """C A^l X for l < L: (c, q, H, L) in float32 or float64, of X (H, q, N) and C (c, H, N)."""
+    _check_powers(a, F, G, X, C)
+    return _cpu.krylov(_plain(a), _plain(F), _plain(G), _plain(X), _plain(C), L, dtype)
+
+
+@torch.library.custom_op("s4::krylov_backward", mutates_args=())
+def krylov_backward(
+    grad: Tensor, a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of a, F, G, X and C."""
+    _check_powers(a, F, G, X, C)
+    return _cpu.krylov_backward(_plain(grad), _plain(a), _plain(F), _plain(G), _plain(X), _plain(C))
+
+
+@torch.library.custom_op("s4::orbit", mutates_args=())
+def orbit(a: Tensor, F: Tensor, G: Tensor, X: Tensor, T: int) -> Tensor:
+    """A^t X for t < T: (H, q, T, N), of X (H, q, N)."""
+    _check_powers(a, F, G, X)
+    return _cpu.orbit(_plain(a), _plain(F), _plain(G), _plain(X), T)
+
+
+@torch.library.custom_op("s4::orbit_backward", mutates_args=())
+def orbit_backward(
+    grad: Tensor, a: Tensor, F: Tensor, G: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of a, F, G and X, given the orbit."""
+    return _cpu.orbit_backward(_plain(grad), _plain(a), _plain(F), _plain(G), _plain(out))
+
+
+@krylov.register_fake
+def _(a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor, L: int, dtype: torch.dtype) -> Tensor:
+    return a.new_empty(C.shape[0], X.shape[1], a.shape[0], L, dtype=dtype)
+
+
+@krylov_backward.register_fake
+def _(
+    grad: Tensor, a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return tuple(t.new_empty(t.shape) for t in (a, F, G, X, C))  # type: ignore[return-value]
+
+
+@orbit.register_fake
+def _(a: Tensor, F: Tensor, G: Tensor, X: Tensor, T: int) -> Tensor:
+    return a.new_empty(X.shape[0], X.shape[1], T, X.shape[2])
+
+
+@orbit_backward.register_fake
+def _(grad: Tensor, a: Tensor, F: Tensor, G: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    H, q, _, N = out.shape
+    return a.new_empty(a.shape), F.new_empty(F.shape), G.new_empty(G.shape), a.new_empty(H, q, N)
+
+
+def _save_krylov(ctx, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:5])
+
+
+def _krylov_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    return *krylov_backward(grad, *ctx.saved_tensors), None, None
+
+
+def _save_orbit(ctx, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:3], output)
+
+
+def _orbit_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    return *orbit_backward(grad, *ctx.saved_tensors), None
+
+
+krylov.register_autograd(_krylov_gradients, setup_context=_save_krylov)
+orbit.register_autograd(_orbit_gradients, setup_context=_save_orbit)

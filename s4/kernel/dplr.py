@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from s4.conv import fft_size
-from s4.kernel._choice import has_fused_sums
+from s4.kernel import _ops
+from s4.kernel._choice import has_fused_powers, has_fused_sums
 from s4.kernel.cauchy import cauchy
 from s4.ssm import Propagator, System
 
@@ -23,8 +24,9 @@ def kernel(
 ) -> Float[Tensor, "c H {L}"]:
     """The kernel the way that is fastest here ("auto"), or by Cauchy sums of a named backend.
 
-    Krylov products take O(N^3 log L) and 2 L N flops a channel, fused sums O(N L): measured on two cores at
-    N = 64 (benchmarks/kernels.py), the sums take 0.4 to 0.6 of the time at L = 1024 and as long at L = N^2.
+    Powers take O(N^2 sqrt(L) + N L) flops a channel where fused (on the CPU), O(N^3 log L + N L) where not,
+    sums O(N L) at a higher price. Measured on two cores (benchmarks/kernels.py), fused sums and fused powers
+    break even near L = N^2 / 8, and fused sums and matrix products near L = N^2.
 
     Args:
         system: in double precision for full accuracy.
@@ -34,14 +36,18 @@ def kernel(
         backend: "auto", or one of `s4.kernel.backends()`.
     """
     d_state = 2 * system.Lambda.shape[-1]
-    few_nodes = _NODES[dtype][0] * L <= d_state**2
-    if backend == "auto" and not (few_nodes and has_fused_sums(system.dt.device.type)):
+    device = system.dt.device.type
+    few_nodes = _NODES[dtype][0] * L * (8 if has_fused_powers(device) else 1) <= d_state**2
+    if backend == "auto" and not (few_nodes and has_fused_sums(device)):
         return krylov_kernel(propagator, L, dtype)
     return cauchy_kernel(system, L, dtype, backend)
 
 
 def krylov_kernel(propagator: Propagator, L: int, dtype: torch.dtype) -> Float[Tensor, "c H {L}"]:
-    """K by powers of the state matrix; its cost is that of `Propagator.response`."""
+    """K by powers of the state matrix: fused on the CPU, or by matrix products (`Propagator.response`)."""
+    a, F, G, B, C = propagator.recurrence
+    if has_fused_powers(a.device.type):
+        return _ops.krylov(a, F, G, B[:, None], C, L, dtype)[:, 0]
     return propagator.response(propagator.recurrence.B[..., None], L, dtype)[:, 0]
 
 

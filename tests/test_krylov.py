@@ -1,0 +1,193 @@
+"""Fused powers of structured matrices (backend "cpu"): orbits and Krylov kernels against dense loops."""
+
+import ctypes
+
+import pytest
+import torch
+from oracle import close
+from torch import Tensor
+
+import s4.kernel
+from s4.kernel import _cpu, _ops
+
+if s4.kernel.backends()["cpu"] is not True:
+    pytest.skip("the C++ extension is not built", allow_module_level=True)
+
+BEST = _cpu.level()
+LEVELS = ["v4", "v3", "base"][["v4", "v3", "base"].index(BEST) :]  # what this processor can run
+
+# channels, modes, rank, columns of X, rows of C, steps
+SIZES = {
+    "one of each": (1, 1, 1, 1, 1, 1),
+    "one step": (3, 5, 1, 1, 1, 1),
+    "short of one vector": (2, 3, 1, 2, 1, 19),
+    "one more than a vector": (2, 9, 2, 1, 2, 70),
+    "diagonal": (3, 6, 0, 2, 1, 77),
+    "diagonal, both ways": (2, 33, 0, 1, 2, 1047),
+    "S4": (2, 32, 1, 1, 1, 513),
+    "both ways": (2, 17, 1, 1, 2, 300),
+    "rank three": (2, 4, 3, 3, 2, 65),
+    "more columns than steps": (2, 4, 1, 40, 1, 5),
+    "long": (1, 8, 1, 1, 1, 4097),
+}
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set in the library that this processor has."""
+    monkeypatch.setattr(_cpu, "level", lambda: request.param)
+    return request.param
+
+
+def operands(H: int, n: int, r: int, q: int, c: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A stable random system: contracting diagonal, a low rank of small norm."""
+    generator = torch.Generator().manual_seed(H + 10 * n + 100 * r)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    angle = 3 * draw(H, n)
+    radius = 1 - 0.2 * torch.rand(H, n, dtype=torch.float64, generator=generator)
+    a = torch.cat([radius * angle.cos(), radius * angle.sin()], -1)
+    small = 0.1 / max(1, n) ** 0.5
+    parts = a, small * draw(r, H, 2 * n), small * draw(r, H, 2 * n), draw(H, q, 2 * n), draw(c, H, 2 * n)
+    return tuple(part.requires_grad_() for part in parts)  # type: ignore[return-value]
+
+
+def dense(a: Tensor, F: Tensor, G: Tensor) -> Tensor:
+    """A as matrices (H, N, N), entry by entry of the definition."""
+    n = a.shape[1] // 2
+    re, im = torch.diag_embed(a[:, :n]), torch.diag_embed(a[:, n:])
+    A = torch.cat([torch.cat([re, -im], 2), torch.cat([im, re], 2)], 1)
+    for r in range(F.shape[0]):
+        A = A + F[r][:, :, None] * G[r][:, None, :]
+    return A
+
+
+def powers(A: Tensor, X: Tensor, steps: int) -> Tensor:
+    """A^t X by a loop: (H, q, T, N)."""
+    states = []
+    for _ in range(steps):
+        states.append(X)
+        X = (A[:, None] @ X[..., None])[..., 0]
+    return torch.stack(states, 2) if states else X[:, :, None][:, :, :0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_krylov(size: tuple[int, ...], dtype: torch.dtype, level: str) -> None:
+    *shape, L = size
+    a, F, G, X, C = operands(*shape)
+    want = torch.einsum("chn,hqtn->cqht", C, powers(dense(a, F, G), X, L))
+    got = _ops.krylov(a, F, G, X, C, L, dtype)
+    assert got.dtype == dtype
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    close(got.double(), want, tolerance)
+    grad = torch.randn(want.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    wanted = torch.autograd.grad(want, (a, F, G, X, C), grad, materialize_grads=True, allow_unused=True)
+    for name, g, w in zip(
+        "aFGXC", torch.autograd.grad(got, (a, F, G, X, C), grad.to(dtype)), wanted, strict=True
+    ):
+        assert g.shape == w.shape
+        close(g, w, 10 * tolerance, name)
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_orbit(size: tuple[int, ...], level: str) -> None:
+    H, n, r, q, _, T = size
+    a, F, G, X, _ = operands(H, n, r, q, 1)
+    want = powers(dense(a, F, G), X, T)
+    got = _ops.orbit(a, F, G, X, T)
+    close(got, want, 1e-12)
+    grad = torch.randn(want.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    wanted = torch.autograd.grad(want, (a, F, G, X), grad, materialize_grads=True, allow_unused=True)
+    for name, g, w in zip("aFGX", torch.autograd.grad(got, (a, F, G, X), grad), wanted, strict=True):
+        close(g, w, 1e-11, name)
+
+
+def test_they_are_sound_operators() -> None:
+    a, F, G, X, C = operands(2, 3, 1, 2, 2)
+    torch.library.opcheck(_ops.krylov, (a, F, G, X, C, 7, torch.float64))
+    torch.library.opcheck(_ops.orbit, (a, F, G, X, 5))
+    grad = torch.randn(2, 2, 2, 7, dtype=torch.float64)
+    values = [t.detach() for t in (a, F, G, X, C)]
+    torch.library.opcheck(_ops.krylov_backward, (grad, *values))
+    path = _ops.orbit(*values[:4], 5)
+    torch.library.opcheck(_ops.orbit_backward, (torch.randn_like(path), *values[:3], path))
+
+
+def test_gradients_by_finite_differences() -> None:
+    inputs = operands(2, 2, 1, 1, 1)
+    assert torch.autograd.gradcheck(lambda *t: _ops.krylov(*t, 40, torch.float64), inputs)
+    assert torch.autograd.gradcheck(lambda *t: _ops.orbit(*t, 6), inputs[:4])
+
+
+def test_strides_and_lazy_bits_do_not_matter() -> None:
+    a, F, G, X, C = (t.detach() for t in operands(4, 3, 2, 3, 2))
+    want = _ops.krylov(a, F, G, X, C, 50, torch.float64)
+    strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in (a, F, G, X, C)]
+    assert not any(t.is_contiguous() for t in strided)
+    torch.testing.assert_close(_ops.krylov(*strided, 50, torch.float64), want, rtol=0, atol=0)
+    negated = torch.complex(torch.zeros_like(X), -X).conj().imag
+    assert negated.is_neg()
+    torch.testing.assert_close(_ops.krylov(a, F, G, negated, C, 50, torch.float64), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("empty", range(5))
+def test_nothing_gives_nothing(empty: int) -> None:
+    """No channel, no mode, no column, no row, no step."""
+    sizes = [2, 3, 2, 2, 9]
+    sizes[empty] = 0
+    H, n, q, c, L = sizes
+    inputs = operands(H, n, 1, q, c)
+    got = _ops.krylov(*inputs, L, torch.float32)
+    assert got.shape == (c, q, H, L)
+    assert not got.any() or empty not in (1,)
+    for g, t in zip(torch.autograd.grad(got.sum(), inputs), inputs, strict=True):
+        assert g.shape == t.shape
+        assert bool(g.isfinite().all())
+        assert empty < 2 or not g.any()
+    path = _ops.orbit(*inputs[:4], L)
+    assert path.shape == (H, q, L, 2 * n)
+    for g in torch.autograd.grad(path.sum(), inputs[:4]):
+        assert bool(g.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_decayed_system_gives_zeros(dtype: torch.dtype) -> None:
+    """Not a tail of denormal numbers, which cost a hundred cycles each."""
+    a, F, G, X, C = (t.detach() for t in operands(2, 4, 1, 1, 1))
+    K = _ops.krylov(a / 4, F / 4, G / 4, X, C, 5000, dtype)
+    assert not K[..., 1000:].any()
+    assert float(K[..., :10].abs().max()) > 0.1
+
+
+def test_wrong_operands_raise() -> None:
+    a, F, G, X, C = (t.detach() for t in operands(2, 3, 1, 1, 1))
+    for wrong in (
+        (a, F, G, X, C[:, :1]),
+        (a, F[..., :4], G, X, C),
+        (a[:, :4], F, G, X, C),
+        (a, F, G, X.float(), C),
+    ):
+        with pytest.raises(ValueError, match="need a"):
+            _ops.krylov(*wrong, 5, torch.float32)
+    with pytest.raises(ValueError, match="need a"):
+        _ops.orbit(a, F, G, X[:, :, :4], 5)
+
+
+def test_every_number_is_written_and_nothing_else(level: str) -> None:
+    """Guard zones around a poisoned output, through the C interface itself."""
+    H, n, r, q, c, L = 2, 5, 1, 1, 2, 77
+    a, F, G, X, C = (t.detach().contiguous() for t in operands(H, n, r, q, c))
+    size, guard = c * q * H * L, 64
+    buffer = torch.full((size + 2 * guard,), torch.nan)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, F, G, X, C)]
+    library = ctypes.CDLL(_cpu._library()._name)  # type: ignore[union-attr]
+    function = getattr(library, f"s4_krylov_f32_{level}")
+    out = ctypes.c_void_p(buffer[guard:].data_ptr())
+    assert function(*pointers, out, *map(ctypes.c_int64, (H, n, r, q, c, L)), ctypes.c_int(2)) == 0
+    inside = buffer[guard : guard + size]
+    assert bool(inside.isfinite().all())
+    assert bool(buffer[:guard].isnan().all())
+    assert bool(buffer[guard + size :].isnan().all())
