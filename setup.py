@@ -10,7 +10,7 @@ setup(
         Extension(
             "s4.kernel._cpu_native",  # a plain shared library, loaded by s4/kernel/_cpu.py through ctypes
             sources=["s4/kernel/_cpu.cpp"],
-            depends=["s4/kernel/_cpu_level.h", "s4/kernel/_cpu_sums.h", "s4/kernel/_cpu_krylov.h"],
+            depends=[f"s4/kernel/_cpu_{part}.h" for part in ("level", "sums", "krylov", "step")],
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-pthread"],
             extra_link_args=["-pthread"],
             py_limited_api=limited,

@@ -1,0 +1,73 @@
+// One step of a recurrence x <- A x + B u, y = C x + D u, for a batch and all channels: every number is read once.
+//
+// Arrays are contiguous: state and its successor (batch, H, 2n), u and y (batch, H), a, B and C (H, 2n), F and G
+// (r, H, 2n), D (H); a vector holds the n real, then the n imaginary parts of its modes.
+
+template <class T>
+struct Step {
+    const T *a, *F, *G, *B, *C, *D, *state, *u;
+    T *y, *next;
+    int64_t batch, channels, modes, rank;
+};
+
+template <class T>
+INLINE Vec<T> take(const T* from, int64_t count) {
+    Vec<T> value{};
+    if (count >= kLanes<T>)
+        std::memcpy(&value, from, sizeof value);
+    else
+        std::memcpy(&value, from, count * sizeof(T));
+    return value;
+}
+
+template <class T>
+INLINE void put(T* to, Vec<T> value, int64_t count) {
+    std::memcpy(to, &value, std::min(count, kLanes<T>) * sizeof(T));
+}
+
+template <class T>
+INLINE T dot(const T* x, const T* y, int64_t count) {
+    Vec<T> sum{};
+    for (int64_t j = 0; j < count; j += kLanes<T>) sum += take(x + j, count - j) * take(y + j, count - j);
+    return total<T>(sum);
+}
+
+template <class T>
+INLINE void step_of(const Step<T>& s, int64_t h) {
+    const int64_t n = s.modes, N = 2 * n;
+    const T *a = s.a + h * N, *B = s.B + h * N, *C = s.C + h * N;
+    for (int64_t b = 0; b < s.batch; ++b) {
+        const int64_t at = b * s.channels + h;
+        const T *x = s.state + at * N, u = s.u[at];
+        T* moved = s.next + at * N;
+        for (int64_t j = 0; j < n; j += kLanes<T>) {
+            const int64_t left = n - j;
+            const Vec<T> re = take(x + j, left), im = take(x + n + j, left);
+            const Vec<T> a_re = take(a + j, left), a_im = take(a + n + j, left);
+            put(moved + j, a_re * re - a_im * im + u * take(B + j, left), left);
+            put(moved + n + j, a_re * im + a_im * re + u * take(B + n + j, left), left);
+        }
+        for (int64_t r = 0; r < s.rank; ++r) {
+            const int64_t place = (r * s.channels + h) * N;
+            const T coefficient = dot(s.G + place, x, N);
+            for (int64_t j = 0; j < N; j += kLanes<T>)
+                put(moved + j, take(moved + j, N - j) + coefficient * take(s.F + place + j, N - j), N - j);
+        }
+        s.y[at] = dot(C, moved, N) + s.D[h] * u;
+    }
+}
+
+#define STEP(T, SUFFIX)                                                                                                \
+    ENTRY(s4_step_##SUFFIX)                                                                                            \
+    (const T* a, const T* F, const T* G, const T* B, const T* C, const T* D, const T* state, const T* u, T* y,         \
+     T* next, int64_t batch, int64_t channels, int64_t modes, int64_t rank, int threads) {                             \
+        const Step<T> s{a, F, G, B, C, D, state, u, y, next, batch, channels, modes, rank};                            \
+        const int64_t tasks = std::min<int64_t>(channels, 1 + batch * channels * modes / 65536 * 4);                   \
+        return parallel(tasks, threads, [&](int64_t task) {                                                            \
+            for (int64_t h = task * channels / tasks; h < (task + 1) * channels / tasks; ++h) step_of(s, h);           \
+        });                                                                                                            \
+    }
+
+STEP(float, f32)
+STEP(double, f64)
+#undef STEP
