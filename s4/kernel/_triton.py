@@ -5,39 +5,37 @@ On a CPU it runs only in Triton's interpreter (TRITON_INTERPRET=1 before the imp
 
 import functools
 import math
-from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 _BLOCK = 128  # nodes or steps of a program, one a thread
-_JUMPS = 8  # blocks of steps that share what is loaded for a pole
+_WARPS = 4
 _PROGRAMS = 1024  # are enough for a GPU: with fewer, a reduction over nodes is split
 
 
 def status(device: torch.device) -> bool | str:
     """True if tensors on this device can be computed, or else the reason why not."""
     try:
-        import triton
+        from triton import knobs
     except ImportError as error:
-        return f"cannot import triton ({error}): pip install 's4-pytorch[triton]'"
-    if triton.knobs.runtime.interpret:
-        return device.type == "cpu" or f"computes on the CPU while TRITON_INTERPRET is set, not on {device}"
+        return f"cannot import triton ({error}): run pip install 's4-pytorch[triton]'"
+    if knobs.runtime.interpret:
+        return _probe(device) if device.type == "cpu" else f"interpreted on the CPU, not on {device}"
     if device.type != "cuda":
         return f"computes on GPUs only, not on {device}"
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _probe(index)
+    return _probe(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)
 
 
 @functools.cache
-def _probe(index: int) -> bool | str:
-    """What a first launch says: Triton compiles its launcher with a C compiler, which may be missing."""
-    if not torch.version.hip and torch.cuda.get_device_capability(index) < (8, 0):
-        return f"needs compute capability 8.0, {torch.cuda.get_device_name(index)} has less"
-    one = torch.ones(1, 1, 1, dtype=torch.complex64, device=torch.device("cuda", index))
+def _probe(device: torch.device) -> bool | str:
+    """Whether a kernel runs: Triton also needs a C compiler, and a driver that it knows how to talk to."""
     try:
-        cauchy(one, 2 * one[0], one[0])
-    except Exception as error:  # of any kind: compilers, drivers and loaders each have their own
+        with _disable_current_modes():  # a fake tensor has no memory to launch on
+            one = torch.ones(1, 1, 1, dtype=torch.complex64, device=device)
+            cauchy(one, 2 * one[0], one[0])
+    except Exception as error:  # compilers, loaders and drivers each raise their own
         return f"cannot compile or launch: {error}"
     return True
 
@@ -49,9 +47,7 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
         return out.zero_()
     Q = _rows(q)
     programs = G * _cdiv(q, Q) * _cdiv(nodes, _BLOCK)
-    sizes = (q, n, nodes, 0 if z.shape[0] == 1 else nodes)
-    with torch.cuda.device_of(v):
-        _kernels().cauchy[(programs,)](*_real(v, z, w, out), *sizes, Q=Q, BLOCK=_BLOCK)
+    _launch("cauchy", programs, [v, z, w, out], [q, n, nodes, _step(z)], Q=Q)
     return out
 
 
@@ -67,17 +63,20 @@ def cauchy_backward(
     programs = G * row_blocks * _cdiv(n, POLES)
     splits = _splits(programs, node_blocks)
     grad_v, grad_w = v.new_empty(splits, G, q, n), w.new_empty(splits * row_blocks, G, n)
-    grad_z = z.new_empty(G if need_z else 0, nodes)
-    inputs, sizes = _real(grad, v, z, w), (q, n, nodes, 0 if z.shape[0] == 1 else nodes)
-    with torch.cuda.device_of(v):
-        _kernels().cauchy_backward[(programs * splits,)](
-            *inputs, *_real(grad_v, grad_w), G, *sizes, splits, Q=Q, POLES=POLES, BLOCK=_BLOCK
-        )
-        if need_z:
-            _kernels().cauchy_backward_nodes[(G * node_blocks,)](
-                *inputs, *_real(grad_z), *sizes, Q=Q, BLOCK=_BLOCK
-            )
-    grad_z = grad_z.sum_to_size(z.shape) if need_z else z.new_empty(0)
+    inputs, sizes = [grad, v, z, w], [q, n, nodes, _step(z)]
+    _launch(
+        "cauchy_backward",
+        programs * splits,
+        [*inputs, grad_v, grad_w],
+        [G, *sizes, splits],
+        Q=Q,
+        POLES=POLES,
+    )
+    grad_z = z.new_empty(0)
+    if need_z:
+        grad_z = z.new_empty(G, nodes)
+        _launch("cauchy_backward_nodes", G * node_blocks, [*inputs, grad_z], sizes, Q=Q)
+        grad_z = grad_z.sum_to_size(z.shape)
     return _total(grad_v), grad_z, _total(grad_w)
 
 
@@ -87,13 +86,11 @@ def vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
     if v.numel() == 0 or L == 0:
         return out.zero_()
     Q = _rows(q)
+    JUMPS = min(8, 32 // Q)
     short, long = _factors(x, L)
     width, jumps = short.shape[2], long.shape[2]
-    programs = G * _cdiv(q, Q) * _cdiv(jumps, _JUMPS) * _cdiv(width, _BLOCK)
-    with torch.cuda.device_of(v):
-        _kernels().vandermonde[(programs,)](
-            *_real(v, short, long), out, q, n, L, width, jumps, Q=Q, JUMPS=_JUMPS, BLOCK=_BLOCK
-        )
+    programs = G * _cdiv(q, Q) * _cdiv(jumps, JUMPS) * _cdiv(width, _BLOCK)
+    _launch("vandermonde", programs, [v, short, long, out], [q, n, L, width, jumps], Q=Q, JUMPS=JUMPS)
     return out
 
 
@@ -110,26 +107,28 @@ def vandermonde_backward(grad: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Te
     splits = _splits(programs, jumps)
     parts = splits * short_blocks
     grad_v, grad_x = v.new_empty(parts, G, q, n), x.new_empty(parts * row_blocks, G, n)
-    with torch.cuda.device_of(v):
-        _kernels().vandermonde_backward[(programs * splits,)](
-            grad,
-            *_real(v, short, long, grad_v, grad_x),
-            *(G, q, n, L, width, jumps, splits),
-            Q=Q,
-            POLES=POLES,
-            BLOCK=_BLOCK,
-        )
+    _launch(
+        "vandermonde_backward",
+        programs * splits,
+        [grad, v, short, long, grad_v, grad_x],
+        [G, q, n, L, width, jumps, splits],
+        Q=Q,
+        POLES=POLES,
+    )
     return _total(grad_v), _total(grad_x)
 
 
-def _kernels() -> ModuleType:
+def _launch(name: str, programs: int, tensors: list[Tensor], sizes: list[int], **tiles: int) -> None:
     from s4.kernel import _triton_kernels
 
-    return _triton_kernels
+    real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    kernel = getattr(_triton_kernels, name)
+    with torch.cuda.device_of(tensors[0]):
+        kernel[(programs,)](*real, *sizes, **tiles, BLOCK=_BLOCK, num_warps=_WARPS, enable_fp_fusion=True)
 
 
-def _real(*tensors: Tensor) -> list[Tensor]:
-    return [torch.view_as_real(t) for t in tensors]
+def _step(z: Tensor) -> int:
+    return 0 if z.shape[0] == 1 else z.shape[1]
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -142,8 +141,9 @@ def _rows(q: int) -> int:
 
 
 def _poles(v: Tensor, Q: int) -> int:
-    """Poles of a program of a backward: of 16 tiles of sums in registers, or 8 in double precision."""
-    return max(1, (128 // v.element_size()) // Q)
+    """Poles of a program of a backward, as many as its registers hold."""
+    most = 64 // v.element_size()  # 8, or 4 in double precision
+    return min(most, max(1, 2 * most // Q))
 
 
 def _splits(programs: int, blocks: int) -> int:

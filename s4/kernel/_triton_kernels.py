@@ -23,8 +23,9 @@ _SIZES = ["rows", "poles", "nodes", "z_step", "splits"]
 def _pair(x, y, p, q):
     """s, d, e and |z-w|^-2, |z-conj w|^-2: 1/(z-w) = (s - i d) ia and 1/(z-conj w) = (s - i e) ib.
 
-    8 instructions and two divisions, of about 10. In double precision one serves both, as in single a product
-    of squares could leave the range. Differences come first: z^2 - 2 z Re w + |w|^2 loses digits near a pole.
+    8 instructions and two divisions of about 10 each. In double precision, one division and 3 products serve
+    both; in single, a product of squares could leave the range. Differences come first, as
+    z^2 - 2 z Re w + |w|^2 loses digits near a pole.
     """
     s = x - p
     d = y - q
@@ -50,7 +51,7 @@ def _sums(s, d, e, ia, ib):
 @triton.jit
 @no_type_check
 def _squares(s, d, e, ia, ib):
-    """E = 1/(z-w)^2 + 1/(z-conj w)^2 and O = i (1/(z-w)^2 - 1/(z-conj w)^2): 16 instructions."""
+    """E = 1/(z-w)^2 + 1/(z-conj w)^2 and O = i (1/(z-w)^2 - 1/(z-conj w)^2): 18 instructions."""
     u = ia * ia
     v = ib * ib
     u_re = (s - d) * (s + d) * u
@@ -73,9 +74,10 @@ def _store(place, re, im, mask):
 def cauchy(v, z, w, out, rows, poles, nodes, z_step, Q: tl.constexpr, BLOCK: tl.constexpr):
     """Sums of Q rows at BLOCK nodes; z_step is 0 for common nodes, else `nodes`.
 
-    16 instructions and the division for all rows and 4 a row, 42 at Q = 4 in float64: (G, n, l) =
-    (512, 32, 8193) takes 0.33 ms, and 268 MB of sums 0.08 ms at 3.3 TB/s. So nodes and sums stay in registers,
-    2 + 2 Q a node, and w and v, the same for all threads, come from the first-level cache, 2 + 2 Q a pole.
+    17 instructions and the division for all rows and 4 a row, 43 at Q = 4 in float64: (G, n, l) =
+    (512, 32, 8193) takes 0.34 ms, and 268 MB of sums 0.08 ms at 3.3 TB/s. So nodes and sums stay in
+    registers, 2 + 2 Q a node, and w and v, the same for all threads, come from the first-level cache, 2 + 2 Q
+    a pole.
     """
     node_blocks = tl.cdiv(nodes, BLOCK)
     block = tl.program_id(0) % node_blocks
@@ -127,9 +129,9 @@ def cauchy_backward(
     i Re(T1 O - T2 E), and that of v is Re(conj(grad) P) + i Re(conj(grad) M). A program adds up every node
     block of its split, elementwise, and only then across threads: no atomic, the same bits every time.
 
-    40 instructions and the division for all rows and 8 a row, 82 at Q = 4 in float64: (512, 32, 8193) takes
-    0.65 ms. The gradient of the sums, 268 MB, is read n / POLES times, mostly from the second-level cache: with
-    2 poles 4.3 GB or 0.8 ms, with 4 half of it. Sums take 2 Q + 2 registers a pole, twice that in float64.
+    44 instructions and the division for all rows and 8 a row, 86 at Q = 4 in float64: (512, 32, 8193) takes
+    0.68 ms. The gradient of the sums, 268 MB, is read n / POLES times, mostly from the second-level cache:
+    with 2 poles 4.3 GB or 0.8 ms. More do not fit: sums alone take 2 Q + 2 numbers a pole in every thread.
     """
     pole_blocks = tl.cdiv(poles, POLES)
     row_blocks = tl.cdiv(rows, Q)
@@ -189,7 +191,7 @@ def cauchy_backward_nodes(
 ):
     """Gradient (G, l) of the nodes, -conj(sum over n of T1 E + T2 O), at BLOCK nodes of a group.
 
-    32 instructions and the division, and 4 a row: 58 at Q = 4 in float64, 0.46 ms for (512, 32, 8193), beside
+    36 instructions and the division, and 4 a row: 62 at Q = 4 in float64, 0.49 ms for (512, 32, 8193), beside
     0.1 ms to read the gradient of the sums once.
     """
     node_blocks = tl.cdiv(nodes, BLOCK)
@@ -213,9 +215,8 @@ def cauchy_backward_nodes(
         for n in range(poles):
             s, d, e, ia, ib = _pair(x, y, tl.load(w + 2 * n), tl.load(w + 2 * n + 1))
             e_re, e_im, o_re, o_im = _squares(s, d, e, ia, ib)
-            place = v + 2 * (own_row * poles + n)
-            a = tl.load(place)[:, None]
-            b = tl.load(place + 1)[:, None]
+            a = tl.load(v + 2 * (own_row * poles + n))[:, None]
+            b = tl.load(v + 2 * (own_row * poles + n) + 1)[:, None]
             ar = tl.sum(a * g_re, 0)
             ai = tl.sum(a * g_im, 0)
             br = tl.sum(b * g_re, 0)
@@ -303,8 +304,8 @@ def vandermonde_backward(
     """Gradients (splits, short blocks, G, q, n) of v and (splits, short blocks, row blocks, G, n) of x.
 
     2 conj of sum over l of grad e^(x l), and of v grad l e^(x l): first over a, of grad long_a and of grad
-    a width long_a, 4 instructions a row; then, once, times short_b. 0.06 ms in float64 for (512, 32, 16384) and
-    one row; the gradient, 67 MB, n / POLES times from cache takes as long: 0.3 GB for 8 poles.
+    a width long_a, 4 instructions a row; then, once, times short_b. 0.06 ms in float64 for (512, 32, 16384)
+    and one row; the gradient, 67 MB, n / POLES times from cache takes as long: 0.3 GB for 8 poles.
     """
     short_blocks = tl.cdiv(width, BLOCK)
     pole_blocks = tl.cdiv(poles, POLES)
