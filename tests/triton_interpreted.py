@@ -13,7 +13,15 @@ CPU = torch.device("cpu")
 DTYPES = {torch.complex64: 2e-6, torch.complex128: 1e-13}  # and the error allowed, of the largest value
 
 # G, q, n, l: rows of one and of two programs, padded and not; blocks of poles and of nodes, likewise
-SIZES = [(1, 1, 1, 1), (2, 2, 3, 129), (3, 3, 9, 17), (2, 4, 5, 300), (1, 6, 2, 128), (2, 9, 3, 40)]
+SIZES = [
+    (1, 1, 1, 1),
+    (2, 2, 3, 129),
+    (3, 3, 9, 17),
+    (2, 4, 5, 300),
+    (1, 6, 2, 128),
+    (2, 9, 3, 40),
+    (1, 1, 2, 1100),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -87,12 +95,12 @@ def test_nodes_close_to_poles(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [*SIZES, (1, 1, 2, 65536), (1, 2, 3, 40001)], ids=str)
+@pytest.mark.parametrize("sizes", [*SIZES, (1, 2, 2, 65535)], ids=str)
 @pytest.mark.usefixtures("reductions")
 def test_vandermonde(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     """Up to phases of 1e5 radians, whose digits a float32 product x l would lose."""
     G, q, n, L = sizes
-    tolerance = DTYPES[dtype] * max(1, L / 1000)  # as x l is rounded, and its sums over l are of any size
+    tolerance = max(DTYPES[dtype], L * 1e-16)  # as x l is rounded
     v, x = numbers(G, q, n, dtype=dtype), numbers(G, n, dtype=dtype)
     x = torch.complex(-x.real.abs() / L, x.imag)
     grad = torch.randn(G, q, L, dtype=torch.float64).to(dtype.to_real())
@@ -123,8 +131,12 @@ def test_empty_sums_and_their_gradients_are_zero(sizes: tuple[int, int, int, int
 
 
 def test_it_is_a_sound_operator() -> None:
-    v, w = (numbers(*shape, dtype=torch.complex128).requires_grad_() for shape in ((2, 3, 4), (2, 4)))
-    z = (numbers(1, 5, dtype=torch.complex128) + 4).requires_grad_()
-    torch.library.opcheck(_ops.cauchy, (v, z, w, "triton"))
-    torch.library.opcheck(_ops.vandermonde, (v, w, 7, "triton"))
-    assert torch.autograd.gradcheck(lambda *inputs: _ops.cauchy(*inputs, "triton"), (v, z, w))
+    v, w = (numbers(*shape, dtype=torch.complex128) for shape in ((1, 2, 2), (1, 2)))
+    z, grad = numbers(1, 3, dtype=torch.complex128), numbers(1, 2, 3, dtype=torch.complex128)
+    for operator, inputs in {
+        _ops.cauchy: (v, z, w),
+        _ops.cauchy_backward: (grad, v, z, w, True),
+        _ops.vandermonde: (v, w, 3),
+        _ops.vandermonde_backward: (grad.real, v, w),
+    }.items():
+        torch.library.opcheck(operator, (*inputs, "triton"), test_utils=("test_schema", "test_faketensor"))

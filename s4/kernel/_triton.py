@@ -147,8 +147,11 @@ def _poles(v: Tensor, Q: int) -> int:
 
 
 def _splits(programs: int, blocks: int) -> int:
-    """Into how many parts to split a reduction over `blocks`: by shapes alone, so that results repeat."""
-    return min(blocks, _cdiv(_PROGRAMS, programs))
+    """Into how many parts to split a reduction over `blocks`: by shapes alone, so that results repeat.
+
+    A part has at least 8 blocks, as adding up across threads at the end costs about as much as one.
+    """
+    return min(_cdiv(blocks, 8), _cdiv(_PROGRAMS, programs))
 
 
 def _total(parts: Tensor) -> Tensor:
