@@ -88,7 +88,7 @@ def test_cauchy(sizes: tuple[int, int, int, int], common: bool, dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nodes_close_to_poles(dtype: torch.dtype) -> None:
-    """At 1e-4 of |w| from the pole, z^2 - 2 z Re w + |w|^2 would keep 8 digits fewer than (z-w)(z-conj w)."""
+    """At 1e-4 |w| from a pole w, z^2 - 2 z Re w + |w|^2 has no digit left in float32; (z-w)(z-conj w) has all."""
     w = torch.tensor([[-1e-4 + 100j, -0.5 + 3j]], dtype=dtype)
     z = torch.tensor([[0.01 + 100j, 100.02j, -0.4999 + 3.0001j, 1 + 99j]], dtype=dtype)
     check_cauchy(numbers(1, 2, 2, dtype=dtype), z, w, need_z=True)

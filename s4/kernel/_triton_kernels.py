@@ -15,7 +15,7 @@ from typing import no_type_check  # the shape checks of the tests leave annotati
 import triton
 import triton.language as tl
 
-_SIZES = ["rows", "poles", "nodes", "z_step", "splits"]
+_SIZES = ["groups", "rows", "poles", "nodes", "z_step", "splits", "length", "width", "jumps"]
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _squares(s, d, e, ia, ib):
 def _store(place, re, im, mask):
     """Both parts side by side: memory sees whole sectors."""
     part = tl.arange(0, 2)[None, None, :]
-    tl.store(place[:, :, None] + part, tl.join(re, im), mask[:, :, None] & (part >= 0))
+    tl.store(place[:, :, None] + part, tl.join(re, im), mask[:, :, None])
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -228,7 +228,7 @@ def cauchy_backward_nodes(
     tl.store(place + 1, im, node < nodes)
 
 
-@triton.jit(do_not_specialize=["rows", "poles", "length", "width", "jumps"])
+@triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def vandermonde(
     v,
@@ -281,7 +281,7 @@ def vandermonde(
     tl.store(place, 2 * sums, (row < rows)[:, None, None] & valid[None])
 
 
-@triton.jit(do_not_specialize=["groups", "rows", "poles", "length", "width", "jumps", "splits"])
+@triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def vandermonde_backward(
     grad,
