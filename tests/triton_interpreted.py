@@ -12,7 +12,8 @@ from s4.kernel import _choice, _ops, _triton
 CPU = torch.device("cpu")
 DTYPES = {torch.complex64: 2e-6, torch.complex128: 1e-13}  # and the error allowed, of the largest value
 
-# G, q, n, l: rows of one and of two programs, padded and not; blocks of poles and of nodes, likewise
+# G, q, n, l: rows of one and of two programs, padded and not; blocks of poles and of nodes, likewise; at last
+# enough nodes for gradients in parts that are added up
 SIZES = [
     (1, 1, 1, 1),
     (2, 2, 3, 129),
@@ -31,12 +32,6 @@ def poisoned() -> Iterator[None]:
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=[1, 1024], ids=["whole", "split"])
-def reductions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over nodes by one program, or by many whose parts are added up."""
-    monkeypatch.setattr(_triton, "_PROGRAMS", request.param)
 
 
 def numbers(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -77,7 +72,6 @@ def test_it_runs_here_and_auto_does_not_take_it(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("common", [True, False], ids=["common nodes", "own nodes"])
-@pytest.mark.usefixtures("reductions")
 def test_cauchy(sizes: tuple[int, int, int, int], common: bool, dtype: torch.dtype) -> None:
     G, q, n, nodes = sizes
     z = numbers(1 if common else G, nodes, dtype=dtype)
@@ -88,7 +82,7 @@ def test_cauchy(sizes: tuple[int, int, int, int], common: bool, dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nodes_close_to_poles(dtype: torch.dtype) -> None:
-    """At 1e-4 |w| from a pole w, z^2 - 2 z Re w + |w|^2 has no digit left in float32; (z-w)(z-conj w) has all."""
+    """At 1e-4 |w| from a pole w, z^2 - 2 z Re w + |w|^2 has no digit left in float32."""
     w = torch.tensor([[-1e-4 + 100j, -0.5 + 3j]], dtype=dtype)
     z = torch.tensor([[0.01 + 100j, 100.02j, -0.4999 + 3.0001j, 1 + 99j]], dtype=dtype)
     check_cauchy(numbers(1, 2, 2, dtype=dtype), z, w, need_z=True)
@@ -96,7 +90,6 @@ def test_nodes_close_to_poles(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [*SIZES, (1, 2, 2, 65535)], ids=str)
-@pytest.mark.usefixtures("reductions")
 def test_vandermonde(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     """Up to phases of 1e5 radians, whose digits a float32 product x l would lose."""
     G, q, n, L = sizes
