@@ -5,10 +5,10 @@ from types import ModuleType
 import torch
 from torch._C._functorch import maybe_current_level
 
-from s4.kernel import _cpu, _naive, _torch
+from s4.kernel import _cpu, _naive, _torch, _triton
 
-BACKENDS: dict[str, ModuleType] = {"naive": _naive, "torch": _torch, "cpu": _cpu}
-_PREFERENCE = ("cpu", "torch")  # of "auto": the first that can run on the tensors' device
+BACKENDS: dict[str, ModuleType] = {"naive": _naive, "torch": _torch, "cpu": _cpu, "triton": _triton}
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton",)}  # of "auto": the first that can run, or else "torch"
 
 
 def backends() -> dict[str, bool | str]:
@@ -34,7 +34,8 @@ def check_backend(backend: str) -> None:
 
 def best(device: torch.device) -> str:
     """The name of what "auto" runs on a device."""
-    return next(name for name in _PREFERENCE if BACKENDS[name].status(device) is True)
+    names = _PREFERENCE.get(device.type, ())
+    return next((name for name in names if BACKENDS[name].status(device) is True), "torch")
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
