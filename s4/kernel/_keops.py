@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ def status(device: torch.device) -> bool | str:
 def _probe(kind: str) -> bool | str:
     if importlib.util.find_spec("pykeops") is None:
         return 'needs pykeops: pip install "s4-pytorch[keops]"'
+    with ThreadPoolExecutor(1) as thread:  # where no mode of torch is active, such as that of tracing
+        return thread.submit(_try, kind).result()
+
+
+def _try(kind: str) -> bool | str:
     try:
         with _LOCK, _quiet():
             cuda = importlib.import_module("pykeops.config").pykeops_cuda
