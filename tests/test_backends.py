@@ -432,13 +432,19 @@ CACHED = [run for run in RUNS if run.values[0][0] in CACHES]
 
 @pytest.mark.parametrize("run", CACHED)
 def test_two_threads_of_two_processes_share_a_cold_cache(run: tuple[str, str], tmp_path: Path) -> None:
-    """With nothing else printed."""
+    """Nothing is compiled twice, and nothing else printed."""
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+    compiler.write_text(f'#!/bin/sh\necho "$*" >> {log}\nexec {os.environ.get("CXX", "g++")} "$@"\n')
+    compiler.chmod(0o700)
+    folder = {CACHES[run[0]]: str(tmp_path / "cache"), "CXX": str(compiler)}
     running = [
-        process(RACE, *run, **{CACHES[run[0]]: str(tmp_path)}, **environment)
+        process(RACE, *run, **folder, **environment)
         for environment in ({}, {"KEOPS_VERBOSE": "0", "PYKEOPS_VERBOSE": "0"})
     ]
     assert [printed(one) for one in running] == ["2", "2"]
-    assert any(tmp_path.iterdir())
+    compiled = log.read_text().splitlines() if log.exists() else []
+    assert len(compiled) == len(set(compiled))
+    assert any((tmp_path / "cache").iterdir())
 
 
 @pytest.mark.parametrize("run", CACHED)

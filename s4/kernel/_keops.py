@@ -193,7 +193,7 @@ def _formula(name: str) -> Callable[..., Tensor]:
     formula, (i, j, v) = _FORMULAS[name]
     aliases = [f"i=Vi(0,{i})", f"j=Vj(1,{j})", f"v=Vj(2,{v})"]
     genred = importlib.import_module("pykeops.torch").Genred
-    # With groups, KeOps 2.3 accumulates one by one whatever its other schemes say, and loses digits at large L.
+    # With groups, KeOps 2.3 adds one by one whatever its other schemes say, and loses digits at large L.
     return genred(
         formula, aliases, reduction_op="Sum", axis=1, sum_scheme="kahan_scheme", use_fast_math=False
     )
