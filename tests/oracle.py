@@ -145,15 +145,38 @@ def convolve(u: np.ndarray, forward: np.ndarray, backward: np.ndarray | None = N
 
 def cauchy(v: np.ndarray, z: np.ndarray, w: np.ndarray) -> np.ndarray:
     """sum over n of v/(z-w) + conj(v)/(z-conj(w)), (..., n), (..., l), (..., n) -> (..., l)."""
-    v, z, w = (np.asarray(a, np.complex128)[..., None, :] for a in (v, z, w))
+    v, z, w = (np.asarray(a, np.clongdouble)[..., None, :] for a in (v, z, w))
     z = np.swapaxes(z, -1, -2)
-    return (v / (z - w) + v.conj() / (z - w.conj())).sum(-1)
+    return (v / (z - w) + v.conj() / (z - w.conj())).sum(-1).astype(np.complex128)
+
+
+def cauchy_gradients(g: np.ndarray, v: np.ndarray, z: np.ndarray, w: np.ndarray) -> list[np.ndarray]:
+    """Of the same in v, z and w, for a gradient g: (G, q, l), (G, q, n), (1 or G, l), (G, n)."""
+    groups = z.shape[0]
+    g, v, z, w = (np.asarray(a, np.clongdouble) for a in (g, v, z, w))
+    R, S = (1 / (z[:, None] - pole[:, :, None]) for pole in (w, w.conj()))  # (G, n, l)
+    grad_v = np.einsum("gql,gnl->gqn", g, R.conj()) + np.einsum("gql,gnl->gqn", g.conj(), S)
+    at_pole = np.einsum("gql,gnl->gqn", g, R.conj() ** 2) + np.einsum("gql,gnl->gqn", g.conj(), S**2)
+    at_node = np.einsum("gqn,gnl->gql", v, R**2) + np.einsum("gqn,gnl->gql", v.conj(), S**2)
+    grad_z = -(g * at_node.conj()).sum(1)
+    grad_z = grad_z if groups == grad_z.shape[0] else grad_z.sum(0, keepdims=True)
+    return [a.astype(np.complex128) for a in (grad_v, grad_z, (v.conj() * at_pole).sum(1))]
 
 
 def vandermonde(v: np.ndarray, x: np.ndarray, L: int) -> np.ndarray:
     """2 Re sum over n of v exp(x l), (..., n), (..., n) -> (..., L)."""
-    v, x = (np.asarray(a, np.complex128)[..., None, :] for a in (v, x))
-    return 2 * (v * np.exp(x * np.arange(L)[:, None])).sum(-1).real
+    v, x = (np.asarray(a, np.clongdouble)[..., None, :] for a in (v, x))
+    return 2 * (v * np.exp(x * np.arange(L)[:, None])).sum(-1).real.astype(np.float64)
+
+
+def vandermonde_gradients(g: np.ndarray, v: np.ndarray, x: np.ndarray) -> list[np.ndarray]:
+    """Of the same in v and x, for a gradient g: (G, q, L), (G, q, n), (G, n)."""
+    v, x = (np.asarray(a, np.clongdouble) for a in (v, x))
+    steps = np.arange(g.shape[-1])
+    E = np.exp(x[..., None] * steps)
+    grad_v = 2 * np.einsum("gql,gnl->gqn", g, E).conj()
+    grad_x = 2 * (v * np.einsum("gql,gnl->gqn", g, E * steps)).sum(1).conj()
+    return [a.astype(np.complex128) for a in (grad_v, grad_x)]
 
 
 def close(got: Tensor, want: Tensor, tolerance: float, what: str = "") -> None:

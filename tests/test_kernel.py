@@ -1,13 +1,15 @@
 """Convolution kernels from parameters, each way to them, against powers of the dense float64 system."""
 
 import math
+from collections.abc import Callable
 
 import oracle
 import pytest
 import torch
 
+import s4
 from s4 import hippo, ssm
-from s4.kernel import diag, dplr
+from s4.kernel import _cpu, diag, dplr
 
 INITS = [
     ("dplr", "legs"),
@@ -149,3 +151,29 @@ def test_gradients_of_every_parameter(way: str, method: str) -> None:
         grads.append({name: value.grad for name, value in values.items() if name != "D"})
     for name in grads[0]:
         oracle.close(grads[0][name], grads[1][name], 1e-8, name)
+
+
+@pytest.mark.skipif(s4.kernel.backends()["cpu"] is not True, reason="the C++ extension is not built")
+@pytest.mark.parametrize(
+    ("dtype", "longest"), [(torch.float32, 32), (torch.float64, 8)], ids=["float32", "float64"]
+)
+def test_auto_takes_sums_for_short_kernels_and_powers_for_long(
+    dtype: torch.dtype, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At N = 16 sums serve up to N^2 / 8 nodes: L, or 4 L in float64. Without the extension powers do."""
+    taken: list[str] = []
+    for name in ("cauchy_kernel", "krylov_kernel"):
+        way = getattr(dplr, name)
+
+        def spy(*arguments: object, way: Callable[..., torch.Tensor] = way, name: str = name) -> torch.Tensor:
+            taken.append(name)
+            return way(*arguments)
+
+        monkeypatch.setattr(dplr, name, spy)
+    layer = s4.S4Layer(2, 16, dtype=dtype)
+    layer.kernel(longest)
+    layer.kernel(longest + 1)
+    assert taken == ["cauchy_kernel", "krylov_kernel"]
+    monkeypatch.setattr(_cpu, "_library", lambda: "not built")
+    layer.kernel(longest)
+    assert taken[2:] == ["krylov_kernel"]

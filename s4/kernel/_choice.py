@@ -5,31 +5,40 @@ from types import ModuleType
 import torch
 from torch._C._functorch import maybe_current_level
 
-from s4.kernel import _cpu, _naive, _torch, _triton
+from s4.kernel import _cpu, _keops, _naive, _torch, _triton
 
-BACKENDS: dict[str, ModuleType] = {"naive": _naive, "torch": _torch, "cpu": _cpu, "triton": _triton}
-_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton",)}  # of "auto": the first that can run, or else "torch"
+BACKENDS: dict[str, ModuleType] = {
+    "naive": _naive,
+    "torch": _torch,
+    "cpu": _cpu,
+    "keops": _keops,
+    "triton": _triton,
+}
+# Of "auto", by type of device: the first that can run there, or else "torch", which can everywhere.
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "keops")}
 
 
 def backends() -> dict[str, bool | str]:
     """Each backend's name with True where it can run here, on any device, or else the reason why not."""
+    return {name: _state(module) for name, module in BACKENDS.items()}
+
+
+def _state(module: ModuleType) -> bool | str:
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
-    found: dict[str, bool | str] = {}
-    for name, module in BACKENDS.items():
-        states = [module.status(device) for device in devices]
-        found[name] = True if True in states else states[-1]
-    return found
+    states: list[bool | str] = [module.status(device) for device in devices]
+    return True if True in states else states[-1]
 
 
 def check_backend(backend: str) -> None:
     """Raise ValueError unless `backend` is "auto" or can run on some device here, saying why not."""
     if backend == "auto":
         return
-    known = backends()
-    if not isinstance(backend, str) or backend not in known:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, ['auto', *known]))}, got {backend!r}")
-    if known[backend] is not True:
-        raise ValueError(f"backend {backend!r} cannot run: {known[backend]}")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        names = ", ".join(map(repr, ["auto", *BACKENDS]))
+        raise ValueError(f"backend must be one of {names}, got {backend!r}")
+    state = _state(BACKENDS[backend])  # of this one alone: to probe another may take seconds
+    if state is not True:
+        raise ValueError(f"backend {backend!r} cannot run: {state}")
 
 
 def best(device: torch.device) -> str:

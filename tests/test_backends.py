@@ -1,0 +1,511 @@
+"""Every backend of the Cauchy and Vandermonde sums, on every device here, by one table of cases.
+
+Truth is the direct sum in extended precision; the measure is "naive", by autograd in the same precision.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+import s4
+from s4 import hippo
+from s4.kernel import _cpu, _keops, _ops, backends, cauchy, vandermonde
+from s4.kernel._choice import BACKENDS
+
+DTYPES = (torch.complex64, torch.complex128)
+DEVICES = (pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu))
+# A backend and a device that it can run on. Each is a fixture, so that a test takes the two as arguments.
+RUNS = [
+    pytest.param((name, *device.values), id=f"{name}-{device.id}", marks=device.marks)
+    for name, module in BACKENDS.items()
+    for device in DEVICES
+    if name != "naive" and module.status(torch.device(device.id)) is True
+]
+HERE = [run for run in RUNS if not run.marks]
+
+
+@pytest.fixture(params=RUNS)
+def run(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture
+def backend(run: tuple[str, str]) -> str:
+    return run[0]
+
+
+@pytest.fixture
+def device(run: tuple[str, str]) -> str:
+    return run[1]
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Memory comes filled with NaN, so that what a backend leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.complex128, device: str = "cpu") -> Tensor:
+    return torch.randn(*shape, dtype=torch.complex128).to(device, dtype)
+
+
+class Case(NamedTuple):
+    """G groups of q right-hand sides over n poles; L nodes or steps."""
+
+    G: int
+    q: int
+    n: int
+    L: int
+    poles: str = "random"  # or those of an initialisation, times dt
+    own: bool = False  # each group has its own nodes
+
+
+TABLE = [
+    Case(1, 1, 1, 1),
+    Case(1, 4, 3, 2, own=True),
+    Case(3, 2, 32, 17),
+    Case(3, 1, 257, 513),
+    Case(32, 4, 32, 513, "legs"),
+    Case(32, 1, 1, 2, "lin"),
+    Case(64, 1, 64, 17, own=True),
+    Case(64, 1, 32, 1047),
+    Case(257, 1, 3, 17, "lin"),
+    Case(257, 3, 1, 1),
+    Case(1, 6, 257, 513, "legs"),
+    Case(3, 5, 64, 1047, "lin", own=True),
+    Case(1, 9, 32, 1, "legs"),
+    Case(3, 4, 32, 4097, "legs"),
+    Case(1, 1, 257, 1047, "lin"),
+    Case(1, 2, 32, 16385),
+    Case(1, 1, 3, 16385, "legs", own=True),
+]
+
+
+def poles(case: Case) -> Tensor:
+    """(G, n), in the left half plane."""
+    if case.poles == "random":
+        w = draw(case.G, case.n)
+        return torch.complex(-w.real.abs() / 50 - 1e-3, w.imag)
+    Lambda = hippo.dplr("legs", 2 * case.n)[0] if case.poles == "legs" else hippo.diag("lin", 2 * case.n)[0]
+    return Lambda * torch.logspace(-3, -1, case.G, dtype=torch.float64)[:, None]
+
+
+def close_nodes(w: Tensor, case: Case) -> Tensor:
+    """(1 or G, L), each at 1e-4 to 1 times its own modulus from a pole."""
+    w = w if case.own else w[:1]
+    near = w[:, torch.randint(case.n, (case.L,))]
+    angle = 2 * torch.pi * torch.rand(near.shape, dtype=torch.float64)
+    return near + torch.polar(near.abs() * 10 ** (-4 * torch.rand(near.shape, dtype=torch.float64)), angle)
+
+
+class Problem(NamedTuple):
+    """Arguments, the gradient that comes back, and the true output and gradients with their bounds."""
+
+    arguments: tuple[Tensor, ...]
+    gradient: Tensor
+    truth: list[Tensor]
+    bounds: list[float]
+
+
+def differentiated(function: Callable[..., Tensor], arguments: tuple[Tensor, ...], g: Tensor) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in arguments]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, g)]
+
+
+def problem(
+    function: Callable[..., Tensor], arguments: tuple[Tensor, ...], g: Tensor, truth: list[np.ndarray]
+) -> Problem:
+    """Bounds are twice the error of naive and a few units in the last place of the largest number."""
+    naive = differentiated(partial(function, backend="naive"), arguments, g)
+    eps = torch.finfo(g.dtype).eps
+    true = [torch.from_numpy(t).view(got.shape) for t, got in zip(truth, naive, strict=True)]
+    bounds = []
+    for got, want in zip(naive, true, strict=True):
+        error, scale = (got - want).abs().max().item(), want.abs().max().item()
+        assert error <= 1e4 * eps * scale  # or else naive or the oracle is wrong
+        bounds.append(2 * error + 16 * eps * scale)
+    return Problem(arguments, g, true, bounds)
+
+
+@functools.cache
+def cauchy_problem(case: Case, dtype: torch.dtype) -> Problem:
+    w = poles(case)
+    z, w = close_nodes(w, case).to(dtype), w.to(dtype)
+    v, g = draw(case.G, case.q, case.n, dtype=dtype), draw(case.G, case.q, case.L, dtype=dtype)
+    truth = oracle.cauchy(v.numpy(), z[:, None].numpy(), w[:, None].numpy())
+    gradients = oracle.cauchy_gradients(g.numpy(), v.numpy(), z.numpy(), w.numpy())
+    return problem(cauchy, (v, z[:, None], w[:, None]), g, [truth, *gradients])
+
+
+@functools.cache
+def vandermonde_problem(case: Case, dtype: torch.dtype) -> Problem:
+    x = poles(case).to(dtype)
+    v, g = draw(case.G, case.q, case.n, dtype=dtype), draw(case.G, case.q, case.L).real.to(dtype.to_real())
+    truth = oracle.vandermonde(v.numpy(), x[:, None].numpy(), case.L)
+    gradients = oracle.vandermonde_gradients(g.numpy(), v.numpy(), x.numpy())
+    return problem(partial(vandermonde, L=case.L), (v, x[:, None]), g, [truth, *gradients])
+
+
+def check(function: Callable[..., Tensor], problem: Problem, device: str) -> None:
+    arguments = tuple(t.to(device) for t in problem.arguments)
+    found = differentiated(function, arguments, problem.gradient.to(device))
+    for what, got, want, bound in zip("0123", found, problem.truth, problem.bounds, strict=False):
+        assert got.device.type == device
+        assert (got.cpu() - want).abs().max().item() <= bound, f"gradient {what}" if int(what) else "output"
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_cauchy(case: Case, dtype: torch.dtype, backend: str, device: str) -> None:
+    check(partial(cauchy, backend=backend), cauchy_problem(case, dtype), device)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_vandermonde(case: Case, dtype: torch.dtype, backend: str, device: str) -> None:
+    check(partial(vandermonde, L=case.L, backend=backend), vandermonde_problem(case, dtype), device)
+
+
+# Leading dimensions that broadcast: v (..., n), z (..., l) and w (..., n); `vandermonde` takes v and w.
+SHAPES = {
+    "plain": ((3,), (5,), (3,)),
+    "one mode, one node": ((1,), (1,), (1,)),
+    "channels": ((3, 2), (3, 5), (3, 2)),
+    "shared nodes": ((3, 2), (5,), (3, 2)),
+    "shared poles": ((2, 3, 2), (1, 1, 4), (3, 2)),
+    "shared weights": ((2,), (4,), (3, 2)),
+    "right-hand sides": ((2, 5, 2), (2, 1, 4), (2, 1, 2)),
+    "right-hand sides, shared nodes": ((2, 3, 2), (4,), (1, 2)),
+    "poles outrank": ((2,), (4,), (3, 1, 2)),
+    "nodes have the channels": ((2,), (3, 4), (2,)),
+    "poles of all": ((3, 2), (2, 1, 4), (2,)),
+}
+EMPTY = {
+    "no node": ((4, 8), (4, 0), (4, 8)),
+    "no channel": ((0, 8), (5,), (0, 8)),
+    "no pole": ((4, 0), (5,), (4, 0)),
+    "no right-hand side": ((2, 0, 3), (5,), (2, 1, 3)),
+}
+
+
+def numbers(
+    v: tuple[int, ...], z: tuple[int, ...], w: tuple[int, ...], device: str, dtype: torch.dtype = DTYPES[1]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """v, nodes in the right half plane, poles in the left."""
+    values = draw(*v), draw(*z), draw(*w)
+    nodes = torch.complex(values[1].real.abs() + 0.1, values[1].imag)
+    stable = torch.complex(-values[2].real.abs() - 0.1, values[2].imag)
+    v, z, w = (t.to(device, dtype).requires_grad_() for t in (values[0], nodes, stable))
+    return v, z, w
+
+
+def same(got: Tensor, want: np.ndarray, tolerance: float = 1e-12) -> None:
+    oracle.close(got.cpu(), torch.from_numpy(want), tolerance)
+
+
+def array(t: Tensor) -> np.ndarray:
+    return t.detach().cpu().resolve_conj().numpy()
+
+
+def test_naive_and_torch_are_there() -> None:
+    available = backends()
+    assert available["naive"] is True
+    assert available["torch"] is True
+    assert all(usable is True or (isinstance(usable, str) and usable) for usable in available.values())
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("backend", ["naive", "auto", *dict.fromkeys(run.values[0][0] for run in HERE)])
+def test_leading_dimensions_broadcast(backend: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+    v, z, w = numbers(*shapes, "cpu")
+    same(cauchy(v, z, w, backend), oracle.cauchy(array(v), array(z), array(w)))
+    assert torch.autograd.gradcheck(partial(cauchy, backend=backend), (v, z, w))
+    assert torch.autograd.gradcheck(lambda v, w: cauchy(v, z.detach(), w, backend), (v, w))
+    for L in (1, 6):
+        same(vandermonde(v, w, L, backend), oracle.vandermonde(array(v), array(w), L))
+        assert torch.autograd.gradcheck(lambda v, w, L=L: vandermonde(v, w, L, backend), (v, w))
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shapes", EMPTY.values(), ids=EMPTY)
+def test_empty_sums_are_zero(
+    shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, backend: str, device: str
+) -> None:
+    v, z, w = numbers(*shapes, device, dtype)
+    for L in (0, 5):
+        for function, leaves, shape in (
+            (partial(cauchy, backend=backend), (v, z, w), (*v.shape[:-1], z.shape[-1])),
+            (partial(vandermonde, L=L, backend=backend), (v, w), (*v.shape[:-1], L)),
+        ):
+            out = function(*leaves)
+            assert out.shape == shape
+            assert out.dtype == (dtype if len(leaves) == 3 else dtype.to_real())
+            if v.numel() == 0:
+                assert not out.any()
+            gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))
+            if out.numel() == 0 or v.numel() == 0:
+                assert not any(gradient.any() for gradient in gradients)
+
+
+def test_strides_and_lazy_views_are_read_as_the_numbers_they_stand_for(backend: str, device: str) -> None:
+    """Conjugation and negation are bits on a tensor, which raw pointers do not see."""
+    v, z, w = (t.detach() for t in numbers((8, 6), (20, 4), (1, 3), device))
+    v, z, w = v[::2, 1::2], z.t()[:, ::3], w.expand(4, 3)
+    negative = torch.complex(w.imag, w.real.abs()).conj()  # with an imaginary part that is lazily negated
+    assert v.conj().is_conj()
+    assert negative.imag.is_neg()
+    for a in (v, v.conj(), v.mT.contiguous().mT):
+        for b in (w, w.conj()):
+            c = z.conj() if b.is_conj() else z
+            same(cauchy(a, c, b, backend), oracle.cauchy(array(a), array(c), array(b)))
+            same(vandermonde(a, b, 9, backend), oracle.vandermonde(array(a), array(b), 9))
+    grad, v = negative[:, None].imag, v[:, None].transpose(0, 2)[:, 0].mT[:, None]
+    plain = _ops.vandermonde_backward(
+        grad.resolve_neg().contiguous(), v.contiguous(), w.contiguous(), backend
+    )
+    for got, want in zip(_ops.vandermonde_backward(grad, v, w, backend), plain, strict=True):
+        same(got, array(want))
+    grad = negative[:, None]
+    plain = _ops.cauchy_backward(
+        grad.resolve_conj().contiguous(), v.contiguous(), z[:, :3].contiguous(), w.contiguous(), True, backend
+    )
+    for got, want in zip(_ops.cauchy_backward(grad, v, z[:, :3], w, True, backend), plain, strict=True):
+        same(got, array(want))
+
+
+def test_vandermonde_of_a_slow_fast_mode_stays_accurate(backend: str, device: str) -> None:
+    """A float32 product x l has no digits left at a phase of 1e5 radians: it is formed in float64."""
+    L = 65536
+    x = torch.tensor([[-1e-4 + 1.7j, -3e-5 + 0.4j]], dtype=torch.complex64, device=device)
+    v = draw(1, 2, dtype=torch.complex64, device=device)
+    same(vandermonde(v, x, L, backend), oracle.vandermonde(array(v), array(x), L), 1e-5)
+
+
+def test_cauchy_close_to_a_pole_keeps_its_digits(backend: str, device: str) -> None:
+    """(z-w)(z-conj w) keeps what z^2 - 2 z Re w + |w|^2 loses."""
+    w = torch.tensor([-1e-4 + 100j], dtype=torch.complex64, device=device)
+    z = torch.tensor([0.01 + 100j, 100.02j, 1 + 99j], dtype=torch.complex64, device=device)
+    v = torch.tensor([1 + 0.5j], dtype=torch.complex64, device=device)
+    want = oracle.cauchy(array(v), array(z), array(w))
+    np.testing.assert_allclose(array(cauchy(v, z, w, backend)), want, rtol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_but_the_numbers_given_is_read(dtype: torch.dtype, backend: str, device: str) -> None:
+    """Vectors are padded inside: no pole, no growing mode and no empty length may meet the padding."""
+    v = draw(1, 1, 1, dtype=dtype, device=device).requires_grad_()
+    z = torch.tensor([[2j, 3j, 1 + 2j]], dtype=dtype, device=device)
+    for pole in (1, 1 + 1e-20j, 0):
+        w = torch.full((1, 1), pole, dtype=dtype, device=device, requires_grad=True)
+        got = torch.autograd.grad(_ops.cauchy(v, z, w, backend).abs().sum(), (v, w))
+        want = torch.autograd.grad(cauchy(v, z, w[:, None], backend="naive").abs().sum(), (v, w))
+        torch.testing.assert_close(got, want)
+    for L, growth in ((5, 20.0 if dtype == torch.complex64 else 120.0), (0, 1.0)):
+        x = torch.full((1, 1), growth, dtype=dtype, device=device, requires_grad=True)
+        got = torch.autograd.grad(_ops.vandermonde(v, x, L, backend).sum(), (v, x))
+        want = torch.autograd.grad(vandermonde(v, x[:, None], L, backend="naive").sum(), (v, x))
+        torch.testing.assert_close(got, want, rtol=1e-4 if dtype == torch.complex64 else 1e-9, atol=0)
+
+
+@pytest.mark.parametrize("common", [True, False], ids=["common nodes", "own nodes"])
+def test_operators_keep_what_they_promise(common: bool, backend: str, device: str) -> None:
+    """opcheck: the schema, autograd and the fake, which promises contiguous outputs for all strides."""
+    v, z, w = numbers((2, 3, 4), (1 if common else 2, 5), (2, 4), device)
+    torch.library.opcheck(_ops.cauchy, (v, z, w, backend))
+    torch.library.opcheck(_ops.vandermonde, (v, w, 7, backend))
+    grad, steps = draw(2, 3, 5, device=device), draw(2, 3, 7, device=device).real.contiguous()
+    for a in (v.detach(), v.detach().mT.contiguous().mT):
+        for need_z in (True, False):
+            inputs = (grad, a, z.detach(), w.detach(), need_z, backend)
+            torch.library.opcheck(_ops.cauchy_backward, inputs)
+        torch.library.opcheck(_ops.vandermonde_backward, (steps, a, w.detach(), backend))
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_operators_refuse_what_they_cannot_take(backend: str, device: str) -> None:
+    v, z, w = (t.detach() for t in numbers((2, 3, 4), (1, 5), (2, 4), device))
+    single = w.to(torch.complex64)
+    for bad in (
+        lambda: _ops.cauchy(v, z, w[:, :3], backend),
+        lambda: _ops.cauchy(v, z, single, backend),
+        lambda: _ops.cauchy_backward(v, v, z[0], w, True, backend),
+        lambda: _ops.vandermonde(v, single, 3, backend),
+        lambda: _ops.vandermonde_backward(v[..., :2].real, v, single, backend),
+    ):
+        with pytest.raises(ValueError, match="need v"):
+            bad()
+    for odd in (torch.complex32, torch.float32):
+        with pytest.raises(TypeError, match="must be complex64 or complex128"):
+            vandermonde(v.real.to(odd), w, 3, backend)
+    with pytest.raises(ValueError, match="must share one device"):
+        cauchy(v, z[0], w.to("meta")[:, None], backend)
+    elsewhere = torch.zeros(2, 3, dtype=torch.complex64, device="meta")
+    if isinstance(reason := BACKENDS[backend].status(elsewhere.device), str):
+        assert "meta" in reason
+
+
+def test_sums_compile_once_for_all_sizes(backend: str, device: str, unchecked: None) -> None:
+    compiles = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def function(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
+        return cauchy(v, z, w, backend).abs().sum() + vandermonde(v, w, z.shape[-1], backend).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=compiles, dynamic=True)
+    for H, q, n, L in ((3, 2, 4, 5), (4, 5, 7, 19), (6, 3, 9, 33)):
+        v, z, w = numbers((H, q, n), (L,), (H, 1, n), device)
+        got, want = (torch.autograd.grad(f(v, z, w), (v, z, w)) for f in (compiled, function))
+        torch.testing.assert_close(got, want)
+    assert compiles.frame_count == 1
+
+
+RACE = """
+import os, sys, threading
+import torch
+from s4.kernel import cauchy, vandermonde
+name, device = sys.argv[1:]
+v, z, w = (torch.randn(2, 3, dtype=torch.complex128, device=device) for _ in range(3))
+start, found = threading.Barrier(2), []
+
+def work():
+    start.wait()
+    found.append(cauchy(v, z + 3, w, name))
+
+threads = [threading.Thread(target=work) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+for got in found:
+    torch.testing.assert_close(got, cauchy(v, z + 3, w, "naive"))
+if name == "keops":  # whose verbosity is for others to set
+    import keopscore, pykeops
+    for module, variable in ((keopscore, "KEOPS_VERBOSE"), (pykeops, "PYKEOPS_VERBOSE")):
+        assert module.verbose == (os.environ.get(variable) != "0")
+print(len(found))
+"""
+PROBE = "import s4; print(s4.kernel.backends()['{}'])"
+
+
+def process(program: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def printed(running: subprocess.Popen[str]) -> str:
+    out, err = running.communicate(timeout=300)
+    assert running.returncode == 0, err[-3000:]
+    assert "Traceback" not in err, err[-3000:]  # as from a handler at exit
+    return out.strip()
+
+
+# Backends that keep what they compile, and the variable that says where.
+CACHES = {"keops": "KEOPS_CACHE_FOLDER"}
+CACHED = [run for run in RUNS if run.values[0][0] in CACHES]
+
+
+@pytest.mark.parametrize("run", CACHED)
+def test_two_threads_of_two_processes_share_a_cold_cache(run: tuple[str, str], tmp_path: Path) -> None:
+    """Nothing is compiled twice, and nothing else printed."""
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+    compiler.write_text(f'#!/bin/sh\necho "$*" >> {log}\nexec {os.environ.get("CXX", "g++")} "$@"\n')
+    compiler.chmod(0o700)
+    folder = {CACHES[run[0]]: str(tmp_path / "cache"), "CXX": str(compiler)}
+    running = [
+        process(RACE, *run, **folder, **environment)
+        for environment in ({}, {"KEOPS_VERBOSE": "0", "PYKEOPS_VERBOSE": "0"})
+    ]
+    assert [printed(one) for one in running] == ["2", "2"]
+    compiled = log.read_text().splitlines() if log.exists() else []
+    assert len(compiled) == len(set(compiled))
+    assert any((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("run", CACHED)
+@pytest.mark.parametrize("fault", ["read-only", "under a file"])
+def test_a_cache_folder_that_cannot_be_written_is_a_reason(
+    run: tuple[str, str], fault: str, tmp_path: Path
+) -> None:
+    variable = CACHES[run[0]]
+    if fault == "read-only":
+        tmp_path.chmod(0o500)
+        if os.access(tmp_path, os.W_OK):
+            pytest.skip("this user may write to read-only folders")
+    else:
+        (tmp_path / "file").touch()
+        tmp_path = tmp_path / "file" / "cache"
+    reason = printed(process(PROBE.format(run[0]), **{variable: str(tmp_path)}))
+    assert str(tmp_path) in reason
+    assert variable in reason
+
+
+@pytest.mark.skipif(not any(run.values[0][0] == "keops" for run in HERE), reason="KeOps does not run here")
+def test_no_compiler_is_a_reason(tmp_path: Path) -> None:
+    reason = printed(process(PROBE.format("keops"), KEOPS_CACHE_FOLDER=str(tmp_path), CXX="false"))
+    assert "cannot compile" in reason
+    assert "CXX" in reason
+
+
+def test_a_missing_library_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_keops.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_keops, "_probe", _keops._probe.__wrapped__)
+    assert backends()["keops"] == 'needs pykeops: pip install "s4-pytorch[keops]"'
+    with pytest.raises(ValueError, match=r"backend 'keops' cannot run: needs pykeops: pip install"):
+        s4.S4Layer(4, 8, backend="keops")
+    assert backends()["torch"] is True
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the extension there is no "cpu", and "auto" does without it."""
+    monkeypatch.setattr(_cpu, "_library", lambda: "not built: reinstall with a compiler")
+    v, z, w = numbers((3,), (4,), (3,), "cpu")
+    assert "not built" in str(backends()["cpu"])
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run: not built"):
+        cauchy(v, z, w, backend="cpu")
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run: not built"):
+        s4.S4Layer(4, 8, backend="cpu")
+    torch.testing.assert_close(cauchy(v, z, w), cauchy(v, z, w, backend="naive"))
+
+
+@pytest.mark.skipif(backends()["cpu"] is not True, reason="the C++ extension is not built")
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_share_the_work_whatever_its_shape(threads: int) -> None:
+    """More threads than groups split the poles in the backward; every output is written, once."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for G, q, n, nodes in ((1, 3, 7, 1047), (1, 1, 1, 1), (3, 6, 33, 513), (5, 2, 64, 17)):
+            v, z, w = (draw(*shape).requires_grad_() for shape in ((G, q, n), (1, nodes), (G, n)))
+            grad = draw(G, q, nodes)
+            got = torch.autograd.grad(_ops.cauchy(v, z, w, "cpu"), (v, z, w), grad)
+            want = torch.autograd.grad(_ops.cauchy(v, z, w, "torch"), (v, z, w), grad)
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
+    finally:
+        torch.set_num_threads(before)
