@@ -5,10 +5,10 @@ from types import ModuleType
 import torch
 from torch._C._functorch import maybe_current_level
 
-from s4.kernel import _cpu, _naive, _torch
+from s4.kernel import _cpu, _cuda, _naive, _torch
 
-BACKENDS: dict[str, ModuleType] = {"naive": _naive, "torch": _torch, "cpu": _cpu}
-_PREFERENCE = ("cpu", "torch")  # of "auto": the first that can run on the tensors' device
+BACKENDS: dict[str, ModuleType] = {"naive": _naive, "torch": _torch, "cpu": _cpu, "cuda": _cuda}
+_PREFERENCE = ("cpu", "cuda", "torch")  # of "auto": the first that can run on the tensors' device
 
 
 def backends() -> dict[str, bool | str]:
