@@ -61,6 +61,13 @@ __device__ inline void operator+=(Complex<T>& a, Complex<T> b) {
     a.re += b.re, a.im += b.im;
 }
 
+// Two multiply-adds; of sum += a b + c d the compiler may make three instructions.
+template <class T>
+__device__ inline void add_products(T& sum, T a, T b, T c, T d) {
+    sum += a * b;
+    sum += c * d;
+}
+
 constexpr int kThreads = 128;      // of a block that sums over nodes or steps; a power of 2
 constexpr int kNodeThreads = 256;  // of a block whose threads are nodes, at most
 constexpr int kPoles = 16;         // staged at once
@@ -137,8 +144,8 @@ __device__ void cauchy(const Complex<T>* v, const Complex<T>* z, const Complex<T
 #pragma unroll
                 for (int k = 0; k < Q; ++k) {
                     const Complex<T> c = stage[n][k];
-                    sum[k].re += c.re * p.re + c.im * m.re;
-                    sum[k].im += c.re * p.im + c.im * m.im;
+                    add_products(sum[k].re, c.re, p.re, c.im, m.re);
+                    add_products(sum[k].im, c.re, p.im, c.im, m.im);
                 }
             }
         }
@@ -193,14 +200,16 @@ __device__ void cauchy_backward(const Complex<T>* grad, const Complex<T>* v, con
 #pragma unroll
                 for (int k = 0; k < Q; ++k) {
                     const Complex<T> r = stage[j][k];
-                    sum[k].re += r.re * p.re + r.im * p.im;
-                    sum[k].im += r.re * m.re + r.im * m.im;
+                    add_products(sum[k].re, r.re, p.re, r.im, p.im);
+                    add_products(sum[k].im, r.re, m.re, r.im, m.im);
                     t1.re += c[k].re * r.re, t1.im -= c[k].re * r.im;
                     t2.re += c[k].im * r.re, t2.im -= c[k].im * r.im;
                 }
                 pair.squares(even, odd);
-                sum[Q].re += t1.re * even.re - t1.im * even.im + t2.re * odd.re - t2.im * odd.im;
-                sum[Q].im += t1.re * odd.re - t1.im * odd.im - t2.re * even.re + t2.im * even.im;
+                add_products(sum[Q].re, t1.re, even.re, -t1.im, even.im);
+                add_products(sum[Q].re, t2.re, odd.re, -t2.im, odd.im);
+                add_products(sum[Q].im, t1.re, odd.re, -t1.im, odd.im);
+                add_products(sum[Q].im, -t2.re, even.re, t2.im, even.im);
             }
         }
         __syncthreads();
@@ -216,11 +225,11 @@ __device__ void cauchy_backward(const Complex<T>* grad, const Complex<T>* v, con
     }
 }
 
-// Gradient of z (G, l) for Q rows, added to what other rows left there if `more`.
+// Adds to the gradient of z (G, l) that of Q rows.
 template <class T, int Q>
 __device__ void cauchy_backward_nodes(const Complex<T>* grad, const Complex<T>* v, const Complex<T>* z,
                                       const Complex<T>* w, Complex<T>* grad_z, int64 groups, int64 rows, int64 poles,
-                                      int64 nodes, int64 z_stride, int64 more) {
+                                      int64 nodes, int64 z_stride) {
     __shared__ Complex<T> stage[kPoles][Q + 1];
     const int64 tiles = (nodes + blockDim.x - 1) / blockDim.x;
     for (int64 task = blockIdx.x; task < groups * tiles; task += gridDim.x) {
@@ -247,15 +256,13 @@ __device__ void cauchy_backward_nodes(const Complex<T>* grad, const Complex<T>* 
                     t1.re += c.re * r[k].re, t1.im -= c.re * r[k].im;
                     t2.re += c.im * r[k].re, t2.im -= c.im * r[k].im;
                 }
-                sum.re += t1.re * even.re - t1.im * even.im + t2.re * odd.re - t2.im * odd.im;
-                sum.im += t1.re * even.im + t1.im * even.re + t2.re * odd.im + t2.im * odd.re;
+                add_products(sum.re, t1.re, even.re, -t1.im, even.im);
+                add_products(sum.re, t2.re, odd.re, -t2.im, odd.im);
+                add_products(sum.im, t1.re, even.im, t1.im, even.re);
+                add_products(sum.im, t2.re, odd.im, t2.im, odd.re);
             }
         }
-        if (place < nodes) {
-            Complex<T> total = {-sum.re, sum.im};
-            if (more) total += grad_z[g * nodes + l];
-            grad_z[g * nodes + l] = total;
-        }
+        if (place < nodes) grad_z[g * nodes + l] += {-sum.re, sum.im};
     }
 }
 
@@ -317,9 +324,10 @@ __device__ void vandermonde(const Complex<T>* v, const Complex<double>* bases, T
             __syncthreads();
             for (int n = 0; n < count; ++n) {
                 const Complex<double> e = low[n][b % 16] * high[n][b / 16];
-                const T re = (T)e.re, im = (T)e.im;
+                const T re = (T)e.re, minus_im = (T)-e.im;
 #pragma unroll
-                for (int i = 0; i < N; ++i) sum[i] += coefficients[n][i].re * re - coefficients[n][i].im * im;
+                for (int i = 0; i < N; ++i)
+                    add_products(sum[i], coefficients[n][i].re, re, coefficients[n][i].im, minus_im);
             }
         }
         int64 k = row, a = chunk;
@@ -373,7 +381,8 @@ __device__ void vandermonde_backward(const T* grad, const Complex<T>* v, const C
             }
             const Complex<T> j = {(T)jump.re, (T)jump.im};
             ramp.re += (T)l * flat.re, ramp.im += (T)l * flat.im;
-            y += j * flat, z += j * ramp;
+            add_products(y.re, j.re, flat.re, -j.im, flat.im), add_products(y.im, j.re, flat.im, j.im, flat.re);
+            add_products(z.re, j.re, ramp.re, -j.im, ramp.im), add_products(z.im, j.re, ramp.im, j.im, ramp.re);
             jump = jump * leap;
         }
         __syncthreads();
@@ -393,12 +402,12 @@ __device__ void vandermonde_backward(const T* grad, const Complex<T>* v, const C
 
 // The entry points: arguments are pointers and int64, nothing else.
 #define CAUCHY(T, SUFFIX, Q)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(kNodeThreads, 2)                                                         \
+    extern "C" __global__ void __launch_bounds__(kNodeThreads, 2)                                                      \
         cauchy_##SUFFIX##_##Q(const Complex<T>* v, const Complex<T>* z, const Complex<T>* w, Complex<T>* out,          \
                               int64 groups, int64 rows, int64 poles, int64 nodes, int64 z_stride) {                    \
         cauchy<T, Q>(v, z, w, out, groups, rows, poles, nodes, z_stride);                                              \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(kThreads)                                                             \
+    extern "C" __global__ void __launch_bounds__(kThreads, 4)                                                          \
         cauchy_backward_##SUFFIX##_##Q(const Complex<T>* grad, const Complex<T>* v, const Complex<T>* z,               \
                                        const Complex<T>* w, Complex<T>* grad_v, Complex<T>* grad_w, int64 groups,      \
                                        int64 rows, int64 poles, int64 nodes, int64 z_stride, int64 lanes, int64 parts, \
@@ -406,21 +415,21 @@ __device__ void vandermonde_backward(const T* grad, const Complex<T>* v, const C
         cauchy_backward<T, Q>(grad, v, z, w, grad_v, grad_w, groups, rows, poles, nodes, z_stride, lanes, parts,       \
                               span);                                                                                   \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(kNodeThreads, 2)                                                         \
+    extern "C" __global__ void __launch_bounds__(kNodeThreads, 2)                                                      \
         cauchy_backward_nodes_##SUFFIX##_##Q(const Complex<T>* grad, const Complex<T>* v, const Complex<T>* z,         \
                                              const Complex<T>* w, Complex<T>* grad_z, int64 groups, int64 rows,        \
-                                             int64 poles, int64 nodes, int64 z_stride, int64 more) {                   \
-        cauchy_backward_nodes<T, Q>(grad, v, z, w, grad_z, groups, rows, poles, nodes, z_stride, more);                \
+                                             int64 poles, int64 nodes, int64 z_stride) {                               \
+        cauchy_backward_nodes<T, Q>(grad, v, z, w, grad_z, groups, rows, poles, nodes, z_stride);                      \
     }
 
 #define VANDERMONDE(T, SUFFIX, N)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(kThreads)                                                             \
+    extern "C" __global__ void __launch_bounds__(kThreads, 4)                                                          \
         vandermonde_##SUFFIX##_##N(const Complex<T>* v, const Complex<double>* bases, T* out, int64 groups,            \
                                    int64 rows, int64 poles, int64 steps, int64 bits, int64 shift) {                    \
         vandermonde<T, N>(v, bases, out, groups, rows, poles, steps, bits, shift);                                     \
     }
 
-#define ENTRY_POINTS(T, SUFFIX)                                                                                        \
+#define ENTRY_POINTS(T, SUFFIX, COLUMNS)                                                                               \
     CAUCHY(T, SUFFIX, 1)                                                                                               \
     CAUCHY(T, SUFFIX, 2)                                                                                               \
     CAUCHY(T, SUFFIX, 3)                                                                                               \
@@ -428,17 +437,17 @@ __device__ void vandermonde_backward(const T* grad, const Complex<T>* v, const C
     CAUCHY(T, SUFFIX, 5)                                                                                               \
     CAUCHY(T, SUFFIX, 6)                                                                                               \
     VANDERMONDE(T, SUFFIX, 4)                                                                                          \
-    VANDERMONDE(T, SUFFIX, 32)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(kThreads)                                                             \
+    VANDERMONDE(T, SUFFIX, COLUMNS)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(kThreads, 4)                                                          \
         powers_##SUFFIX(const Complex<T>* x, Complex<double>* out, int64 exponents, int64 bits) {                      \
         powers(x, out, exponents, bits);                                                                               \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(kThreads)                                                             \
+    extern "C" __global__ void __launch_bounds__(kThreads, 4)                                                          \
         vandermonde_backward_##SUFFIX(const T* grad, const Complex<T>* v, const Complex<double>* bases,                \
                                       Complex<T>* grad_v, Complex<T>* grad_x, int64 groups, int64 rows, int64 poles,   \
                                       int64 steps, int64 bits, int64 lanes, int64 parts, int64 span) {                 \
         vandermonde_backward(grad, v, bases, grad_v, grad_x, groups, rows, poles, steps, bits, lanes, parts, span);    \
     }
 
-ENTRY_POINTS(float, c64)
-ENTRY_POINTS(double, c128)
+ENTRY_POINTS(float, c64, 32)
+ENTRY_POINTS(double, c128, 16)

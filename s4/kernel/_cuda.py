@@ -26,7 +26,7 @@ _SOURCE = Path(__file__).with_name("_cuda.cu")
 _THREADS, _NODE_THREADS = 128, 256  # kThreads and kNodeThreads of the source
 _OPTIONS = {"std": "c++17"}  # nothing that makes arithmetic faster and wrong
 _ROWS = 6  # right-hand sides at once, at most
-_COLUMNS = (4, 32)  # of a Vandermonde block
+_COLUMNS = {torch.complex64: 32, torch.complex128: 16}  # of a Vandermonde block, or 4 where there are few
 _BLOCKS = 2048  # that fill any GPU, with little left over at the end
 _SHORT = 16  # nodes or steps of one thread, at least, where there are as many
 _LONGEST = 1024  # nodes or steps that one block adds up: bounds the rounding of long sums
@@ -89,7 +89,7 @@ def cauchy_backward(
     tasks, lanes, parts, span = _by_poles(G, n, z.shape[1])
     blocks = _row_blocks(q)
     parts_v, parts_w = v.new_empty(parts, G, q, n), w.new_empty(len(blocks), parts, G, n)
-    grad_z = z.new_empty(G, z.shape[1]) if need_z else z.new_empty(0)
+    grad_z = z.new_zeros(G, z.shape[1]) if need_z else z.new_empty(0)
     for i, (first, rows) in enumerate(blocks):
         given = [grad[:, first:], v[:, first:], z, w]
         found = [parts_v[:, :, first:], parts_w[i]]
@@ -97,7 +97,7 @@ def cauchy_backward(
         _launch(name, tasks, _THREADS, [*given, *found], [*sizes, lanes, parts, span])
         if need_z:
             name = f"cauchy_backward_nodes_{suffix}_{rows}"
-            _launch(name, *_by_nodes(G, z.shape[1]), [*given, grad_z], [*sizes, int(i > 0)])
+            _launch(name, *_by_nodes(G, z.shape[1]), [*given, grad_z], sizes)
     return parts_v.sum(0), grad_z.sum_to_size(z.shape) if need_z else grad_z, parts_w.sum((0, 1))
 
 
@@ -106,7 +106,7 @@ def vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
     out = torch.empty(G, q, L, dtype=v.dtype.to_real(), device=v.device)
     shift = min(max((L - 1).bit_length(), 5), 7)  # of 32, 64 or 128 threads
     columns = q * -(-L >> shift)
-    width = _COLUMNS[columns > 2 * _COLUMNS[0]]
+    width = _COLUMNS[v.dtype] if columns > 8 else 4
     bases = _powers(x, L)
     name = f"vandermonde_{_SUFFIX[v.dtype]}_{width}"
     _launch(name, G * -(-columns // width), 1 << shift, [v, bases, out], [G, q, n, L, bases.shape[2], shift])
