@@ -322,6 +322,7 @@ __device__ void vandermonde(const Complex<T>* v, const Complex<double>* bases, T
                 coefficients[n][i % N] = coefficient;
             }
             __syncthreads();
+#pragma unroll(N < 16 ? 4 : 1)
             for (int n = 0; n < count; ++n) {
                 const Complex<double> e = low[n][b % 16] * high[n][b / 16];
                 const T re = (T)e.re, minus_im = (T)-e.im;
