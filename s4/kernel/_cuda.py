@@ -1,8 +1,8 @@
 """Backend "cuda": the kernels of `_cuda.cu`, compiled at first use by NVRTC through cuda.core.
 
-The binary for an architecture is kept in a cache folder, $S4_CACHE_DIR or the user's own. Kernels are launched on
-torch's current stream and work in torch's memory, without synchronising: a CUDA graph records them, if the same
-operation has run once before the capture, as a capture can load no code.
+The binary for an architecture is kept in a cache folder, $S4_CACHE_DIR or the user's own. Kernels run on
+torch's current stream and work in torch's memory, without synchronising: a CUDA graph records them, if the
+same operation has run once before the capture, as a capture can load no code.
 """
 
 import contextlib
@@ -154,7 +154,10 @@ def _by_nodes(G: int, nodes: int) -> tuple[int, int]:
 
 
 def _by_poles(G: int, n: int, length: int) -> tuple[int, int, int, int]:
-    """Blocks, poles in each, and the parts of how many nodes or steps these are cut into, where a thread is a pole."""
+    """Blocks where a thread is a pole, poles in each, and the parts of how many nodes or steps there are.
+
+    Of the sizes alone, not of the device: sums are added up in the same order everywhere.
+    """
     lanes = min(32, 1 << max(0, n - 1).bit_length())
     tiles = G * -(-n // lanes)
     least = _THREADS // lanes * _SHORT
@@ -225,10 +228,10 @@ def _compile(arch: str) -> bytes:
 
 
 def _cubin(arch: str, compiler: str, compile: Callable[[], bytes]) -> bytes:
-    """The binary for an architecture: out of the cache folder, or compiled and, if the folder can be written, put there.
+    """The binary for an architecture: from the cache folder, or compiled and put there if it can be written.
 
-    A file ends with its own hash, so that a damaged one is made anew, and is renamed into place when it is whole:
-    other processes see all of it or nothing.
+    A file ends with its own hash, so that a damaged one is made anew, and is renamed into place when it is
+    whole: other processes see all of it or nothing.
     """
     source = "\n".join([arch, compiler, str(_OPTIONS), _SOURCE.read_text(encoding="utf-8")])
     folder = _cache_folder()
