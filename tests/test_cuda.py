@@ -1,5 +1,5 @@
-"""The CUDA backend without a GPU: its source run on the CPU by an emulator of blocks and threads, compiled for
-GPUs to see that it fits their registers, and the cache of what NVRTC makes of it."""
+"""The CUDA backend without a GPU: its source run on the CPU by an emulator of blocks and threads, compiled
+for GPUs to see that it fits their registers, and the cache of what NVRTC makes of it."""
 
 import ctypes
 import io
