@@ -1,6 +1,7 @@
 """What only a GPU can show: CUDA graphs, streams, autocast, compilation and several devices."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import oracle
 import pytest
@@ -155,6 +156,15 @@ def test_sums_follow_the_current_stream(backend: str) -> None:
         got = grouped(backend)(doubled, z, w)
     side.synchronize()
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_sums_run_in_a_thread_that_is_new_to_cuda(backend: str) -> None:
+    v, z, w = problem(torch.complex64)
+    want = grouped(backend)(v, z, w)
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(grouped(backend), v, z, w).result()
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

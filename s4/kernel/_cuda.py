@@ -171,10 +171,13 @@ def _launch(name: str, blocks: int, threads: int, tensors: list[Tensor], sizes: 
     """Run a kernel on the current stream of the tensors' device."""
     if blocks == 0:
         return
-    from cuda.core import LaunchConfig, launch
+    from cuda.core import Device, LaunchConfig, launch
 
     device = tensors[0].device
     with torch.cuda.device(device):
+        Device(
+            device.index
+        ).set_current()  # a thread new to CUDA has no context yet, which the driver asks for
         kernel = _kernel(device, name)
         config = LaunchConfig(grid=min(blocks, 2**31 - 1), block=threads)
         pointers = [t.data_ptr() for t in tensors]
