@@ -64,6 +64,19 @@ def test_backend_agrees_with_the_definition(backend: str, dtype: torch.dtype) ->
             oracle.close(a, b, tolerance, f"vandermonde {i} of {L} steps")
 
 
+@pytest.mark.parametrize("backend", USABLE)
+def test_single_terms_keep_their_digits_near_a_pole(backend: str) -> None:
+    """With one pole nothing averages out what the hardware's reciprocal gets wrong."""
+    w = torch.tensor([-1e-4 + 100j], dtype=torch.complex64, device=CUDA)
+    distance = torch.logspace(-3, 12, 4096, dtype=torch.float64, device=CUDA)
+    z = (w + torch.polar(distance, 0.7 * distance.sqrt())).to(torch.complex64)
+    v = torch.ones(1, dtype=torch.complex64, device=CUDA)
+    got = s4.kernel.cauchy(v, z, w, backend)
+    Z, W = z.to(torch.complex128), w.to(torch.complex128)
+    first, second = 1 / (Z - W), 1 / (Z - W.conj())
+    assert ((got - first - second).abs() <= 1e-6 * (first.abs() + second.abs())).all()
+
+
 @pytest.mark.skipif("cuda" not in USABLE, reason="the cuda backend cannot run")
 def test_cuda_backend_gives_the_same_bits_each_time() -> None:
     v, z, w = problem(torch.complex64, nodes=5001)

@@ -3,32 +3,31 @@
 // Complex numbers are interleaved (re, im), arrays contiguous: v (G, q, n), w and x (G, n), z (1 or G, l), sums
 // (G, q, l). All sizes are 64-bit. Blocks share nothing and loop over tasks, so any grid computes the same; sums are
 // taken in an order that depends on the shapes only: results are the same in every run and on every device.
-// Nothing here is specific to a device but `seed`, so that tests compile this file for the CPU as well.
+// Nothing here is specific to a device but `reciprocal`, so that tests compile this file for the CPU as well.
 //
 // The arithmetic of a Cauchy pair (one pole with its conjugate, one node), in instructions that a multiply-add is one
 // of. With u = 1/(z-w), u' = 1/(z-conj w), P = u + u' and M = i (u - u'), the residue a + i b adds a P + b M:
 //
-//                            float                                double
-//     z-w, z-conj w, |.|^2   3 + 4                                3 + 4
-//     reciprocals            2 (seed, minimum, 2 for a step) = 8  one for both: 3 + 7
-//     u, u', P, M            4 + 4                                4 + 4
-//     q sums                 4 q                                  4 q
-//     forward                23 + 4 q                             25 + 4 q
-//     backward of v, w       forward + 4 q + 20                   forward + 4 q + 20
+//                            float        double
+//     z-w, z-conj w, |.|^2   3 + 4        3 + 4
+//     reciprocals            2            3 + 7, one division for both
+//     u, u', P, M            4 + 4        4 + 4
+//     q sums                 4 q          4 q
+//     forward                17 + 4 q     25 + 4 q
+//     backward of v, w       37 + 8 q     45 + 8 q
 //
-// In double precision that makes 41 instructions forward and 77 backward at q = 4. An H100 retires 67e12 / 2 of them
-// in float, 34e12 / 2 in double. At G = 512, n = 32, q = 4 (8.4e6 pairs at l = 513, 134e6 at 8193), in microseconds:
+// An H100 retires 67e12 / 2 of them a second in float, 34e12 / 2 in double. At G = 512, n = 32, q = 4, in microseconds:
 //
-//                            l = 513                              l = 8193
-//     float, forward         10 (39 instructions)                 156
-//     float, backward        19 (75 instructions)                 300
-//     double, forward        20                                   324
-//     double, backward       38                                   608
-//     traffic at 3.0 TB/s    sums (G, q, l) once: 3 in float, 6 in double; 45 and 90
+//                                    l = 513, 8.4e6 pairs    l = 8193, 134e6 pairs
+//     float, forward (33)            8                       132
+//     float, backward (69)           17                      276
+//     double, forward (41)           20                      324
+//     double, backward (77)          38                      608
+//     sums (G, q, l) at 3.0 TB/s     3 in float, 6 in double 45, 90
 //
-// So arithmetic is the bound, by 3 to 7 times, and the design keeps everything else off the arithmetic units' path:
+// So arithmetic is the bound, by 3 to 6 times, and the design keeps everything else off the arithmetic units' path:
 // - forward: a thread is one node with its q sums in registers. Poles and residues go through shared memory, where all
-//   threads of a warp read the same word at once: q + 1 loads for 23 + 4 q instructions or more. One node a thread is
+//   threads of a warp read the same word at once: q + 1 loads for 17 + 4 q instructions or more. One node a thread is
 //   enough for that, and leaves most threads where l is small. Poles are not split over threads: where G l is too
 //   small to fill a GPU, the whole takes as long as a launch.
 // - backward of v and w: the same turned round. A thread is one pole (or the same pole as others in its block, each
@@ -74,25 +73,21 @@ constexpr int kPoles = 16;         // staged at once
 template <class T>
 constexpr int kShort = 64 / sizeof(T);  // steps whose powers a thread keeps in registers
 
-// 1/a to a bit or two, in one instruction; 0 from 2^126 on, where the result would be a denormal number.
-__device__ inline float seed(float a) {
+// 1/a in one instruction, to 1 ulp; 0 from 2^126 on, where the result would be a denormal number.
+__device__ inline float reciprocal(float a) {
 #ifdef __CUDA_ARCH__
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a));
     return y;
 #else
-    return a >= 0x1p126f ? 0 : (1 + 0x1p-23f) / a;
+    return a >= 0x1p126f ? 0 : (1 + 0x1p-23f) / a;  // as wrong as it may be
 #endif
 }
 
-// The two reciprocals of squared distances. In float, one Newton step from the hardware's seed gives them to 1 ulp in
-// half the instructions of a division, which would check for denormal numbers; the minimum keeps 0 where a distance
-// overflows. In double, one division gives both.
-__device__ inline void reciprocals(float a, float b, float& ia, float& ib) {
-    const float x = seed(a), y = seed(b);
-    ia = fmaf(x, fmaf(-fminf(a, 0x1p127f), x, 1), x);
-    ib = fmaf(y, fmaf(-fminf(b, 0x1p127f), y, 1), y);
-}
+// The reciprocals of two squared distances. In float, from the hardware: its error is below that of the squares, which
+// a division, at some 8 instructions, would not mend. In double, where the hardware has but a seed, one division gives
+// both.
+__device__ inline void reciprocals(float a, float b, float& ia, float& ib) { ia = reciprocal(a), ib = reciprocal(b); }
 
 __device__ inline void reciprocals(double a, double b, double& ia, double& ib) {
     const double inverse = 1 / (a * b);

@@ -43,6 +43,8 @@ def status(device: torch.device) -> bool | str:
     Raises:
         RuntimeError: asked for the first time while a CUDA graph is captured.
     """
+    if device.type == "cuda" and device.index in _states:
+        return _states[device.index]
     if torch.version.cuda is None or not torch.cuda.is_available():
         return "needs an NVIDIA GPU and a build of torch for it"
     if device.type != "cuda":
