@@ -27,6 +27,8 @@ def report() -> str:
     lines.append(
         f"  auto     on the CPU: sums by {sums!r}, kernels by fused sums at short L or powers at long L"
     )
+    for i in range(torch.cuda.device_count()):
+        lines.append(f"           on cuda:{i}: sums by {_choice.best(torch.device('cuda', i))!r}")
     return "\n".join(lines)
 
 

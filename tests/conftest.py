@@ -13,7 +13,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch finds none"))
 
 
 @pytest.fixture(autouse=True)

@@ -5,17 +5,18 @@ from types import ModuleType
 import torch
 from torch._C._functorch import maybe_current_level
 
-from s4.kernel import _cpu, _keops, _naive, _torch, _triton
+from s4.kernel import _cpu, _cuda, _keops, _naive, _torch, _triton
 
 BACKENDS: dict[str, ModuleType] = {
     "naive": _naive,
     "torch": _torch,
     "cpu": _cpu,
-    "keops": _keops,
+    "cuda": _cuda,
     "triton": _triton,
+    "keops": _keops,
 }
 # Of "auto", by type of device: the first that can run there, or else "torch", which can everywhere.
-_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "keops")}
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton", "keops")}
 
 
 def backends() -> dict[str, bool | str]:
