@@ -1,5 +1,6 @@
 """Which backend runs: what the user named, or the best that can."""
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -48,7 +49,14 @@ def best(device: torch.device) -> str:
     return next((name for name in names if BACKENDS[name].status(device) is True), "torch")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant(function: Callable[[str], bool]) -> Callable[[str], bool]:
+    """A result that torch.compile takes as given: `torch.compiler.assume_constant_result` without its import
+    of torch._dynamo, which takes two seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def has_fused_sums(device_type: str) -> bool:
     """Whether "auto" can be a fused backend on this type of device; a constant to torch.compile.
 
@@ -57,7 +65,7 @@ def has_fused_sums(device_type: str) -> bool:
     return maybe_current_level() is None and best(torch.device(device_type)) != "torch"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant
 def has_fused_powers(device_type: str) -> bool:
     """Whether `_ops.krylov` and `_ops.orbit` run on this type of device; a constant to torch.compile."""
     return maybe_current_level() is None and _cpu.status(torch.device(device_type)) is True
