@@ -307,10 +307,10 @@ class S4Layer(nn.Module):
     def _product_dtype(self) -> torch.dtype:
         """Of the large products of a scan: that of the parameters, or bfloat16 where autocast asks for it."""
         kind = self.D.device.type
-        if self.D.dtype == torch.float32 and torch.amp.is_autocast_available(kind):
-            if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
-                return torch.bfloat16
-        return self.D.dtype
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return self.D.dtype
+        lower = torch.get_autocast_dtype(kind)
+        return lower if (self.D.dtype, lower) == (torch.float32, torch.bfloat16) else self.D.dtype
 
     def _check_parameters(self, rate: float) -> None:
         if self.D.dtype not in (torch.float32, torch.float64):

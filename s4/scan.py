@@ -1,11 +1,12 @@
-"""The third view: a chunked scan. Matrix products over chunks of T steps, and a recurrence from chunk to chunk.
+"""The third view: a chunked scan. Matrix products over chunks of T steps, a recurrence from chunk to chunk.
 
 With rows u_c of T inputs, y_c of T outputs and x_c, the state before them, a chunk is one linear map:
 
     y_c = u_c Toep(K_0, ..., K_{T-1}) + x_c [C A, ..., C A^T]
     x_{c+1} = u_c [A^{T-1} B, ..., B] + x_c A^T
 
-Exact, linear in the length, no FFT. Its gradient is a scan of the transposed map from the last chunk to the first.
+Exact, linear in the length, no FFT. The gradient is a scan of the transposed map, from the last chunk to the
+first.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch.nn.functional import hardshrink, pad
 from s4.ssm import Propagator
 
 _BLOCK = 1 << 18  # inputs in flight on a CPU: what a core's cache holds, with the products made of them
+_MANY = 1 << 16  # inputs a channel, for which longer chunks repay their larger maps
 _SERIAL = 32  # chunks that a loop goes over: more of them are first merged two by two
 
 
@@ -37,9 +39,10 @@ class Chunk(NamedTuple):
 
 
 def chunk_length(B: int, L: int, N: int) -> int:
-    """T, a power of two: the products cost 2T + 4N + 4N^2/T flop an input, the maps T N numbers a channel."""
+    """T, a power of two: the products cost 2T + 4N + 4N^2/T flop an input, the maps some T N a channel."""
+    most = max(N if B * L < _MANY else 2 * N, 32)
     T = 1
-    while T < L and T < 2 * N:
+    while min(L, most) > T:
         T *= 2
     return T
 
@@ -51,22 +54,22 @@ def chunks(
 
     The second is strict: the kernel's lag 0 meets the input just after an output.
     """
-    C, B = propagator.recurrence.C, propagator.recurrence.B
+    C = propagator.recurrence.C
     columns, rows = propagator.columns(T), propagator.rows(T)
+    K = (C.transpose(0, 1) @ columns).transpose(0, 1).to(dtype)
+    K_ahead = torch.cat([K[0, :, :1] + D[:, None], K[0, :, 1:]], -1)
+    inward = _rounded(columns, dtype).mT
     onward = _rounded(propagator.power(T).mT, dtype)
-    inclusive = torch.cat([C[:, :, None], rows[:, :, :-1]], 2)  # C A^b for b < T
-    K = (inclusive @ B[..., None])[..., 0].to(dtype)
-    lagged = torch.cat([K[0, :, :1] + D[:, None], K[0, :, 1:]], -1)
-    columns = _rounded(columns, dtype).mT
-    ahead = Chunk(pad(lagged, (T - 1, 0)), columns.flip(1), _rounded(rows[0], dtype).mT, onward)
+    ahead = Chunk(pad(K_ahead, (T - 1, 0)), inward.flip(1), _rounded(rows[0], dtype).mT, onward)
     if C.shape[0] == 1:
         return ahead, None
-    outward = _rounded(inclusive[1], dtype).flip(1).mT
-    return ahead, Chunk(pad(K[1, :, : T - 1].flip(-1), (0, T)), columns, outward, onward)
+    rows = torch.cat([C[1, :, None], rows[1, :, :-1]], 1)  # C A^b for b < T
+    outward = _rounded(rows, dtype).flip(1).mT
+    return ahead, Chunk(pad(K[1, :, : T - 1].flip(-1), (0, T)), inward, outward, onward)
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In dtype, without what decayed to denormal numbers there or would in products: each costs a CPU 100 cycles."""
+    """In dtype, without what decayed to denormal numbers or soon would: each costs a CPU 100 cycles."""
     return hardshrink(x.to(dtype), 1e8 * torch.finfo(dtype).tiny)
 
 
@@ -108,8 +111,8 @@ def scan(
 class _Scan(torch.autograd.Function):
     """(H, B, L) inputs and (H, B, N) states to outputs, and the states after the last whole chunk.
 
-    In reverse from the last chunk to the first; the last may be ragged. Keeps no states: they would be N / T of
-    the inputs to hold, and are a quarter of the forward pass to make again.
+    In reverse from the last chunk to the first; the last may be ragged. Keeps its inputs and no states, which
+    would be N / T of the inputs to hold, and are made again from half of the forward pass.
     """
 
     generate_vmap_rule = True
@@ -125,7 +128,8 @@ class _Scan(torch.autograd.Function):
         products: torch.dtype,
         reverse: bool,
     ) -> tuple[Tensor, Tensor]:
-        return _blockwise(_forward, (u, x, taps, inward, outward, onward), products, reverse)
+        y, last = _blockwise(_forward, (_in_rows(u), x, taps, inward, outward, onward), products, reverse)
+        return y, last
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -134,7 +138,8 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_x: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = (*ctx.saved_tensors, grad_y, grad_x)
+        u, *others = ctx.saved_tensors
+        inputs = (_in_rows(u), *others, _in_rows(grad_y), grad_x)
         return *_blockwise(_backward, inputs, ctx.products, ctx.reverse), None, None
 
 
@@ -144,8 +149,7 @@ def _blockwise(
     """`run`, on a CPU over a few channels at a time: products of one stay in cache for the next."""
     u = tensors[0]
     H, size = u.shape[0], u.shape[1:].numel()
-    traced = torch.is_grad_enabled() or torch.compiler.is_compiling() or maybe_current_level() is not None
-    if traced or u.device.type != "cpu" or H * size <= _BLOCK:
+    if _traced() or u.device.type != "cpu" or H * size <= _BLOCK:
         return run(*tensors, products, reverse)
     h = max(1, _BLOCK // size)
     out: tuple[Tensor, ...] | None = None
@@ -159,6 +163,18 @@ def _blockwise(
     return out
 
 
+def _traced() -> bool:
+    """Whether autograd, torch.func or torch.compile follow what is done: nothing is written in place then."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or maybe_current_level() is not None
+
+
+def _in_rows(u: Tensor) -> Tensor:
+    """(H, B, L) with sequences contiguous, by a matrix transpose, five times as fast as a copy by blocks."""
+    if u.stride(-1) == 1:
+        return u
+    return u.permute(1, 2, 0).flatten(0, 1).t().contiguous().unflatten(1, u.shape[1:])
+
+
 def _forward(
     u: Tensor,
     x: Tensor,
@@ -169,13 +185,13 @@ def _forward(
     products: torch.dtype,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    T, L = inward.shape[1], u.shape[-1]
-    U = _chunked(u, T).to(products)
+    U = _chunked(u, inward.shape[1]).to(products)
     X, last = _states(U, x, inward, onward, reverse)
-    y = torch.baddbmm(U @ _toeplitz(taps).to(products), X.flatten(1, 2).to(products), outward.to(products))
-    if L % T and not reverse:
+    if U.shape[2] * U.shape[3] > u.shape[2] and not reverse:  # the state before a ragged chunk
         last = X[:, :, -1]
-    return y.to(u.dtype).view(*u.shape[:2], -1)[..., :L], last
+    toeplitz, outward = _toeplitz(taps).to(products), outward.to(products)
+    y = _two_products(U.flatten(1, 2), toeplitz, X.to(products).flatten(1, 2), outward)
+    return _joined(y, u), last
 
 
 def _backward(
@@ -190,32 +206,48 @@ def _backward(
     products: torch.dtype,
     reverse: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of the first six: the inputs' and the state's by a scan of the transposed map, the other way."""
-    T, L = inward.shape[1], u.shape[-1]
-    U, G = _chunked(u, T).to(products), _chunked(grad_y, T).to(products)
+    """Gradients of the first six: the inputs' and the state's are a scan of the transposed map, reversed."""
+    U, G = (_chunked(t, inward.shape[1]).to(products) for t in (u, grad_y))
     X, _ = _states(U, x, inward, onward, reverse)
-    later = None
-    if L % T and not reverse:  # the state came out before the ragged chunk, and none after it
-        grad_x, later = torch.zeros_like(grad_x), grad_x
-    Z, grad_x = _states(G, grad_x, outward.mT, onward.mT, not reverse, later)
-    X, Z = X.flatten(1, 2), Z.flatten(1, 2)
-    Xp, Zp = X.to(products), Z.to(products)
-    grad_u = torch.baddbmm(G @ _toeplitz(taps).mT.to(products), Zp, inward.mT.to(products))
+    extra = None
+    if U.shape[2] * U.shape[3] > u.shape[2] and not reverse:  # none came out after the last chunk
+        grad_x, extra = torch.zeros_like(grad_x), grad_x
+    Z, grad_x = _states(G, grad_x, outward.mT, onward.mT, not reverse, extra)
+    grad_onward = X.flatten(1, 2).mT @ Z.flatten(1, 2)
+    U, X, G, Z = (t.to(products).flatten(1, 2) for t in (U, X, G, Z))
+    grad_u = _two_products(G, _toeplitz(taps).mT.to(products), Z, inward.mT.to(products))
     return (
-        grad_u.to(u.dtype).view(*u.shape[:2], -1)[..., :L],
+        _joined(grad_u, u),
         grad_x,
         _diagonals((U.mT @ G).to(u.dtype)),
-        (U.mT @ Zp).to(u.dtype),
-        (Xp.mT @ G).to(u.dtype),
-        X.mT @ Z,
+        (U.mT @ Z).to(u.dtype),
+        (X.mT @ G).to(u.dtype),
+        grad_onward,
     )
 
 
+def _two_products(A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """A B + C D."""
+    product = A @ B
+    return torch.baddbmm(product, C, D) if _traced() else product.baddbmm_(C, D)
+
+
+def _count(L: int, T: int) -> int:
+    """Chunks of a sequence: one at least."""
+    return max(1, -(-L // T))
+
+
 def _chunked(u: Tensor, T: int) -> Tensor:
-    """(h, B, L) to (h, B c, T), the last chunk filled up with zeros; at least one chunk."""
-    L = u.shape[-1]
-    c = max(1, -(-L // T))
-    return (u if L == c * T else pad(u, (0, c * T - L))).reshape(u.shape[0], -1, T)
+    """(h, B, L) to (h, B, c, T), the last chunk filled up with zeros; at least one chunk."""
+    h, B, L = u.shape
+    c = _count(L, T)
+    return (pad(u, (0, c * T - L)) if c * T > L else u).reshape(h, B, c, T)
+
+
+def _joined(Y: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_chunked`, from (h, B c, T), in shape and dtype of its argument."""
+    h, B, L = like.shape
+    return Y.to(like.dtype).reshape(h, B, _count(L, Y.shape[-1]) * Y.shape[-1])[..., :L]
 
 
 def _toeplitz(taps: Tensor) -> Tensor:
@@ -233,19 +265,20 @@ def _diagonals(M: Tensor) -> Tensor:
 def _states(
     U: Tensor, x: Tensor, inward: Tensor, onward: Tensor, reverse: bool, extra: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """States before each chunk (h, B, c, N), and the one after all; `extra` is what the last chunk adds besides."""
-    S = (U @ inward.to(U.dtype)).to(x.dtype).unflatten(1, (x.shape[1], -1))
+    """States before each chunk (h, B, c, N), and the one after all; `extra` is what the last chunk adds."""
+    S = (U.flatten(1, 2) @ inward.to(U.dtype)).to(x.dtype).view(*U.shape[:3], x.shape[2])
     if extra is not None:
         S = S + pad(extra[:, :, None], (0, 0, S.shape[2] - 1, 0))
-    return _recur(S, x, onward.contiguous(), reverse)
+    recur = _recur_op if torch.compiler.is_compiling() else _recur
+    return recur(S, x, onward.contiguous(), reverse)
 
 
 def _recur(S: Tensor, x: Tensor, P: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """x_0, ..., x_{c-1} along dimension 2, and x_c, of x_{i+1} = x_i P + S_i; in reverse from x_{c-1} to x_{-1}.
+    """All but the last of x_{i+1} = x_i P + S_i, (h, B, c, N), and the last; reversed, x_{i-1} = x_i P + S_i.
 
     Many chunks are merged into half as many with P^2, whose states are every other state.
     """
-    h, _, c, N = S.shape
+    h, B, c, N = S.shape
     if c <= _SERIAL:
         X = []
         for S_i in S.unbind(2)[:: -1 if reverse else 1]:
@@ -255,7 +288,7 @@ def _recur(S: Tensor, x: Tensor, P: Tensor, reverse: bool) -> tuple[Tensor, Tens
     odd, order = c % 2, -1 if reverse else 1
     pairs = S[:, :, odd if reverse else 0 :].narrow(2, 0, c - odd).unflatten(2, (-1, 2))
     first, second = (pairs[:, :, :, i].flatten(1, 2) for i in (0, 1)[::order])
-    merged = torch.baddbmm(second, first, P).view(h, -1, c // 2, N)
+    merged = torch.baddbmm(second, first, P).view(h, B, c // 2, N)
     before, x = _recur(merged, x, P @ P, reverse)
     between = torch.baddbmm(first, before.flatten(1, 2), P).view_as(before)
     states = torch.stack((before, between)[::order], 3).flatten(2, 3)
@@ -263,3 +296,14 @@ def _recur(S: Tensor, x: Tensor, P: Tensor, reverse: bool) -> tuple[Tensor, Tens
         states = torch.cat((states, x[:, :, None])[::order], 2)
         x = torch.baddbmm(S[:, :, 0 if reverse else -1], x, P)
     return states, x
+
+
+@torch.library.custom_op("s4::recur", mutates_args=())
+def _recur_op(S: Tensor, x: Tensor, P: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """`_recur` as one node of a graph, which would otherwise hold for one number of chunks."""
+    return _recur(S, x, P, reverse)
+
+
+@_recur_op.register_fake
+def _(S: Tensor, x: Tensor, P: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    return S.new_empty(S.shape), x.new_empty(x.shape)
