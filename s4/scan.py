@@ -58,19 +58,14 @@ def chunks(
     columns, rows = propagator.columns(T), propagator.rows(T)
     K = (C.transpose(0, 1) @ columns).transpose(0, 1).to(dtype)
     K_ahead = torch.cat([K[0, :, :1] + D[:, None], K[0, :, 1:]], -1)
-    inward = _rounded(columns, dtype).mT
-    onward = _rounded(propagator.power(T).mT, dtype)
-    ahead = Chunk(pad(K_ahead, (T - 1, 0)), inward.flip(1), _rounded(rows[0], dtype).mT, onward)
+    inward = columns.to(dtype).mT
+    onward = propagator.power(T).mT.to(dtype)
+    ahead = Chunk(pad(K_ahead, (T - 1, 0)), inward.flip(1), rows[0].to(dtype).mT, onward)
     if C.shape[0] == 1:
         return ahead, None
     rows = torch.cat([C[1, :, None], rows[1, :, :-1]], 1)  # C A^b for b < T
-    outward = _rounded(rows, dtype).flip(1).mT
+    outward = rows.to(dtype).flip(1).mT
     return ahead, Chunk(pad(K[1, :, : T - 1].flip(-1), (0, T)), inward, outward, onward)
-
-
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In dtype, without what decayed to denormal numbers or soon would: each costs a CPU 100 cycles."""
-    return hardshrink(x.to(dtype), 1e8 * torch.finfo(dtype).tiny)
 
 
 def scan(
@@ -146,20 +141,26 @@ class _Scan(torch.autograd.Function):
 def _blockwise(
     run: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], products: torch.dtype, reverse: bool
 ) -> tuple[Tensor, ...]:
-    """`run`, on a CPU over a few channels at a time: products of one stay in cache for the next."""
+    """`run`, on a CPU over a few channels at a time: products of one stay in cache for the next.
+
+    There, what decayed to denormal numbers or soon would counts as 0: each costs some 100 cycles. Not before,
+    as a 0 may have a gradient.
+    """
     u = tensors[0]
-    H, size = u.shape[0], u.shape[1:].numel()
-    if _traced() or u.device.type != "cpu" or H * size <= _BLOCK:
+    if _traced() or u.device.type != "cpu":
         return run(*tensors, products, reverse)
-    h = max(1, _BLOCK // size)
-    out: tuple[Tensor, ...] | None = None
+    H = u.shape[0]
+    h = max(1, _BLOCK // max(1, u.shape[1:].numel()))
+    out: tuple[Tensor, ...] = ()
     for start in range(0, H, h):
-        block = run(*(t[start : start + h] for t in tensors), products, reverse)
-        if out is None:
-            out = tuple(t.new_empty(H, *t.shape[1:]) for t in block)
+        u, x, taps, *maps = (t[start : start + h] for t in tensors)
+        maps[:3] = (hardshrink(t, 1e8 * torch.finfo(t.dtype).tiny) for t in maps[:3])
+        block = run(u, x, taps, *maps, products, reverse)
+        if h >= H:
+            return block
+        out = out or tuple(t.new_empty(H, *t.shape[1:]) for t in block)
         for whole, part in zip(out, block, strict=True):
             whole[start : start + h] = part
-    assert out is not None
     return out
 
 
