@@ -47,7 +47,8 @@ class S4Layer(nn.Module):
         n_ssm: independent (A, B) pairs, each shared by d_model / n_ssm neighbouring channels.
         bidirectional: also convolve backwards, with an output row C of its own. No state, no step.
         mode: how `forward` processes a sequence: "fft", by FFT convolution; "scan", by matrix products over
-            chunks, the larger ones in bfloat16 under an autocast to it; or "auto", at present "fft".
+            chunks, under autocast to bfloat16 the larger ones in that, within 2% of the largest output; or
+            "auto", at present "fft".
         backend: who computes the kernel: "auto", or the Cauchy or Vandermonde sums of one of
             `s4.kernel.backends()`.
         device: of the parameters.

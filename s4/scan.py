@@ -20,7 +20,7 @@ from torch.nn.functional import hardshrink, pad
 
 from s4.ssm import Propagator
 
-_BLOCK = 1 << 18  # inputs in flight on a CPU: what a core's cache holds, with the products made of them
+_BLOCK = 1 << 19  # inputs in flight on a CPU: what a core's cache holds, with the products made of them
 _MANY = 1 << 16  # inputs a channel, for which longer chunks repay their larger maps
 _SERIAL = 32  # chunks that a loop goes over: more of them are first merged two by two
 

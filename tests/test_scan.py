@@ -154,6 +154,21 @@ def test_merging_chunks_is_going_over_them(c: int, reverse: bool, monkeypatch: p
             oracle.close(got, truth, 1e-12)
 
 
+@pytest.mark.parametrize("blocks", ["whole"], indirect=True)
+def test_the_operator_is_sound() -> None:
+    arguments = (torch.randn(3, 2, 40, 4), torch.randn(3, 2, 4), torch.randn(3, 4, 4) / 3)
+    for reverse in (False, True):
+        torch.library.opcheck(scan._recur_op, (*arguments, reverse))
+
+
+def test_a_row_of_zeros_learns() -> None:
+    """Dropping numbers that are too small drops no gradient."""
+    layer = build(CASES[0])
+    torch.nn.init.zeros_(layer.C)
+    layer(torch.randn(1, 3 * T, H).double()).sum().backward()
+    assert (layer.C.grad != 0).all()
+
+
 TINY = [
     Case("dplr", "legs", d_state=4),
     Case("diag", "lin", d_state=4),
@@ -397,7 +412,8 @@ import torch
 from torch._dynamo.utils import counters
 from s4 import S4Layer
 torch.manual_seed(0)
-for options, lengths in ((dict(), (1047, 64, 70, 96)), (dict(variant="diag", bidirectional=True), (70, 1047))):
+both = dict(variant="diag", bidirectional=True)
+for options, lengths in ((dict(), (1047, 64, 70, 96)), (both, (70, 1047))):
     torch.compiler.reset()
     counters.clear()
     layer = S4Layer(4, 8, mode="scan", **options)
