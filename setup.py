@@ -1,6 +1,7 @@
 """The optional C++ extension; everything else is in pyproject.toml."""
 
 import sysconfig
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -10,7 +11,7 @@ setup(
         Extension(
             "s4.kernel._cpu_native",  # a plain shared library, loaded by s4/kernel/_cpu.py through ctypes
             sources=["s4/kernel/_cpu.cpp"],
-            depends=[f"s4/kernel/_cpu_{part}.h" for part in ("level", "sums", "krylov", "step")],
+            depends=glob("s4/kernel/_cpu_*.h"),
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-pthread"],
             extra_link_args=["-pthread"],
             py_limited_api=limited,

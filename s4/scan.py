@@ -18,6 +18,8 @@ from torch import Tensor
 from torch._C._functorch import maybe_current_level
 from torch.nn.functional import hardshrink, pad
 
+from s4.kernel import _ops
+from s4.kernel._choice import has_fused_powers
 from s4.ssm import Propagator
 
 _BLOCK = 1 << 19  # inputs in flight on a CPU: what a core's cache holds, with the products made of them
@@ -29,7 +31,7 @@ class Chunk(NamedTuple):
     """The maps of one chunk, one system a channel, applied to rows from the right.
 
     Shapes: taps (H, 2T-1), the kernel at lags 1-T, ..., T-1; inward (H, T, N), inputs to the next state;
-    outward (H, N, T), state to outputs; onward (H, N, N), state to the next state.
+    outward (H, T, N), state to outputs, transposed; onward (H, N, N), state to the next state.
     """
 
     taps: Tensor
@@ -54,18 +56,13 @@ def chunks(
 
     The second is strict: the kernel's lag 0 meets the input just after an output.
     """
-    C = propagator.recurrence.C
-    columns, rows = propagator.columns(T), propagator.rows(T)
-    K = (C.transpose(0, 1) @ columns).transpose(0, 1).to(dtype)
-    K_ahead = torch.cat([K[0, :, :1] + D[:, None], K[0, :, 1:]], -1)
-    inward = columns.to(dtype).mT
-    onward = propagator.power(T).mT.to(dtype)
-    ahead = Chunk(pad(K_ahead, (T - 1, 0)), inward.flip(1), rows[0].to(dtype).mT, onward)
-    if C.shape[0] == 1:
-        return ahead, None
-    rows = torch.cat([C[1, :, None], rows[1, :, :-1]], 1)  # C A^b for b < T
-    outward = rows.to(dtype).flip(1).mT
-    return ahead, Chunk(pad(K[1, :, : T - 1].flip(-1), (0, T)), inward, outward, onward)
+    recurrence = propagator.recurrence
+    fused = has_fused_powers(D.device.type)
+    taps, inward, outward, onward = (_ops.chunk if fused else _ops.plain_chunk)(
+        *recurrence, D.to(recurrence.a.dtype), T, dtype
+    )
+    ahead = Chunk(taps[0], inward, outward[0], onward)
+    return ahead, Chunk(taps[1], inward.flip(1), outward[1], onward) if len(taps) == 2 else None
 
 
 def scan(
@@ -90,17 +87,17 @@ def scan(
     ahead, behind = chunks(propagator, D, T, u.dtype)
     x = u.new_zeros(H, B, N) if x is None else x.transpose(0, 1)
     by_channel = u.transpose(0, 1)
-    y, x = _Scan.apply(by_channel, x, *ahead, products or u.dtype, False)
+    products = products or u.dtype
+    y, x = _Scan.apply(by_channel, x, *ahead, products, False)
     if behind is not None:
-        later, _ = _Scan.apply(by_channel, torch.zeros_like(x), *behind, products or u.dtype, True)
+        later, _ = _Scan.apply(by_channel, torch.zeros_like(x), *behind, products, True)
         y = y + later
-    x = x.transpose(0, 1)
     whole = L // T * T
     if whole < L:
-        rest = torch.full((B,), L - whole, device=u.device)
         tail = by_channel[..., whole:] @ ahead.inward[:, T - L + whole :]
-        x = propagator.advance(x, rest, T - 1) + tail.transpose(0, 1)
-    return y.transpose(0, 1), x
+        rest = torch.full((B,), L - whole, device=u.device)
+        x = propagator.advance(x.transpose(0, 1), rest, T - 1).transpose(0, 1) + tail
+    return y.transpose(0, 1), x.transpose(0, 1)
 
 
 class _Scan(torch.autograd.Function):
@@ -123,7 +120,8 @@ class _Scan(torch.autograd.Function):
         products: torch.dtype,
         reverse: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, last = _blockwise(_forward, (_in_rows(u), x, taps, inward, outward, onward), products, reverse)
+        tensors = (_in_rows(u), x, taps, inward, outward, onward)
+        y, last = _run(_forward, _ops.scan, tensors, products, reverse)
         return y, last
 
     @staticmethod
@@ -135,7 +133,22 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, grad_x: Tensor) -> tuple[Tensor | None, ...]:
         u, *others = ctx.saved_tensors
         inputs = (_in_rows(u), *others, _in_rows(grad_y), grad_x)
-        return *_blockwise(_backward, inputs, ctx.products, ctx.reverse), None, None
+        return *_run(_backward, _ops.scan_backward, inputs, ctx.products, ctx.reverse), None, None
+
+
+def _run(
+    plain: Callable[..., tuple[Tensor, ...]],
+    fused: Callable[..., tuple[Tensor, ...]],
+    tensors: tuple[Tensor, ...],
+    products: torch.dtype,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    """By the fused code of the CPU where it serves: not in bfloat16, nor for a gradient of the gradient."""
+    u = tensors[0]
+    once = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    if once and products == u.dtype and has_fused_powers(u.device.type):
+        return fused(*tensors, reverse)
+    return _blockwise(plain, tensors, products, reverse)
 
 
 def _blockwise(
@@ -190,7 +203,7 @@ def _forward(
     X, last = _states(U, x, inward, onward, reverse)
     if U.shape[2] * U.shape[3] > u.shape[2] and not reverse:  # the state before a ragged chunk
         last = X[:, :, -1]
-    toeplitz, outward = _toeplitz(taps).to(products), outward.to(products)
+    toeplitz, outward = _toeplitz(taps).to(products), outward.to(products).mT
     y = _two_products(U.flatten(1, 2), toeplitz, X.to(products).flatten(1, 2), outward)
     return _joined(y, u), last
 
@@ -213,7 +226,7 @@ def _backward(
     extra = None
     if U.shape[2] * U.shape[3] > u.shape[2] and not reverse:  # none came out after the last chunk
         grad_x, extra = torch.zeros_like(grad_x), grad_x
-    Z, grad_x = _states(G, grad_x, outward.mT, onward.mT, not reverse, extra)
+    Z, grad_x = _states(G, grad_x, outward, onward.mT, not reverse, extra)
     grad_onward = X.flatten(1, 2).mT @ Z.flatten(1, 2)
     U, X, G, Z = (t.to(products).flatten(1, 2) for t in (U, X, G, Z))
     grad_u = _two_products(G, _toeplitz(taps).mT.to(products), Z, inward.mT.to(products))
@@ -222,7 +235,7 @@ def _backward(
         grad_x,
         _diagonals((U.mT @ G).to(u.dtype)),
         (U.mT @ Z).to(u.dtype),
-        (X.mT @ G).to(u.dtype),
+        (G.mT @ X).to(u.dtype),
         grad_onward,
     )
 

@@ -5,6 +5,7 @@ pair. A `System` is continuous in time, a `Recurrence` discrete; both keep O(N) 
 """
 
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -142,10 +143,10 @@ def step(
 def dense(recurrence: Recurrence) -> Float[Tensor, "H N N"]:
     """A written out as real matrices."""
     a, F, G, _, _ = recurrence
-    return _block_diagonal(a) + torch.einsum("rhi,rhj->hij", F, G)
+    return block_diagonal(a) + torch.einsum("rhi,rhj->hij", F, G)
 
 
-def _block_diagonal(a: Float[Tensor, "H N"]) -> Float[Tensor, "H N N"]:
+def block_diagonal(a: Float[Tensor, "H N"]) -> Float[Tensor, "H N N"]:
     """The real matrices that multiply stacked states by complex diagonals."""
     re, im = map(torch.diag_embed, a.chunk(2, -1))
     return torch.cat([torch.cat([re, -im], -1), torch.cat([im, re], -1)], -2)
@@ -179,8 +180,10 @@ class Propagator:
         a = max(1, -(-L // T))
         R = self._rows(C.transpose(0, 1), a, j)
         V = self._leave(self._columns(self._enter(X), T))
-        # A decayed system would fill the product with denormal numbers, each of some 100 cycles on a CPU.
-        R = hardshrink(R.to(dtype), 1e8 * torch.finfo(dtype).tiny)
+        # A decayed system would fill the product with denormal numbers, of some 100 cycles on a CPU. They
+        # become zeros, but the gradient stays: a row of zeros is there to be learned.
+        R = R.to(dtype)
+        R = R + (hardshrink(R, 1e8 * torch.finfo(dtype).tiny) - R).detach()
         return rearrange(R @ V.to(dtype), "h (a c) (b q) -> c q h (a b)", a=a, b=T, c=c, q=q)[..., :L]
 
     def continuation(self, x: Float[Tensor, "B H N"], L: int) -> Float[Tensor, "B H {L}"]:
@@ -227,10 +230,11 @@ class Propagator:
         first = readout(row_modes(C) * self._power(0)[:, None]) if self._diagonal else C @ self._power(0)
         return rearrange(self._rows(first, T, 0), "h (t c) n -> c h t n", t=T)
 
-    def power(self, T: int) -> Float[Tensor, "H N N"]:
-        """A^T for T a power of two."""
-        A = self._power(T.bit_length() - 1)
-        return _block_diagonal(stack(A)) if self._diagonal else A
+    def power(self, t: int) -> Float[Tensor, "H N N"]:
+        """A^t, t >= 1."""
+        factors = [self._power(j) for j in range(t.bit_length()) if t >> j & 1]
+        A = reduce(torch.mul if self._diagonal else torch.matmul, factors)
+        return block_diagonal(stack(A)) if self._diagonal else A
 
     def _enter(self, X: Tensor) -> Tensor:
         return torch.complex(*X.chunk(2, -2)) if self._diagonal else X

@@ -177,3 +177,15 @@ def test_auto_takes_sums_for_short_kernels_and_powers_for_long(
     monkeypatch.setattr(_cpu, "_library", lambda: "not built")
     layer.kernel(longest)
     assert taken[2:] == ["krylov_kernel"]
+
+
+def test_a_row_of_zeros_is_there_to_be_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers next to denormal ones are dropped from products; the gradient of a zero is not among them."""
+    for library in (_cpu._library, lambda: "not built"):
+        monkeypatch.setattr(_cpu, "_library", library)
+        layer = s4.S4Layer(2, 8)
+        with torch.no_grad():
+            layer.C.zero_()
+        layer.kernel(3000).sum().backward()
+        assert layer.C.grad is not None
+        assert bool(layer.C.grad.any())

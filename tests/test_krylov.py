@@ -1,4 +1,4 @@
-"""Fused powers of structured matrices (backend "cpu"): orbits and Krylov kernels against dense loops."""
+"""Fused powers of structured matrices (backend "cpu"): kernels and maps of chunks, against dense loops."""
 
 import ctypes
 
@@ -92,34 +92,69 @@ def test_krylov(size: tuple[int, ...], dtype: torch.dtype, level: str) -> None:
         close(g, w, 10 * tolerance, name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_orbit(size: tuple[int, ...], level: str) -> None:
-    H, n, r, q, _, T = size
-    a, F, G, X, _ = operands(H, n, r, q, 1)
-    want = powers(dense(a, F, G), X, T)
-    got = _ops.orbit(a, F, G, X, T)
-    close(got, want, 1e-12)
-    grad = torch.randn(want.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    wanted = torch.autograd.grad(want, (a, F, G, X), grad, materialize_grads=True, allow_unused=True)
-    for name, g, w in zip("aFGX", torch.autograd.grad(got, (a, F, G, X), grad), wanted, strict=True):
-        close(g, w, 1e-11, name)
+def test_chunk(size: tuple[int, ...], dtype: torch.dtype, level: str) -> None:
+    """A chunk of T steps by its maps is T steps of the recurrence, and so are its gradients."""
+    H, n, r, _, c, T = (*size[:5], min(size[5], 130))
+    a, F, G, X, C = operands(H, n, r, 1, min(c, 2))
+    D = torch.linspace(-1, 1, H, dtype=torch.float64).requires_grad_()
+    inputs = (a, F, G, X[:, 0].detach().requires_grad_(), C, D)
+    generator = torch.Generator().manual_seed(1)
+    u = torch.randn(H, T, dtype=torch.float64, generator=generator)
+    x = torch.randn(H, 2 * n, dtype=torch.float64, generator=generator)
+
+    taps, inward, outward, onward = _ops.chunk(*inputs, T, dtype)
+    assert taps.dtype == inward.dtype == outward.dtype == onward.dtype == dtype
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    got, want = [], []
+    for i in range(C.shape[0]):
+        within = taps[i].double().unfold(-1, T, 1).flip(-2)  # row i, column j: lag j - i
+        into = inward.double() if i == 0 else inward.double().flip(1)
+        got += [torch.einsum("ht,hts->hs", u, within) + torch.einsum("hsn,hn->hs", outward[i].double(), x)]
+        got += [torch.einsum("ht,htn->hn", u, into) + torch.einsum("hn,hnm->hm", x, onward.double())]
+        A, state, outputs = dense(a, F, G), x, []
+        for t in range(T) if i == 0 else reversed(range(T)):
+            if i == 1:  # strict: an output before its input
+                outputs.insert(0, (C[1] * state).sum(-1))
+            state = (A @ state[..., None])[..., 0] + inputs[3] * u[:, t, None]
+            if i == 0:
+                outputs.append((C[0] * state).sum(-1) + D * u[:, t])
+        want += [torch.stack(outputs, 1), state]
+    weights = [torch.randn(w.shape, dtype=torch.float64, generator=generator) for w in want]
+    grads = []
+    for found in (got, want):
+        total = sum((f * w).sum() for f, w in zip(found, weights, strict=True))
+        grads.append(torch.autograd.grad(total, inputs, materialize_grads=True, allow_unused=True))
+    for g, w in zip(got, want, strict=True):
+        close(g, w, tolerance)
+    for name, g, w in zip("aFGBCD", *grads, strict=True):
+        assert g.shape == w.shape
+        close(g, w, 10 * tolerance, name)
 
 
 def test_they_are_sound_operators() -> None:
     a, F, G, X, C = operands(2, 3, 1, 2, 2)
     torch.library.opcheck(_ops.krylov, (a, F, G, X, C, 7, torch.float64))
-    torch.library.opcheck(_ops.orbit, (a, F, G, X, 5))
+    D = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(_ops.chunk, (a, F, G, X[:, 0].detach().requires_grad_(), C, D, 5, torch.float64))
     grad = torch.randn(2, 2, 2, 7, dtype=torch.float64)
     values = [t.detach() for t in (a, F, G, X, C)]
     torch.library.opcheck(_ops.krylov_backward, (grad, *values))
-    path = _ops.orbit(*values[:4], 5)
-    torch.library.opcheck(_ops.orbit_backward, (torch.randn_like(path), *values[:3], path))
+    inputs = [*values[:3], values[3][:, 0].clone(), values[4], D.detach()]
+    maps = _ops.chunk(*inputs, 5, torch.float64)
+    torch.library.opcheck(_ops.chunk_backward, ([torch.randn_like(m) for m in maps], inputs))
+    u, state = torch.randn(2, 3, 17, dtype=torch.float64), torch.randn(2, 3, 6, dtype=torch.float64)
+    operands_of_scan = (u, state, maps[0][0], maps[1], maps[2][0], maps[3])
+    for reverse in (False, True):
+        torch.library.opcheck(_ops.scan, (*operands_of_scan, reverse))
+        torch.library.opcheck(_ops.scan_backward, (*operands_of_scan, u + 1, state + 1, reverse))
 
 
 def test_gradients_by_finite_differences() -> None:
     inputs = operands(2, 2, 1, 1, 1)
     assert torch.autograd.gradcheck(lambda *t: _ops.krylov(*t, 40, torch.float64), inputs)
-    assert torch.autograd.gradcheck(lambda *t: _ops.orbit(*t, 6), inputs[:4])
+    assert torch.autograd.gradgradcheck(lambda *t: _ops.krylov(*t, 7, torch.float64), inputs)
 
 
 def test_strides_and_lazy_bits_do_not_matter() -> None:
@@ -147,10 +182,6 @@ def test_nothing_gives_nothing(empty: int) -> None:
         assert g.shape == t.shape
         assert bool(g.isfinite().all())
         assert empty < 2 or not g.any()
-    path = _ops.orbit(*inputs[:4], L)
-    assert path.shape == (H, q, L, 2 * n)
-    for g in torch.autograd.grad(path.sum(), inputs[:4]):
-        assert bool(g.isfinite().all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -173,7 +204,6 @@ def test_what_is_not_a_number_stays_visible(size: tuple[int, ...], level: str) -
             inputs[which].flatten()[0] = bad
             K = _ops.krylov(*inputs, L, torch.float32)
             assert not bool(K.isfinite().all()), "aFGXC"[which]
-            assert bool(_ops.orbit(*inputs[:4], 5).isfinite().all()) == (which == 4)
 
 
 def test_wrong_operands_raise() -> None:
@@ -186,8 +216,10 @@ def test_wrong_operands_raise() -> None:
     ):
         with pytest.raises(ValueError, match="need a"):
             _ops.krylov(*wrong, 5, torch.float32)
-    with pytest.raises(ValueError, match="need a"):
-        _ops.orbit(a, F, G, X[:, :, :4], 5)
+    with pytest.raises(ValueError, match="need D"):
+        _ops.chunk(a, F, G, X[:, 0], C, C[0, :, 0].float(), 5, torch.float32)
+    with pytest.raises(ValueError, match="need operands of shapes"):
+        _ops.scan(X.mT, X, X[:, 0], X, X, X, False)
 
 
 def test_every_number_is_written_and_nothing_else(level: str) -> None:

@@ -97,22 +97,58 @@ def krylov_backward(
     return grads
 
 
-def orbit(a: Tensor, F: Tensor, G: Tensor, X: Tensor, T: int) -> Tensor:
-    """A^t X for t < T, (H, q, T, N), of A = diag(a) + F G; shapes as in `_ops.orbit`."""
-    H, q, N = X.shape
-    out = X.new_empty(H, q, T, N)
-    _call("orbit", None, [a, F, G, X, out], [*_system(a, F), q, T])
-    return out
-
-
-def orbit_backward(
-    grad: Tensor, a: Tensor, F: Tensor, G: Tensor, out: Tensor
+def chunk(
+    a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, T: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    H, q, T, N = out.shape
-    make = torch.zeros_like if T == 0 else torch.empty_like
-    grads = make(a), make(F), make(G), (a.new_zeros if T == 0 else a.new_empty)(H, q, N)
-    _call("orbit_backward", None, [a, F, G, out, grad, *grads], [*_system(a, F), q, T])
-    return grads
+    """taps (c, H, 2T-1), inward (H, T, N), outward (c, H, T, N), onward (H, N, N): see `s4.scan.chunks`."""
+    (H, N), c = a.shape, C.shape[0]
+    shapes = ((c, H, 2 * T - 1), (H, T, N), (c, H, T, N), (H, N, N))
+    taps, inward, outward, onward = maps = tuple(a.new_empty(shape, dtype=dtype) for shape in shapes)
+    _call("chunk", dtype, [a, F, G, B, C, D, *maps], [*_system(a, F), c, T])
+    return taps, inward, outward, onward
+
+
+def chunk_backward(
+    grads: tuple[Tensor, Tensor, Tensor, Tensor], inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    a, F, _, _, C, _ = inputs
+    found = tuple(map(torch.empty_like, inputs))
+    sizes = [*_system(a, F), C.shape[0], grads[1].shape[1]]
+    _call("chunk_backward", grads[0].dtype, [*inputs, *grads, *found], sizes)
+    return found
+
+
+def scan(
+    u: Tensor, x: Tensor, taps: Tensor, inward: Tensor, outward: Tensor, onward: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Outputs (H, B, L) and the state after the last whole chunk (H, B, N); shapes as in `_ops.scan`."""
+    y, last = u.new_empty(u.shape), torch.empty_like(x)
+    sizes = [*_chunked(u, inward, reverse), *u.stride()[:2]]
+    _call("scan", u.dtype, [u, x, taps, inward, outward, onward, y, last], sizes)
+    return y, last
+
+
+def scan_backward(
+    u: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    inward: Tensor,
+    outward: Tensor,
+    onward: Tensor,
+    grad_y: Tensor,
+    grad_last: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (u, x, taps, inward, outward, onward)
+    gu, gx, gtaps, gin, gout, gon = grads = tuple(t.new_empty(t.shape) for t in inputs)
+    sizes = [*_chunked(u, inward, reverse), *u.stride()[:2], *grad_y.stride()[:2]]
+    _call("scan_backward", u.dtype, [*inputs, grad_y, grad_last, *grads], sizes)
+    return gu, gx, gtaps, gin, gout, gon
+
+
+def _chunked(u: Tensor, inward: Tensor, reverse: bool) -> list[int]:
+    """Channels, batch, length, state size, chunk length, direction."""
+    return [*u.shape, inward.shape[2], inward.shape[1], int(reverse)]
 
 
 def _system(a: Tensor, F: Tensor) -> list[int]:
@@ -120,12 +156,11 @@ def _system(a: Tensor, F: Tensor) -> list[int]:
     return [a.shape[0], a.shape[1] // 2, F.shape[0]]
 
 
-def _call(name: str, dtype: torch.dtype | None, tensors: list[Tensor | None], sizes: list[int]) -> None:
+def _call(name: str, dtype: torch.dtype, tensors: list[Tensor | None], sizes: list[int]) -> None:
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(library)
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-    parts = ["s4", name, *([] if dtype is None else [_SUFFIX[dtype]]), level()]
-    function = getattr(library, "_".join(parts))
+    function = getattr(library, f"s4_{name}_{_SUFFIX[dtype]}_{level()}")
     if function(*pointers, *map(ctypes.c_int64, sizes), ctypes.c_int(torch.get_num_threads())):
         raise MemoryError(f"backend 'cpu' ran out of memory in {name} of shape {sizes}")

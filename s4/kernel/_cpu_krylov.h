@@ -1,4 +1,4 @@
-// Powers of a diagonal matrix plus a low rank: orbits x, A x, A^2 x, ... and the convolution kernel made of them.
+// Powers of a diagonal matrix plus a low rank, and what is made of them: convolution kernels, the maps of a chunk.
 //
 // A x = a * x + sum over r of F_r (G_r . x) takes O(N) flops, so T powers take O(N T). The kernel of L steps is a
 // Krylov product, K_(aT+b) = (C A^(aT)) (A^b X) with T about sqrt(L): columns are an orbit, rows are repeated
@@ -11,12 +11,10 @@
 // All of a channel stays in the second-level cache; nothing but the kernel itself is written to memory.
 //
 // Arrays are contiguous: a (H, 2n), F and G (r, H, 2n), X (H, q, 2n), C (c, H, 2n), a vector the n real, then the n
-// imaginary parts of its modes; kernels (c, q, H, L), orbits (H, q, T, 2n).
+// imaginary parts of its modes; kernels (c, q, H, L).
 
-// Smaller numbers are set to 0: a system that has decayed would compute with denormal ones, of 100 cycles each.
 constexpr int64_t kDoubles = kLanes<double>;
-
-constexpr double kSmallest = 1e8 * DBL_MIN;
+constexpr double kSmallest = kTiny<double>;
 
 INLINE Vec<double> load(const double* from) {
     Vec<double> value;
@@ -128,55 +126,6 @@ INLINE void orbit_backward(const Matrix& A, const double* x, double* g, int64_t 
     }
 }
 
-// A strided matrix: element (i, j) at data[i row + j column].
-template <class T>
-struct View {
-    T* data;
-    int64_t row, column;
-
-    INLINE T& operator()(int64_t i, int64_t j) const { return data[i * row + j * column]; }
-    INLINE View transposed() const { return {data, column, row}; }
-};
-
-constexpr int kTile = S4_BYTES == 64 ? 8 : 4;  // rows: as many as the registers hold
-
-// M rows of a product against two hardware vectors of columns, packed side by side.
-template <class T, int M, class C>
-INLINE void tile(View<const T> a, int64_t i, int64_t depth, const T* panel, View<C> c, int64_t j, int64_t columns) {
-    constexpr int64_t lanes = kLanes<T>;
-    Vec<T> sums[M][2];
-    for (auto& s : sums) s[0] = s[1] = Vec<T>{};
-    for (int64_t k = 0; k < depth; ++k) {
-        Vec<T> left, right;
-        std::memcpy(&left, panel + 2 * lanes * k, sizeof left);
-        std::memcpy(&right, panel + 2 * lanes * k + lanes, sizeof right);
-        for (int m = 0; m < M; ++m) {
-            const T s = a(i + m, k);
-            sums[m][0] += s * left, sums[m][1] += s * right;
-        }
-    }
-    for (int m = 0; m < M; ++m) {
-        T out[2 * lanes];
-        std::memcpy(out, sums[m], sizeof out);
-        for (int64_t l = 0; l < columns; ++l) c(i + m, j + l) = C(out[l]);
-    }
-}
-
-// c = a b, (rows, depth) by (depth, columns), computed in T; `panel` holds depth times two vectors.
-template <class T, class B, class C>
-INLINE void product(int64_t rows, int64_t columns, int64_t depth, View<const T> a, View<const B> b, View<C> c,
-                    T* panel) {
-    constexpr int64_t width = 2 * kLanes<T>;
-    for (int64_t j = 0; j < columns; j += width) {
-        const int64_t taken = std::min(width, columns - j);
-        for (int64_t k = 0; k < depth; ++k)
-            for (int64_t l = 0; l < width; ++l) panel[k * width + l] = l < taken ? T(b(k, j + l)) : T(0);
-        int64_t i = 0;
-        for (; i + kTile <= rows; i += kTile) tile<T, kTile>(a, i, depth, panel, c, j, taken);
-        for (; i < rows; ++i) tile<T, 1>(a, i, depth, panel, c, j, taken);
-    }
-}
-
 // y = x M for V vectors of columns from column j on; M (size, size) lies row by row.
 template <int V>
 INLINE void row_times(const double* x, const double* M, int64_t size, int64_t j, double* y) {
@@ -192,6 +141,78 @@ INLINE void row_times(const double* x, const double* M, int64_t size, double* y)
     for (; j + 8 * kDoubles <= size; j += 8 * kDoubles) row_times<8>(x, M, size, j, y);
     for (; j < size; j += 2 * kDoubles) row_times<2>(x, M, size, j, y);
 }
+
+// Gradients of all channels, as they lie in memory.
+struct Gradients {
+    double *a, *F, *G, *X, *C, *D;
+
+    INLINE void write(const Systems& s, int64_t h, const double* of_a, const double* of_F, const double* of_G) const {
+        const int64_t n2 = 2 * s.modes;
+        s.write(of_a, a + h * n2);
+        for (int64_t r = 0; r < s.rank; ++r) {
+            s.write(of_F + r * s.size(), F + (r * s.channels + h) * n2);
+            s.write(of_G + r * s.size(), G + (r * s.channels + h) * n2);
+        }
+    }
+};
+
+// A^T of one channel, and the way back from its gradient.
+struct Jump {
+    const Matrix A;
+    const int64_t width, N, rank;
+    std::vector<double> numbers;
+    double *W, *psi, *before, *power;  // orbits of F and, backwards to meet it, of G; a^(T-1), a^T
+
+    INLINE Jump(const Matrix& A, int64_t width)
+        : A(A), width(width), N(A.size()), rank(A.rank), numbers(N * (2 * rank * width + 2)), W(numbers.data()),
+          psi(W + rank * width * N), before(psi + rank * width * N), power(before + N) {
+        std::fill(power, power + A.half, 1.0);
+        for (int64_t k = 0; k < width; ++k) std::swap(before, power), A.diagonal().apply(before, power);
+        for (int64_t r = 0; r < rank; ++r) {
+            std::copy_n(A.F + r * N, N, W + r * width * N);
+            orbit(A, W + r * width * N, width, N);
+            std::copy_n(A.G + r * N, N, psi + (r * width + width - 1) * N);
+            orbit(A.diagonal().transposed(), psi + (r * width + width - 1) * N, width, -N);
+        }
+    }
+
+    INLINE void dense(double* M) const {
+        product<double, double, double>(N, N, rank * width, {W, 1, N}, View<const double>{psi, N, 1}, View<double>{M, N, 1});
+        for (int64_t j = 0; j < A.half; ++j) {
+            const int64_t i = A.half + j;
+            M[j * N + j] += power[j], M[i * N + i] += power[j];
+            M[j * N + i] -= power[i], M[i * N + j] += power[i];
+        }
+    }
+
+    // Adds what the gradient of a^T gives: times the conjugate of T a^(T-1).
+    INLINE void diagonal_backward(const double* p, double* grad_a) const {
+        for (int64_t j = 0; j < A.half; ++j) {
+            const int64_t i = A.half + j;
+            const double re = width * before[j], im = width * before[i];
+            grad_a[j] += re * p[j] + im * p[i], grad_a[i] += re * p[i] - im * p[j];
+        }
+    }
+
+    // Adds what the gradient M of the dense A^T gives. `work` holds one vector.
+    INLINE void backward(const double* M, double* work, double* grad_a, double* grad_F, double* grad_G) const {
+        std::vector<double> p(N), of_orbits(2 * rank * width * N);
+        double *of_W = of_orbits.data(), *of_psi = of_W + rank * width * N;
+        for (int64_t j = 0; j < A.half; ++j) {
+            const int64_t i = A.half + j;
+            p[j] = M[j * N + j] + M[i * N + i], p[i] = M[i * N + j] - M[j * N + i];
+        }
+        diagonal_backward(p.data(), grad_a);
+        product<double, double, double>(rank * width, N, N, {psi, N, 1}, View<const double>{M, 1, N}, View<double>{of_W, N, 1});
+        product<double, double, double>(rank * width, N, N, {W, N, 1}, View<const double>{M, N, 1}, View<double>{of_psi, N, 1});
+        for (int64_t r = 0; r < rank; ++r) {
+            const int64_t start = r * width * N, end = start + (width - 1) * N;
+            orbit_backward(A.diagonal().transposed(), psi + end, of_psi + end, width, -N, work, grad_a, nullptr, nullptr);
+            orbit_backward(A, W + start, of_W + start, width, N, work, grad_a, grad_F, grad_G);
+            for (int64_t j = 0; j < N; ++j) grad_G[r * N + j] += of_psi[end + j], grad_F[r * N + j] += of_W[start + j];
+        }
+    }
+};
 
 struct Krylov {
     Systems systems;
@@ -210,217 +231,202 @@ struct Krylov {
 // All factors of one channel's kernel; the backward computes them again.
 template <class T>
 struct Factors {
-    const Krylov& c;
     const int64_t N, width, blocks, rank, q, rows;
     const Channel channel;
-    const Matrix& A;
-    std::vector<double> store;
-    std::vector<T> small;
-    double *M, *Mt, *V, *W, *psi, *R, *pw, *panel;
-    double *before, *power;  // a^(T-1) and a^T
-    T *rounded, *short_panel;
+    const Jump jump;
+    std::vector<double> numbers;
+    std::vector<T> rounded;
+    double *M, *V, *R;  // A^T (nothing for a diagonal), columns (q, T, N), rows (blocks, c, N)
 
-    INLINE explicit Factors(const Krylov& c, int64_t h)
-        : c(c), N(c.systems.size()), width(c.width()), blocks(c.blocks()), rank(c.systems.rank), q(c.columns),
-          rows(c.rows), channel(c.systems, h), A(channel.A),
-          store(N * ((rank ? 2 * N : 0) + (q + 2 * rank) * width + rows * blocks + 2) +
-                    2 * kDoubles * std::max({rank * width, N, rows * blocks}), 0.0),
-          small(N * rows * blocks + 2 * kLanes<T> * std::max({N, width, rows * blocks})) {
-        double* at = store.data();
-        const auto take = [&](int64_t count) { at += count; return at - count; };
-        M = take(rank ? N * N : 0), Mt = take(rank ? N * N : 0);
-        V = take(q * width * N), W = take(rank * width * N), psi = take(rank * width * N), R = take(rows * blocks * N);
-        pw = take(2 * N), panel = take(2 * kDoubles * std::max({rank * width, N, rows * blocks}));
-        rounded = small.data(), short_panel = rounded + N * rows * blocks;
-
+    INLINE Factors(const Krylov& c, int64_t h)
+        : N(c.systems.size()), width(c.width()), blocks(c.blocks()), rank(c.systems.rank), q(c.columns), rows(c.rows),
+          channel(c.systems, h), jump(channel.A, width), numbers(N * ((rank ? N : 0) + q * width + rows * blocks)),
+          rounded(N * rows * blocks), M(numbers.data()), V(M + (rank ? N * N : 0)), R(V + q * width * N) {
         const Systems& s = c.systems;
-        const int64_t H = s.channels, n2 = 2 * s.modes;
-
+        const int64_t n2 = 2 * s.modes;
         for (int64_t k = 0; k < q; ++k) {
             s.read(c.X + (h * q + k) * n2, V + k * width * N);
-            orbit(A, V + k * width * N, width, N);
+            orbit(channel.A, V + k * width * N, width, N);
         }
-        before = pw + N, power = pw;
-        std::fill(power, power + s.modes, 1.0);
-        for (int64_t k = 0; k < width; ++k) std::swap(before, power), A.diagonal().apply(before, power);
-        for (int64_t r = 0; r < rank; ++r) {
-            std::copy_n(A.F + r * N, N, W + r * width * N);
-            orbit(A, W + r * width * N, width, N);
-            double* end = psi + (r * width + width - 1) * N;  // backwards, to meet W in order
-            std::copy_n(A.G + r * N, N, end);
-            orbit(A.diagonal().transposed(), end, width, -N);
+        if (rank) jump.dense(M);
+        for (int64_t k = 0; k < rows; ++k) s.read(c.C + (k * s.channels + h) * n2, R + k * N);
+        for (int64_t k = rows; k < rows * blocks; ++k) {
+            if (rank)
+                row_times(R + (k - rows) * N, M, N, R + k * N);
+            else
+                powers().transposed().apply(R + (k - rows) * N, R + k * N);
         }
-        if (rank) {
-            product<double, double, double>(N, N, rank * width, View<const double>{W, 1, N}, View<const double>{psi, N, 1},
-                                            View<double>{M, N, 1}, panel);
-            const int64_t half = s.half();
-            for (int64_t j = 0; j < half; ++j) {
-                M[j * N + j] += power[j], M[(half + j) * N + half + j] += power[j];
-                M[j * N + half + j] -= power[half + j], M[(half + j) * N + j] += power[half + j];
-            }
-        }
-        for (int64_t k = 0; k < rows; ++k) s.read(c.C + (k * H + h) * n2, R + k * N);
-        for (int64_t k = rows; k < rows * blocks; ++k) times(M, true, R + (k - rows) * N, R + k * N);
-        for (int64_t k = 0; k < rows * blocks * N; ++k) {
-            const double smallest = sizeof(T) == 4 ? 1e8 * FLT_MIN : kSmallest;
-            rounded[k] = std::abs(R[k]) < smallest ? T(0) : T(R[k]);
-        }
+        for (int64_t k = 0; k < rows * blocks * N; ++k) rounded[k] = std::abs(R[k]) < kTiny<T> ? T(0) : T(R[k]);
     }
 
-    // y = x A^T, or x times its transpose.
-    INLINE void times(const double* matrix, bool forward, const double* x, double* y) const {
-        if (rank)
-            row_times(x, matrix, N, y);
-        else
-            Matrix{power, nullptr, nullptr, N / 2, 0, forward ? -1.0 : 1.0}.apply(x, y);
-    }
+    INLINE Matrix powers() const { return {jump.power, nullptr, nullptr, N / 2, 0, 1.0}; }  // A^T of a diagonal
 };
 
 template <class T>
 INLINE void kernel_of(const Krylov& c, int64_t h, T* out) {
-    Factors<T> f(c, h);
-    std::vector<T> whole(f.width * f.blocks);
+    const Factors<T> f(c, h);
+    const int64_t N = f.N, width = f.width;
+    std::vector<T> whole(width * f.blocks);
     for (int64_t i = 0; i < f.rows; ++i)
         for (int64_t k = 0; k < f.q; ++k) {
-            product<T, double, T>(f.blocks, f.width, f.N, View<const T>{f.rounded + i * f.N, f.rows * f.N, 1},
-                                  View<const double>{f.V + k * f.width * f.N, 1, f.N}, View<T>{whole.data(), f.width, 1},
-                                  f.short_panel);
+            product<T, double, T>(f.blocks, width, N, {&f.rounded[i * N], f.rows * N, 1},
+                                  View<const double>{f.V + k * width * N, 1, N}, View<T>{whole.data(), width, 1});
             std::copy_n(whole.data(), c.steps, out + ((i * f.q + k) * c.systems.channels + h) * c.steps);
         }
 }
 
-struct Gradients {
-    double *a, *F, *G, *X, *C;
-};
-
 template <class T>
 INLINE void kernel_backward(const Krylov& c, int64_t h, const T* grad, const Gradients& to) {
-    Factors<T> f(c, h);
+    const Factors<T> f(c, h);
+    const Systems& s = c.systems;
     const int64_t N = f.N, width = f.width, blocks = f.blocks, rank = f.rank, q = f.q, rows = f.rows;
-    const int64_t H = c.systems.channels, n2 = 2 * c.systems.modes, half = N / 2;
-    std::vector<double> space(N * (1 + 2 * rank + (rank ? N : 0) + (q + 2 * rank + 1) * width + 2 * rows * blocks + 2), 0.0);
-    double* at = space.data();
-    const auto take = [&](int64_t count) { at += count; return at - count; };
-    double *a = take(N), *F = take(rank * N), *G = take(rank * N), *M = take(rank ? N * N : 0), *p = take(N);
-    double *V = take(q * width * N), *W = take(rank * width * N), *psi = take(rank * width * N);
-    double *R = take(rows * blocks * N), *part = take(std::max(rows * blocks, width) * N), *work = take(N);
-    std::vector<T> whole(width * blocks, T(0));
+    std::vector<double> numbers(N * (3 + 2 * rank + (rank ? 2 * N : 0) + q * width + rows * blocks));
+    double *a = numbers.data(), *p = a + N, *work = p + N, *F = work + N, *G = F + rank * N, *V = G + rank * N;
+    double *R = V + q * width * N, *M = R + rows * blocks * N, *Mt = M + N * N;
+    std::vector<double> part(std::max(blocks, width) * N);
+    std::vector<T> whole(width * blocks);
 
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t k = 0; k < q; ++k) {
-            std::copy_n(grad + ((i * q + k) * H + h) * c.steps, c.steps, whole.data());
-            product<T, double, double>(blocks, N, width, View<const T>{whole.data(), width, 1},
-                                       View<const double>{f.V + k * width * N, N, 1}, View<double>{part, N, 1},
-                                       f.short_panel);
+            std::copy_n(grad + ((i * q + k) * s.channels + h) * c.steps, c.steps, whole.data());
+            product<T, double, double>(blocks, N, width, {whole.data(), width, 1},
+                                       View<const double>{f.V + k * width * N, N, 1}, View<double>{part.data(), N, 1});
             for (int64_t b = 0; b < blocks; ++b)
                 for (int64_t j = 0; j < N; ++j) R[(b * rows + i) * N + j] += part[b * N + j];
-            product<T, T, double>(width, N, blocks, View<const T>{whole.data(), 1, width},
-                                  View<const T>{f.rounded + i * N, rows * N, 1}, View<double>{part, N, 1}, f.short_panel);
+            product<T, T, double>(width, N, blocks, {whole.data(), 1, width},
+                                  View<const T>{&f.rounded[i * N], rows * N, 1}, View<double>{part.data(), N, 1});
             for (int64_t j = 0; j < width * N; ++j) V[k * width * N + j] += part[j];
         }
 
     if (rank)
         for (int64_t i = 0; i < N; ++i)
-            for (int64_t j = 0; j < N; ++j) f.Mt[j * N + i] = f.M[i * N + j];
-    const Matrix jump{f.power, nullptr, nullptr, half, 0, -1.0};
+            for (int64_t j = 0; j < N; ++j) Mt[j * N + i] = f.M[i * N + j];
     for (int64_t k = rows * (blocks - 1) - 1; k >= 0; --k) {  // R_(k + rows) = R_k A^T
-        if (!rank) jump.accumulate(f.R + k * N, R + (k + rows) * N, p, nullptr, nullptr);
-        f.times(f.Mt, false, R + (k + rows) * N, work);
+        const double* g = R + (k + rows) * N;
+        if (rank) {
+            row_times(g, Mt, N, work);
+        } else {
+            f.powers().transposed().accumulate(f.R + k * N, g, p, nullptr, nullptr);
+            f.powers().apply(g, work);
+        }
         for (int64_t j = 0; j < N; ++j) R[k * N + j] += work[j];
     }
     if (rank) {
-        product<double, double, double>(N, N, rows * (blocks - 1), View<const double>{f.R, 1, N},
-                                        View<const double>{R + rows * N, N, 1}, View<double>{M, N, 1}, f.panel);
-        for (int64_t j = 0; j < half; ++j) {
-            p[j] = M[j * N + j] + M[(half + j) * N + half + j];
-            p[half + j] = M[(half + j) * N + j] - M[j * N + half + j];
-        }
-        product<double, double, double>(rank * width, N, N, View<const double>{f.psi, N, 1}, View<const double>{M, 1, N},
-                                        View<double>{W, N, 1}, f.panel);
-        product<double, double, double>(rank * width, N, N, View<const double>{f.W, N, 1}, View<const double>{M, N, 1},
-                                        View<double>{psi, N, 1}, f.panel);
-    }
-    for (int64_t j = 0; j < half; ++j) {  // of a^T: the conjugate of T a^(T-1)
-        const double re = width * f.before[j], im = width * f.before[half + j];
-        a[j] += re * p[j] + im * p[half + j], a[half + j] += re * p[half + j] - im * p[j];
-    }
-    for (int64_t r = 0; r < rank; ++r) {
-        const int64_t end = (r * width + width - 1) * N;
-        orbit_backward(f.A.diagonal().transposed(), f.psi + end, psi + end, width, -N, work, a, nullptr, nullptr);
-        orbit_backward(f.A, f.W + r * width * N, W + r * width * N, width, N, work, a, F, G);
-        for (int64_t j = 0; j < N; ++j) G[r * N + j] += psi[end + j], F[r * N + j] += W[r * width * N + j];
+        product<double, double, double>(N, N, rows * (blocks - 1), {f.R, 1, N}, View<const double>{R + rows * N, N, 1},
+                                        View<double>{M, N, 1});
+        f.jump.backward(M, work, a, F, G);
+    } else {
+        f.jump.diagonal_backward(p, a);
     }
     for (int64_t k = 0; k < q; ++k) {
-        orbit_backward(f.A, f.V + k * width * N, V + k * width * N, width, N, work, a, F, G);
-        c.systems.write(V + k * width * N, to.X + (h * q + k) * n2);
+        orbit_backward(f.channel.A, f.V + k * width * N, V + k * width * N, width, N, work, a, F, G);
+        s.write(V + k * width * N, to.X + (h * q + k) * 2 * s.modes);
     }
-    c.systems.write(a, to.a + h * n2);
-    for (int64_t r = 0; r < rank; ++r)
-        c.systems.write(F + r * N, to.F + (r * H + h) * n2), c.systems.write(G + r * N, to.G + (r * H + h) * n2);
-    for (int64_t i = 0; i < rows; ++i) c.systems.write(R + i * N, to.C + (i * H + h) * n2);
+    to.write(s, h, a, F, G);
+    for (int64_t i = 0; i < rows; ++i) s.write(R + i * N, to.C + (i * s.channels + h) * 2 * s.modes);
 }
 
-// Orbits (H, q, T, 2n) of X (H, q, 2n), as they lie in memory.
-struct Orbits {
+// The maps of a chunk of T steps as s4/scan.py defines them: taps (c, H, 2T-1), inward (H, T, N), outward (c, H, T, N),
+// onward (H, N, N), of B (H, 2n), C (c, H, 2n) and D (H). A second row C runs backward in time.
+struct Chunk {
     Systems systems;
-    const double* X;
-    int64_t columns, steps;
+    const double *B, *C, *D;
+    int64_t rows, width;
+
+    int64_t padded(int64_t i) const { return i < systems.modes ? i : systems.half() + i - systems.modes; }
 };
 
-INLINE void orbits_of(const Orbits& c, int64_t h, double* out) {
-    const Systems& s = c.systems;
-    const Channel matrix(s, h);
-    std::vector<double> x(2 * s.size());
-    double *last = x.data(), *next = last + s.size();
-    for (int64_t i = h * c.columns; i < (h + 1) * c.columns; ++i) {
-        s.read(c.X + i * 2 * s.modes, last);
-        for (int64_t k = 0; k < c.steps; ++k, std::swap(last, next)) {
-            s.write(last, out + (i * c.steps + k) * 2 * s.modes);
-            if (k + 1 < c.steps) matrix.A.apply(last, next);
+// Orbits of B and, under the transpose, of the rows of C.
+struct Paths {
+    const Channel channel;
+    std::vector<double> numbers;
+    double *V, *R;  // (T, N) and (c, T + 1, N)
+
+    INLINE Paths(const Chunk& c, int64_t h)
+        : channel(c.systems, h), numbers(channel.A.size() * (c.width + c.rows * (c.width + 1))), V(numbers.data()),
+          R(V + c.width * channel.A.size()) {
+        const Systems& s = c.systems;
+        const int64_t N = s.size();
+        s.read(c.B + h * 2 * s.modes, V);
+        orbit(channel.A, V, c.width, N);
+        for (int64_t i = 0; i < c.rows; ++i) {
+            double* row = R + i * (c.width + 1) * N;
+            s.read(c.C + (i * s.channels + h) * 2 * s.modes, row);
+            orbit(channel.A.transposed(), row, c.width + 1, N);
         }
     }
-}
+};
 
-// `x` is what `orbits_of` gave.
-INLINE void orbits_backward(const Orbits& c, int64_t h, const double* x, const double* grad, const Gradients& to) {
+// Where row t of `outward` comes from, and tap l of the kernel goes to: the second runs backward, from lag -1.
+INLINE int64_t power_of(bool second, int64_t t, int64_t width) { return second ? width - 1 - t : t + 1; }
+INLINE int64_t tap_of(bool second, int64_t l, int64_t width) { return second ? width - 2 - l : width - 1 + l; }
+
+template <class T>
+INLINE void chunk_of(const Chunk& c, int64_t h, T* taps, T* inward, T* outward, T* onward) {
+    const Paths paths(c, h);
     const Systems& s = c.systems;
-    const Channel matrix(s, h);
-    const int64_t N = s.size(), n2 = 2 * s.modes;
-    std::vector<double> space((1 + 2 * s.rank) * N + (2 * c.steps + 1) * N, 0.0);
-    double *a = space.data(), *F = a + N, *G = F + s.rank * N, *work = G + s.rank * N, *path = work + N;
-    double* g = path + c.steps * N;
-    for (int64_t i = h * c.columns; i < (h + 1) * c.columns; ++i) {
-        for (int64_t k = 0; k < c.steps; ++k) {
-            s.read(x + (i * c.steps + k) * n2, path + k * N);
-            s.read(grad + (i * c.steps + k) * n2, g + k * N);
+    const int64_t N = s.size(), n2 = 2 * s.modes, width = c.width;
+    const auto round = [](double value) { return std::abs(value) < kTiny<T> ? T(0) : T(value); };
+    for (int64_t t = 0; t < width; ++t)
+        for (int64_t j = 0; j < n2; ++j)
+            inward[(h * width + width - 1 - t) * n2 + j] = round(paths.V[t * N + c.padded(j)]);
+    for (int64_t i = 0; i < c.rows; ++i) {
+        const double* row = paths.R + i * (width + 1) * N;
+        T* tap = taps + (i * s.channels + h) * (2 * width - 1);
+        std::fill(tap, tap + 2 * width - 1, T(0));
+        for (int64_t l = 0; l < width - i; ++l) {
+            const double d = l == 0 && i == 0 ? c.D[h] : 0.0;
+            tap[tap_of(i, l, width)] = round(paths.channel.A.dot(row, paths.V + l * N) + d);
         }
-        orbit_backward(matrix.A, path, g, c.steps, N, work, a, F, G);
-        s.write(g, to.X + i * n2);
+        for (int64_t t = 0; t < width; ++t)
+            for (int64_t j = 0; j < n2; ++j)
+                outward[((i * s.channels + h) * width + t) * n2 + j] =
+                    round(row[power_of(i, t, width) * N + c.padded(j)]);
     }
-    s.write(a, to.a + h * n2);
-    for (int64_t r = 0; r < s.rank; ++r) {
-        s.write(F + r * N, to.F + (r * s.channels + h) * n2);
-        s.write(G + r * N, to.G + (r * s.channels + h) * n2);
+    std::vector<double> M(N * N);
+    Jump(paths.channel.A, width).dense(M.data());
+    for (int64_t i = 0; i < n2; ++i)
+        for (int64_t j = 0; j < n2; ++j)
+            onward[(h * n2 + i) * n2 + j] = round(M[c.padded(j) * N + c.padded(i)]);
+}
+
+template <class T>
+INLINE void chunk_backward(const Chunk& c, int64_t h, const T* taps, const T* inward, const T* outward,
+                           const T* onward, const Gradients& to) {
+    const Paths paths(c, h);
+    const Systems& s = c.systems;
+    const Matrix& A = paths.channel.A;
+    const int64_t N = s.size(), n2 = 2 * s.modes, width = c.width, rank = s.rank;
+    std::vector<double> numbers(N * (2 + 2 * rank + N + width + c.rows * (width + 1)));
+    double *a = numbers.data(), *work = a + N, *F = work + N, *G = F + rank * N, *M = G + rank * N, *V = M + N * N;
+    double* R = V + width * N;
+    for (int64_t t = 0; t < width; ++t)
+        for (int64_t j = 0; j < n2; ++j) V[t * N + c.padded(j)] = inward[(h * width + width - 1 - t) * n2 + j];
+    for (int64_t i = 0; i < c.rows; ++i) {
+        const double* row = paths.R + i * (width + 1) * N;
+        double* of_row = R + i * (width + 1) * N;
+        const T* tap = taps + (i * s.channels + h) * (2 * width - 1);
+        for (int64_t t = 0; t < width; ++t)
+            for (int64_t j = 0; j < n2; ++j)
+                of_row[power_of(i, t, width) * N + c.padded(j)] =
+                    outward[((i * s.channels + h) * width + t) * n2 + j];
+        for (int64_t l = 0; l < width - i; ++l) {
+            const double g = tap[tap_of(i, l, width)];
+            for (int64_t j = 0; j < N; ++j) V[l * N + j] += g * row[j], of_row[j] += g * paths.V[l * N + j];
+        }
+        if (i == 0) to.D[h] = tap[width - 1];
+        orbit_backward(A.transposed(), row, of_row, width + 1, N, work, a, G, F);
+        s.write(of_row, to.C + (i * s.channels + h) * n2);
     }
+    for (int64_t i = 0; i < n2; ++i)
+        for (int64_t j = 0; j < n2; ++j) M[c.padded(j) * N + c.padded(i)] = onward[(h * n2 + i) * n2 + j];
+    Jump(A, width).backward(M, work, a, F, G);
+    orbit_backward(A, paths.V, V, width, N, work, a, F, G);
+    s.write(V, to.X + h * n2);
+    to.write(s, h, a, F, G);
 }
 
-ENTRY(s4_orbit)
-(const double* a, const double* F, const double* G, const double* X, double* out, int64_t channels, int64_t modes,
- int64_t rank, int64_t columns, int64_t steps, int threads) {
-    const Orbits c{{a, F, G, channels, modes, rank}, X, columns, steps};
-    return parallel(steps ? channels : 0, threads, [&](int64_t h) { orbits_of(c, h, out); });
-}
-
-ENTRY(s4_orbit_backward)
-(const double* a, const double* F, const double* G, const double* x, const double* grad, double* grad_a, double* grad_F,
- double* grad_G, double* grad_X, int64_t channels, int64_t modes, int64_t rank, int64_t columns, int64_t steps,
- int threads) {
-    const Orbits c{{a, F, G, channels, modes, rank}, nullptr, columns, steps};
-    const Gradients to{grad_a, grad_F, grad_G, grad_X, nullptr};
-    return parallel(channels, threads, [&](int64_t h) { orbits_backward(c, h, x, grad, to); });
-}
-
-#define KERNELS(T, SUFFIX)                                                                                             \
+#define POWERS(T, SUFFIX)                                                                                              \
     ENTRY(s4_krylov_##SUFFIX)                                                                                          \
     (const double* a, const double* F, const double* G, const double* X, const double* C, T* out, int64_t channels,    \
      int64_t modes, int64_t rank, int64_t columns, int64_t rows, int64_t steps, int threads) {                         \
@@ -432,10 +438,27 @@ ENTRY(s4_orbit_backward)
      double* grad_a, double* grad_F, double* grad_G, double* grad_X, double* grad_C, int64_t channels, int64_t modes,  \
      int64_t rank, int64_t columns, int64_t rows, int64_t steps, int threads) {                                        \
         const Krylov c{{a, F, G, channels, modes, rank}, X, C, columns, rows, steps};                                  \
-        const Gradients to{grad_a, grad_F, grad_G, grad_X, grad_C};                                                    \
+        const Gradients to{grad_a, grad_F, grad_G, grad_X, grad_C, nullptr};                                           \
         return parallel(steps ? channels : 0, threads, [&](int64_t h) { kernel_backward<T>(c, h, grad, to); });        \
+    }                                                                                                                  \
+    ENTRY(s4_chunk_##SUFFIX)                                                                                           \
+    (const double* a, const double* F, const double* G, const double* B, const double* C, const double* D, T* taps,    \
+     T* inward, T* outward, T* onward, int64_t channels, int64_t modes, int64_t rank, int64_t rows, int64_t width,     \
+     int threads) {                                                                                                    \
+        const Chunk c{{a, F, G, channels, modes, rank}, B, C, D, rows, width};                                         \
+        return parallel(channels, threads, [&](int64_t h) { chunk_of<T>(c, h, taps, inward, outward, onward); });      \
+    }                                                                                                                  \
+    ENTRY(s4_chunk_backward_##SUFFIX)                                                                                  \
+    (const double* a, const double* F, const double* G, const double* B, const double* C, const double* D,             \
+     const T* taps, const T* inward, const T* outward, const T* onward, double* grad_a, double* grad_F,                \
+     double* grad_G, double* grad_B, double* grad_C, double* grad_D, int64_t channels, int64_t modes, int64_t rank,    \
+     int64_t rows, int64_t width, int threads) {                                                                       \
+        const Chunk c{{a, F, G, channels, modes, rank}, B, C, D, rows, width};                                         \
+        const Gradients to{grad_a, grad_F, grad_G, grad_B, grad_C, grad_D};                                            \
+        return parallel(channels, threads,                                                                             \
+                        [&](int64_t h) { chunk_backward<T>(c, h, taps, inward, outward, onward, to); });               \
     }
 
-KERNELS(float, f32)
-KERNELS(double, f64)
-#undef KERNELS
+POWERS(float, f32)
+POWERS(double, f64)
+#undef POWERS

@@ -30,7 +30,9 @@ INLINE T total(Vec<T> value) {
 }
 
 #include "_cpu_sums.h"
+#include "_cpu_matrix.h"
 #include "_cpu_krylov.h"
+#include "_cpu_scan.h"
 #include "_cpu_step.h"
 
 }  // namespace S4_LEVEL

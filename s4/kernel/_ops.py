@@ -8,13 +8,17 @@ Powers of A = diag(a) + F G, with a (H, N), F and G (r, H, N) as in `s4.ssm.Recu
 the CPU only: elsewhere `s4.ssm.Propagator` makes them of matrix products.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from s4.kernel import _cpu
+from s4.kernel import _cpu, _naive
 from s4.kernel._choice import choose
+from s4.ssm import Propagator, Recurrence
 
 
 def _check(v: Tensor, z: Tensor | None, w: Tensor) -> None:
@@ -26,6 +30,12 @@ def _check(v: Tensor, z: Tensor | None, w: Tensor) -> None:
         raise ValueError(
             f"need v (G, q, n), z (1 or G, l), w or x (G, n) of one dtype and device, got {shapes}"
         )
+
+
+def _rows(t: Tensor) -> Tensor:
+    """As `_plain`, with strides of their own in all but the last dimension."""
+    t = t.resolve_conj().resolve_neg()
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _plain(t: Tensor) -> Tensor:
@@ -85,24 +95,48 @@ def _(grad: Tensor, v: Tensor, x: Tensor, backend: str) -> tuple[Tensor, Tensor]
     return v.new_empty(v.shape), x.new_empty(x.shape)
 
 
+def _differentiable(
+    plain: Callable[..., Any], inputs: Sequence[Tensor], grad: Any
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a map written in plain PyTorch, for the rare case that they have gradients themselves."""
+    wanted = [t for t in inputs if t.requires_grad]
+    grads = torch.autograd.grad(
+        plain(*inputs), wanted, grad, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    found: Iterator[Tensor] = iter(grads)
+    return tuple(next(found) if t.requires_grad else None for t in inputs)
+
+
 def _save_cauchy(ctx, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) -> None:  # type: ignore[no-untyped-def]
     v, z, w, ctx.backend = inputs
     ctx.save_for_backward(v, z, w)
 
 
-def _cauchy_gradients(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None]:  # type: ignore[no-untyped-def]
+def _cauchy_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():
+        return *_differentiable(_naive_cauchy, ctx.saved_tensors, grad), None
     need_z = ctx.needs_input_grad[1]
     grad_v, grad_z, grad_w = cauchy_backward(grad, *ctx.saved_tensors, need_z, ctx.backend)
     return grad_v, grad_z if need_z else None, grad_w, None
 
 
+def _naive_cauchy(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
+    return _naive.cauchy(v, z[:, None], w[:, None])
+
+
 def _save_vandermonde(ctx, inputs: tuple[Tensor, Tensor, int, str], output: Tensor) -> None:  # type: ignore[no-untyped-def]
-    v, x, _, ctx.backend = inputs
+    v, x, ctx.L, ctx.backend = inputs
     ctx.save_for_backward(v, x)
 
 
-def _vandermonde_gradients(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
+def _vandermonde_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():
+        return *_differentiable(partial(_naive_vandermonde, L=ctx.L), ctx.saved_tensors, grad), None, None
     return *vandermonde_backward(grad, *ctx.saved_tensors, ctx.backend), None, None
+
+
+def _naive_vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
+    return _naive.vandermonde(v, x[:, None], L)
 
 
 cauchy.register_autograd(_cauchy_gradients, setup_context=_save_cauchy)
@@ -137,21 +171,6 @@ def krylov_backward(
     return _cpu.krylov_backward(_plain(grad), _plain(a), _plain(F), _plain(G), _plain(X), _plain(C))
 
 
-@torch.library.custom_op("s4::orbit", mutates_args=())
-def orbit(a: Tensor, F: Tensor, G: Tensor, X: Tensor, T: int) -> Tensor:
-    """A^t X for t < T: (H, q, T, N), of X (H, q, N)."""
-    _check_powers(a, F, G, X)
-    return _cpu.orbit(_plain(a), _plain(F), _plain(G), _plain(X), T)
-
-
-@torch.library.custom_op("s4::orbit_backward", mutates_args=())
-def orbit_backward(
-    grad: Tensor, a: Tensor, F: Tensor, G: Tensor, out: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of a, F, G and X, given the orbit."""
-    return _cpu.orbit_backward(_plain(grad), _plain(a), _plain(F), _plain(G), _plain(out))
-
-
 @krylov.register_fake
 def _(a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor, L: int, dtype: torch.dtype) -> Tensor:
     return a.new_empty(C.shape[0], X.shape[1], a.shape[0], L, dtype=dtype)
@@ -164,32 +183,143 @@ def _(
     return tuple(t.new_empty(t.shape) for t in (a, F, G, X, C))  # type: ignore[return-value]
 
 
-@orbit.register_fake
-def _(a: Tensor, F: Tensor, G: Tensor, X: Tensor, T: int) -> Tensor:
-    return a.new_empty(X.shape[0], X.shape[1], T, X.shape[2])
+@torch.library.custom_op("s4::chunk", mutates_args=())
+def chunk(
+    a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, T: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The maps of a chunk of T steps, as `s4.scan.chunks` defines them, of B (H, N), C (c, H, N) and D (H,).
+
+    taps (c, H, 2T-1), inward (H, T, N), outward (c, H, T, N), onward (H, N, N), in dtype.
+    """
+    _check_powers(a, F, G, B[:, None], C)
+    if D.shape != a.shape[:1] or D.dtype != torch.float64 or T < 1:
+        raise ValueError(f"need D (H,) float64 and T >= 1, got {tuple(D.shape)}, {D.dtype}, {T}")
+    return _cpu.chunk(_plain(a), _plain(F), _plain(G), _plain(B), _plain(C), _plain(D), T, dtype)
 
 
-@orbit_backward.register_fake
-def _(grad: Tensor, a: Tensor, F: Tensor, G: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    H, q, _, N = out.shape
-    return a.new_empty(a.shape), F.new_empty(F.shape), G.new_empty(G.shape), a.new_empty(H, q, N)
+@torch.library.custom_op("s4::chunk_backward", mutates_args=())
+def chunk_backward(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of a, F, G, B, C and D."""
+    taps, inward, outward, onward = map(_plain, grads)
+    return list(_cpu.chunk_backward((taps, inward, outward, onward), tuple(map(_plain, inputs))))
+
+
+@chunk.register_fake
+def _(
+    a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, T: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (H, N), c = a.shape, C.shape[0]
+    shapes = ((c, H, 2 * T - 1), (H, T, N), (c, H, T, N), (H, N, N))
+    return tuple(a.new_empty(shape, dtype=dtype) for shape in shapes)  # type: ignore[return-value]
+
+
+@chunk_backward.register_fake
+def _(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in inputs]
+
+
+@torch.library.custom_op("s4::scan", mutates_args=())
+def scan(
+    u: Tensor, x: Tensor, taps: Tensor, inward: Tensor, outward: Tensor, onward: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The chunked scan of `s4.scan`, which gives it its gradient: (H, B, L) outputs, (H, B, N) states."""
+    inputs = (u, x, taps, inward, outward, onward)
+    (H, B, _), (T, N) = u.shape, inward.shape[1:]
+    shapes = ((H, B, u.shape[2]), (H, B, N), (H, 2 * T - 1), (H, T, N), (H, T, N), (H, N, N))
+    alike = all(t.dtype == u.dtype and t.device.type == "cpu" for t in inputs)
+    if tuple(tuple(t.shape) for t in inputs) != shapes or not alike:
+        given = [tuple(t.shape) for t in inputs]
+        raise ValueError(f"need operands of shapes {shapes}, of one dtype, on cpu, got {given}")
+    return _cpu.scan(
+        _rows(u), _plain(x), _plain(taps), _plain(inward), _plain(outward), _plain(onward), reverse
+    )
+
+
+@torch.library.custom_op("s4::scan_backward", mutates_args=())
+def scan_backward(
+    u: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    inward: Tensor,
+    outward: Tensor,
+    onward: Tensor,
+    grad_y: Tensor,
+    grad_last: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the tensors that `scan` took."""
+    maps = _plain(taps), _plain(inward), _plain(outward), _plain(onward)
+    return _cpu.scan_backward(_rows(u), _plain(x), *maps, _rows(grad_y), _plain(grad_last), reverse)
+
+
+@scan.register_fake
+def _(
+    u: Tensor, x: Tensor, taps: Tensor, inward: Tensor, outward: Tensor, onward: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), x.new_empty(x.shape)
+
+
+@scan_backward.register_fake
+def _(
+    u: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    inward: Tensor,
+    outward: Tensor,
+    onward: Tensor,
+    grad_y: Tensor,
+    grad_last: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return tuple(t.new_empty(t.shape) for t in (u, x, taps, inward, outward, onward))  # type: ignore[return-value]
 
 
 def _save_krylov(ctx, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:5])
+    *tensors, ctx.L, ctx.dtype = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _krylov_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():
+        plain = partial(_plain_krylov, L=ctx.L, dtype=ctx.dtype)
+        return *_differentiable(plain, ctx.saved_tensors, grad), None, None
     return *krylov_backward(grad, *ctx.saved_tensors), None, None
 
 
-def _save_orbit(ctx, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:3], output)
+def _plain_krylov(
+    a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor, L: int, dtype: torch.dtype
+) -> Tensor:
+    return Propagator(Recurrence(a, F, G, X[:, 0], C)).response(X.mT, L, dtype)
 
 
-def _orbit_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    return *orbit_backward(grad, *ctx.saved_tensors), None
+def _save_chunk(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.T, ctx.dtype = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _chunk_gradients(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():
+        plain = partial(plain_chunk, T=ctx.T, dtype=ctx.dtype)
+        return *_differentiable(plain, ctx.saved_tensors, grads), None, None
+    return *chunk_backward(list(grads), list(ctx.saved_tensors)), None, None
+
+
+def plain_chunk(
+    a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, T: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `chunk` gives, by matrix products on any device."""
+    propagator = Propagator(Recurrence(a, F, G, B, C))
+    columns, rows = propagator.columns(T).mT, propagator.rows(T)
+    K = torch.einsum("htn,chn->cht", columns, C)
+    ahead = pad(torch.cat([K[0, :, :1] + D[:, None], K[0, :, 1:]], -1), (T - 1, 0))
+    taps, outward = ahead[None], rows[:1]
+    if C.shape[0] == 2:  # backward in time, from lag -1
+        behind = torch.cat([C[1, :, None], rows[1, :, :-1]], 1).flip(1)
+        taps = torch.stack([ahead, pad(K[1, :, : T - 1].flip(-1), (0, T))])
+        outward = torch.stack([rows[0], behind])
+    maps = taps, columns.flip(1), outward, propagator.power(T).mT
+    return tuple(part.to(dtype) for part in maps)  # type: ignore[return-value]
 
 
 krylov.register_autograd(_krylov_gradients, setup_context=_save_krylov)
-orbit.register_autograd(_orbit_gradients, setup_context=_save_orbit)
+chunk.register_autograd(_chunk_gradients, setup_context=_save_chunk)

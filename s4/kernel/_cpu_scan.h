@@ -1,0 +1,206 @@
+// The chunked scan of s4/scan.py, fused: a channel's maps are packed once, and a block of chunks stays in cache from its
+// inputs to its outputs. With rows u_c of T inputs and x_c of N states, and * for the transpose,
+//
+//     x_(c+1) = u_c inward + x_c onward,    y_c = u_c Toep(taps) + x_c outward*,
+//
+// from the first chunk to the last, or reversed from the last to the first. Toep has the lag j - i in row i, column j;
+// only lags >= 0 are read, or reversed only those <= 0: half of its flops are saved.
+//
+// Arrays are contiguous but for the first strides of u and the gradient of y: u and y (H, B, L), x and what comes out after the last whole chunk (H, B, N), taps (H, 2T-1),
+// inward and outward (H, T, N), onward (H, N, N).
+
+template <class T>
+struct Scan {
+    const T *u, *x, *taps, *inward, *outward, *onward;
+    int64_t channels, batch, length, size, width;
+    bool reverse;
+    int64_t u_channel, u_batch;  // strides
+
+    int64_t chunks() const { return std::max<int64_t>(1, (length + width - 1) / width); }
+    bool ragged() const { return chunks() * width > length; }
+    int64_t block() const { return std::min(chunks(), std::max<int64_t>(1, 256 / std::max<int64_t>(batch, 1))); }
+};
+
+// A matrix in panels.
+template <class T>
+struct Packed {
+    int64_t depth, columns;
+    std::vector<T> numbers;
+
+    INLINE Packed(int64_t depth, int64_t columns)
+        : depth(depth), columns(columns), numbers(depth * ((columns + kPanel<T> - 1) / kPanel<T> * kPanel<T>)) {}
+
+    INLINE void fill(View<const T> from) {
+        for (int64_t j = 0; j < columns; j += kPanel<T>) pack_panel<T>(depth, j, columns, from, &numbers[j * depth]);
+    }
+    // c = a times this, or c += that. Of a triangle, only rows up to (+1) or from (-1) the column are not zero.
+    INLINE void times(int64_t rows, View<const T> a, View<T> c, bool add, int triangle = 0) const {
+        for (int64_t j = 0; j < columns; j += kPanel<T>) {
+            const int64_t from = triangle < 0 ? std::min(j, depth) : 0;
+            const int64_t to = triangle > 0 ? std::min(j + kPanel<T>, depth) : depth;
+            tiles<T>(0, rows, a, from, to, &numbers[j * depth], c, j, std::min(kPanel<T>, columns - j), add);
+        }
+    }
+    // c += a^T times this, a (depth, rows); of a triangle only what `times` reads.
+    INLINE void transposed_times(int64_t rows, View<const T> a, View<T> c, int triangle = 0) const {
+        for (int64_t j = 0; j < columns; j += kPanel<T>) {
+            const int64_t begin = triangle < 0 ? std::min(j, rows) / kTile * kTile : 0;
+            const int64_t end = triangle > 0 ? std::min(j + kPanel<T>, rows) : rows;
+            tiles<T>(begin, end, a.transposed(), 0, depth, &numbers[j * depth], c, j,
+                     std::min(kPanel<T>, columns - j), true);
+        }
+    }
+};
+
+// Chunks [first, first + count) of all sequences between (B, L) and rows (B count, T), zeros past the end.
+template <class T>
+INLINE void gather(const Scan<T>& s, const T* from, int64_t stride, int64_t first, int64_t count, T* rows) {
+    for (int64_t b = 0; b < s.batch; ++b) {
+        const int64_t start = first * s.width, taken = std::min(count * s.width, s.length - start);
+        T* to = rows + b * count * s.width;
+        std::copy_n(from + b * stride + start, taken, to);
+        std::fill(to + taken, to + count * s.width, T(0));
+    }
+}
+
+template <class T>
+INLINE void scatter(const Scan<T>& s, const T* rows, int64_t first, int64_t count, T* to) {
+    for (int64_t b = 0; b < s.batch; ++b) {
+        const int64_t start = first * s.width, taken = std::min(count * s.width, s.length - start);
+        std::copy_n(rows + b * count * s.width, taken, to + b * s.length + start);
+    }
+}
+
+// S (B count, N), what each chunk adds to the state, becomes the state before each; `x` (B, N) moves along.
+template <class T>
+INLINE void recur(const Packed<T>& onward, int64_t batch, int64_t count, bool reverse, T* S, T* x, T* next) {
+    const int64_t N = onward.columns;
+    for (int64_t k = 0; k < count; ++k) {
+        const int64_t at = reverse ? count - 1 - k : k;
+        for (int64_t b = 0; b < batch; ++b) std::copy_n(S + (b * count + at) * N, N, next + b * N);
+        onward.times(batch, View<const T>{x, N, 1}, View<T>{next, N, 1}, true);
+        for (int64_t b = 0; b < batch; ++b) {
+            std::copy_n(x + b * N, N, S + (b * count + at) * N);
+            for (int64_t j = 0; j < N; ++j) {
+                const T value = next[b * N + j];
+                x[b * N + j] = std::abs(value) < kTiny<T> ? T(0) : value;
+            }
+        }
+    }
+}
+
+template <class T>
+INLINE View<const T> toeplitz(const T* taps, int64_t width) {
+    return {taps + width - 1, -1, 1};
+}
+
+template <class T>
+INLINE void scan_of(const Scan<T>& s, int64_t h, T* y, T* last) {
+    const int64_t B = s.batch, L = s.length, N = s.size, W = s.width, block = s.block();
+    Packed<T> inward(W, N), outward(N, W), onward(N, N), within(W, W);
+    inward.fill({s.inward + h * W * N, N, 1}), outward.fill({s.outward + h * W * N, 1, N});
+    onward.fill({s.onward + h * N * N, N, 1}), within.fill(toeplitz(s.taps + h * (2 * W - 1), W));
+    std::vector<T> space(B * (block * (2 * W + N) + 2 * N));
+    T *U = space.data(), *Y = U + B * block * W, *X = Y + B * block * W, *x = X + B * block * N, *next = x + B * N;
+    std::copy_n(s.x + h * B * N, B * N, x);
+    for (int64_t done = 0; done < s.chunks(); done += block) {
+        const int64_t count = std::min(block, s.chunks() - done);
+        const int64_t first = s.reverse ? s.chunks() - done - count : done;
+        const bool ends = !s.reverse && s.ragged() && first + count == s.chunks();
+        gather(s, s.u + h * s.u_channel, s.u_batch, first, count, U);
+        inward.times(B * count, View<const T>{U, W, 1}, View<T>{X, N, 1}, false);
+        recur(onward, B, count, s.reverse, X, x, next);
+        if (ends)  // the state before a ragged chunk
+            for (int64_t b = 0; b < B; ++b) std::copy_n(X + (b * count + count - 1) * N, N, x + b * N);
+        within.times(B * count, View<const T>{U, W, 1}, View<T>{Y, W, 1}, false, s.reverse ? -1 : 1);
+        outward.times(B * count, View<const T>{X, N, 1}, View<T>{Y, W, 1}, true);
+        scatter(s, Y, first, count, y + h * B * L);
+    }
+    std::copy_n(x, B * N, last + h * B * N);
+}
+
+// In the order of the forward's arguments; `y` and `last` are the gradients of what it gave.
+template <class T>
+struct ScanGradients {
+    const T *y, *last;
+    T *u, *x, *taps, *inward, *outward, *onward;
+    int64_t y_channel, y_batch;  // strides
+};
+
+template <class T>
+INLINE void scan_backward(const Scan<T>& s, int64_t h, const ScanGradients<T>& g) {
+    const int64_t B = s.batch, L = s.length, N = s.size, W = s.width, block = s.block(), c = s.chunks();
+    const int triangle = s.reverse ? -1 : 1;
+    Packed<T> inward(W, N), onward(N, N), inward_t(N, W), outward_t(W, N), onward_t(N, N), within_t(W, W);
+    const View<const T> in{s.inward + h * W * N, N, 1}, on{s.onward + h * N * N, N, 1};
+    inward.fill(in), inward_t.fill(in.transposed()), onward.fill(on), onward_t.fill(on.transposed());
+    outward_t.fill({s.outward + h * W * N, N, 1});
+    within_t.fill(toeplitz(s.taps + h * (2 * W - 1), W).transposed());
+    std::vector<T> space(B * (c * N + block * (3 * W + N) + 2 * N) + W * W, T(0));
+    T *X = space.data(), *U = X + B * c * N, *G = U + B * block * W, *R = G + B * block * W, *Z = R + B * block * W;
+    T *x = Z + B * block * N, *next = x + B * N, *grad_within = next + B * N;
+    T *grad_in = g.inward + h * W * N, *grad_out = g.outward + h * N * W, *grad_on = g.onward + h * N * N;
+    std::fill(grad_in, grad_in + W * N, T(0)), std::fill(grad_out, grad_out + N * W, T(0));
+    std::fill(grad_on, grad_on + N * N, T(0));
+
+    std::copy_n(s.x + h * B * N, B * N, x);
+    for (int64_t done = 0; done < c; done += block) {  // states before each chunk, block by block
+        const int64_t count = std::min(block, c - done), first = s.reverse ? c - done - count : done;
+        gather(s, s.u + h * s.u_channel, s.u_batch, first, count, U);
+        inward.times(B * count, View<const T>{U, W, 1}, View<T>{X + B * first * N, N, 1}, false);
+        recur(onward, B, count, s.reverse, X + B * first * N, x, next);
+    }
+    const T* last = g.last + h * B * N;
+    const bool ragged = s.ragged() && !s.reverse;  // what came out is the state before the last chunk, not after
+    for (int64_t i = 0; i < B * N; ++i) x[i] = ragged ? T(0) : last[i];
+    for (int64_t done = 0; done < c; done += block) {
+        const int64_t before = (c - 1) / block * block - done;  // the same blocks, the last first
+        const int64_t size = std::min(block, c - before), first = s.reverse ? c - before - size : before;
+        gather(s, s.u + h * s.u_channel, s.u_batch, first, size, U);
+        gather(s, g.y + h * g.y_channel, g.y_batch, first, size, G);
+        outward_t.times(B * size, View<const T>{G, W, 1}, View<T>{Z, N, 1}, false);
+        if (ragged && first + size == c)
+            for (int64_t b = 0; b < B; ++b)
+                for (int64_t j = 0; j < N; ++j) Z[(b * size + size - 1) * N + j] += last[b * N + j];
+        recur(onward_t, B, size, !s.reverse, Z, x, next);  // gradients of the state after each chunk
+        within_t.times(B * size, View<const T>{G, W, 1}, View<T>{R, W, 1}, false, -triangle);
+        inward_t.times(B * size, View<const T>{Z, N, 1}, View<T>{R, W, 1}, true);
+        scatter(s, R, first, size, g.u + h * B * L);
+        Packed<T> of_outputs(B * size, W), of_states(B * size, N);
+        of_outputs.fill({G, W, 1}), of_states.fill({Z, N, 1});
+        of_outputs.transposed_times(W, {U, W, 1}, {grad_within, W, 1}, triangle);
+        of_outputs.transposed_times(N, {X + B * first * N, N, 1}, {grad_out, 1, N});
+        of_states.transposed_times(W, {U, W, 1}, {grad_in, N, 1});
+        of_states.transposed_times(N, {X + B * first * N, N, 1}, {grad_on, N, 1});
+    }
+    std::copy_n(x, B * N, g.x + h * B * N);
+    T* taps = g.taps + h * (2 * W - 1) + W - 1;
+    std::fill(taps - W + 1, taps + W, T(0));
+    for (int64_t i = 0; i < W; ++i)
+        for (int64_t j = s.reverse ? 0 : i; j < (s.reverse ? i + 1 : W); ++j) taps[j - i] += grad_within[i * W + j];
+}
+
+#define SCAN(T, SUFFIX)                                                                                                \
+    ENTRY(s4_scan_##SUFFIX)                                                                                            \
+    (const T* u, const T* x, const T* taps, const T* inward, const T* outward, const T* onward, T* y, T* last,         \
+     int64_t channels, int64_t batch, int64_t length, int64_t size, int64_t width, int64_t reverse,                    \
+     int64_t u_channel, int64_t u_batch, int threads) {                                                                \
+        const Scan<T> s{u,     x,      taps, inward, outward,      onward,    channels,                                \
+                        batch, length, size, width,  reverse != 0, u_channel, u_batch};                                \
+        return parallel(channels, threads, [&](int64_t h) { scan_of(s, h, y, last); });                                \
+    }                                                                                                                  \
+    ENTRY(s4_scan_backward_##SUFFIX)                                                                                   \
+    (const T* u, const T* x, const T* taps, const T* inward, const T* outward, const T* onward, const T* grad_y,       \
+     const T* grad_last, T* grad_u, T* grad_x, T* grad_taps, T* grad_inward, T* grad_outward, T* grad_onward,          \
+     int64_t channels, int64_t batch, int64_t length, int64_t size, int64_t width, int64_t reverse,                    \
+     int64_t u_channel, int64_t u_batch, int64_t y_channel, int64_t y_batch, int threads) {                            \
+        const Scan<T> s{u,     x,      taps, inward, outward,      onward,    channels,                                \
+                        batch, length, size, width,  reverse != 0, u_channel, u_batch};                                \
+        const ScanGradients<T> g{grad_y,    grad_last,   grad_u,       grad_x,                                         \
+                                 grad_taps, grad_inward, grad_outward, grad_onward, y_channel, y_batch};                                \
+        return parallel(channels, threads, [&](int64_t h) { scan_backward(s, h, g); });                                \
+    }
+
+SCAN(float, f32)
+SCAN(double, f64)
+#undef SCAN
