@@ -33,12 +33,15 @@ class ModelState(NamedTuple):
 
         Args:
             rows: a slice, or a one-dimensional sequence or tensor of row numbers or of booleans.
+
+        Raises:
+            ValueError: rows of another kind. IndexError: a row that does not exist.
         """
         if not isinstance(rows, slice):
             index = torch.as_tensor(rows, device=self.length.device)
-            if index.dim() != 1 or index.is_floating_point():
+            if index.dim() != 1 or (index.is_floating_point() and len(index)):
                 raise ValueError(f"rows must be a slice, or row numbers in one dimension, got {rows!r}")
-            rows = index
+            rows = index if index.dtype == torch.bool else index.long()
         return ModelState(tuple(x[rows] for x in self.layers), self.total[rows], self.length[rows])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "ModelState":
@@ -48,7 +51,14 @@ class ModelState(NamedTuple):
 
     @staticmethod
     def cat(states: Sequence["ModelState"]) -> "ModelState":
-        """One batch of several, one below the other: the inverse of `select`."""
+        """One batch of several, one below the other: the inverse of `select`.
+
+        Raises:
+            ValueError: no states, or of stacks of different depths.
+        """
+        depths = [len(state.layers) for state in states]
+        if len(set(depths)) != 1:
+            raise ValueError(f"states must be one or more, of as many layers each, got {depths} layers")
         layers = tuple(torch.cat(parts) for parts in zip(*(state.layers for state in states), strict=True))
         total, length = torch.cat([s.total for s in states]), torch.cat([s.length for s in states])
         return ModelState(layers, total, length)
@@ -249,13 +259,14 @@ class S4Model(nn.Module):
         while True:
             with torch.no_grad():
                 new = sample(y)
-            if not isinstance(new, Tensor) or new.shape[:1] != (batch,):
-                raise ValueError(f"sample must return the next inputs ({batch}, ...), got {_shape(new)}")
-            if stop is None:
+                if not isinstance(new, Tensor) or new.shape[:1] != (batch,):
+                    raise ValueError(f"sample must return the next inputs ({batch}, ...), got {_shape(new)}")
+                met = None if stop is None else _meets(stop, new)
+            if met is None:
                 yield new
             else:
                 yield new.masked_fill(ended.view(-1, *(1,) * (new.dim() - 1)), pad)
-                ended = ended | _meets(stop, new)
+                ended = ended | met
                 if bool(ended.all()):
                     return
             with torch.no_grad():

@@ -428,6 +428,12 @@ MODEL = {
     ),
     "one row of a state": (lambda: model().initial_state(2).select(1), EITHER, "rows.*1"),
     "half a row of a state": (lambda: model().initial_state(2).select([0.5]), EITHER, r"rows.*0\.5"),
+    "no states": (lambda: s4.model.ModelState.cat([]), ValueError, "states"),
+    "states of two stacks": (
+        lambda: s4.model.ModelState.cat([model().initial_state(2), one_block_state()]),
+        ValueError,
+        r"states.*\[2, 1\]",
+    ),
     "rows in a table": (lambda: model().initial_state(2).select(T), ValueError, "rows"),
     "half a step": (lambda: model().generate(T, 2.5), EITHER, r"steps.*2\.5"),
     "negative steps": (lambda: model().generate(T, -1), ValueError, "steps.*-1"),

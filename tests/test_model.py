@@ -356,14 +356,15 @@ def test_an_unfinished_stream_leaves_gradients_on() -> None:
     assert torch.is_grad_enabled()
 
 
+def first_three(y: Tensor) -> Tensor:
+    """A regression: the outputs are the next inputs."""
+    return y[:, :D_IN]
+
+
 def test_generation_of_reals() -> None:
     """A sampler may give anything the encoder takes; no graph grows along."""
     model = trained()
     prompt = inputs(2)
-
-    def first_three(y: Tensor) -> Tensor:
-        return y[:, :D_IN]
-
     got = model.generate(prompt, 6, first_three)
     oracle.close(got, by_prefix(model, prompt, 6, first_three), 1e-9)
     assert not got.requires_grad
@@ -372,11 +373,11 @@ def test_generation_of_reals() -> None:
 def test_generation_follows_the_rate() -> None:
     model = trained()
     prompt = inputs(2)
-    got = model.generate(prompt, 4, lambda y: y[:, :D_IN], rate=0.5)
+    got = model.generate(prompt, 4, first_three, rate=0.5)
     with torch.no_grad():
         for block in model.blocks:
             block.layer.log_dt -= torch.log(torch.tensor(2.0))
-    oracle.close(got, model.generate(prompt, 4, lambda y: y[:, :D_IN]), 1e-7)
+    oracle.close(got, model.generate(prompt, 4, first_three), 1e-7)
 
 
 def mixture(seed: int) -> Callable[[Tensor], Tensor]:
@@ -403,24 +404,28 @@ def test_generation_draws_from_a_mixture() -> None:
 
 def test_generation_goes_on_from_a_state() -> None:
     """A prompt in two parts is the prompt; one prefix serves many, each with its own end."""
-    model = trained(tokens=True)
-    prefix, ends = inputs(1, True, 9), inputs(3, True, 4)
+    model = trained()
+    prefix, ends = inputs(1, length=9), inputs(3, length=4)
     _, state = model(prefix, return_state=True)
-    got = model.generate(ends, 10, state=state.select([0, 0, 0]))
-    assert torch.equal(got, model.generate(torch.cat([prefix.expand(3, -1), ends], 1), 10))
+    got = model.generate(ends, 10, first_three, state=state.select([0, 0, 0]))
+    whole = torch.cat([prefix.expand(3, -1, -1), ends], 1)
+    oracle.close(got, model.generate(whole, 10, first_three), 1e-9)
+    assert not torch.allclose(got, model.generate(ends, 10, first_three))
 
 
 @pytest.mark.parametrize("mode", ["auto", "fft"])
-def test_a_ragged_batch_generates_what_each_prompt_does(mode: str) -> None:
-    model = trained(tokens=True)
+@pytest.mark.parametrize("tokens", [False, True], ids=["reals", "tokens"])
+def test_a_ragged_batch_generates_what_each_prompt_does(tokens: bool, mode: str) -> None:
+    model, sample = trained(tokens=tokens), None if tokens else first_three
     for block in model.blocks:
         block.layer.mode = mode
     sizes = [9, 1, 4]
-    prompts = inputs(3, True, 9)
-    alone = [model.generate(prompts[b : b + 1, :size], 12) for b, size in enumerate(sizes)]
+    prompts = inputs(3, tokens, 9)
+    alone = [model.generate(prompts[b : b + 1, :size], 12, sample) for b, size in enumerate(sizes)]
     for b, size in enumerate(sizes):
         prompts[b, size:] = -100  # no token
-    assert torch.equal(model.generate(prompts, 12, lengths=torch.tensor(sizes)), torch.cat(alone))
+    got = model.generate(prompts, 12, sample, lengths=torch.tensor(sizes))
+    oracle.close(got.double(), torch.cat(alone).double(), 1e-9)
 
 
 def test_stop_ends_each_sequence() -> None:
@@ -537,27 +542,27 @@ def test_greedy_is_the_first_of_the_best() -> None:
     assert s4.model.greedy(torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 3.0]])).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [2, 0, 0, 1],
-        torch.tensor([1]),
-        torch.tensor([True, False, True]),
-        slice(1, None),
-        slice(0, 0),
-        (2, -3),
-    ],
-    ids=str,
-)
-def test_selected_rows_go_on_as_their_sequences(rows: Tensor | list[int] | slice) -> None:
+ROWS = [
+    ([2, 0, 0, 1], [2, 0, 0, 1]),
+    ((2, -3), [2, 0]),
+    ([], []),
+    (torch.tensor([1]), [1]),
+    (torch.tensor([1, 0], dtype=torch.uint8), [1, 0]),
+    (torch.tensor([True, False, True]), [0, 2]),
+    (slice(1, None), [1, 2]),
+    (slice(0, 0), []),
+]
+
+
+@pytest.mark.parametrize(("rows", "numbers"), ROWS, ids=str)
+def test_selected_rows_go_on_as_their_sequences(rows: Tensor | list[int] | slice, numbers: list[int]) -> None:
     """Any index of the batch: as a beam search reorders, repeats and drops its hypotheses."""
     model = trained("mixed", "prenorm", "mean", tokens=True)
     u = inputs(3, True)
     _, state = model(u[:, :10], return_state=True)
-    chosen = u[list(rows) if isinstance(rows, tuple) else rows]
-    selected = state.select(rows)
+    chosen = u[torch.tensor(numbers).long()]
     want, last = model(chosen, return_state=True)
-    got, also = in_steps(model, chosen[:, 10:], selected)
+    got, also = in_steps(model, chosen[:, 10:], state.select(rows))
     oracle.close(got[:, -1], want, 1e-9)
     same(also, last)
 
