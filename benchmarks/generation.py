@@ -231,14 +231,14 @@ def decoding(model: nn.Module, sizes: Sizes, batch: int, context: int, device: t
         return Decoding(lambda u, held: (model.step(u, held[0], context - 1), held), token, [cache])
     if isinstance(model, LSTM):
         return Decoding(model.step, token, [noise(batch, sizes.d_model) for _ in range(2 * sizes.n_layers)])
-    *layers, total, length = (*model.initial_state(batch).layers, *model.initial_state(batch)[1:])
-    state = [noise(*x.shape) for x in layers]
+    state = model.initial_state(batch)
+    layers = [noise(*x.shape) for x in state.layers]
 
     def advance(u: Tensor, held: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         y, after = model.step(u, ModelState(tuple(held[:-2]), held[-2], held[-1]))
         return y, [*after.layers, after.total, after.length]
 
-    return Decoding(advance, token, [*state, total, length + context])
+    return Decoding(advance, token, [*layers, state.total, state.length + context])
 
 
 def turn(run: Decoding, steps: int, device: torch.device) -> float:
@@ -388,7 +388,8 @@ def main(
         "LSTM": matched(LSTM, sizes, target),
         "S4": matched(s4_model, sizes, target),
     }
-    stop, cells, where = time.monotonic() + budget, list[Cell](), torch.device(device)
+    stop, where = time.monotonic() + budget, torch.device(device)
+    cells: list[Cell] = []
     for model in models.values():
         model.eval().to(where)
     with Progress(console=Console(stderr=True)) as progress, torch.no_grad():
