@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -12,18 +13,55 @@ from s4.block import S4Block
 from s4.layer import padding
 
 Sampler = Callable[[Tensor], Tensor]
+Stop = Callable[[Tensor], Tensor]
 
 
 class ModelState(NamedTuple):
     """The state of a whole stack after some inputs.
 
     Shapes: layers, one (B, H, N) a block; total (B, d_model) and length (B,), the sum and the number of the
-    outputs of the last block so far, from which mean pooling goes on.
+    outputs of the last block so far, from which mean pooling goes on. As a dict of plain tensors it is
+    `state._asdict()`, which `torch.save` takes, and comes back as `ModelState(**torch.load(file))`.
     """
 
     layers: tuple[Tensor, ...]
     total: Tensor
     length: Tensor
+
+    def select(self, rows: Tensor | Sequence[int] | slice) -> "ModelState":
+        """Some rows of the batch, in any order and any number of times: what goes on in a beam search.
+
+        Args:
+            rows: a slice, or a one-dimensional sequence or tensor of row numbers or of booleans.
+
+        Raises:
+            ValueError: rows of another kind. IndexError: a row that does not exist.
+        """
+        if not isinstance(rows, slice):
+            index = torch.as_tensor(rows, device=self.length.device)
+            if index.dim() != 1 or (index.is_floating_point() and len(index)):
+                raise ValueError(f"rows must be a slice, or row numbers in one dimension, got {rows!r}")
+            rows = index if index.dtype == torch.bool else index.long()
+        return ModelState(tuple(x[rows] for x in self.layers), self.total[rows], self.length[rows])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "ModelState":
+        """On another device, in another floating-point dtype, or both; `length` stays an integer."""
+        layers = tuple(x.to(device=device, dtype=dtype) for x in self.layers)
+        return ModelState(layers, self.total.to(device=device, dtype=dtype), self.length.to(device=device))
+
+    @staticmethod
+    def cat(states: Sequence["ModelState"]) -> "ModelState":
+        """One batch of several, one below the other: the inverse of `select`.
+
+        Raises:
+            ValueError: no states, or of stacks of different depths.
+        """
+        depths = [len(state.layers) for state in states]
+        if len(set(depths)) != 1:
+            raise ValueError(f"states must be one or more, of as many layers each, got {depths} layers")
+        layers = tuple(torch.cat(parts) for parts in zip(*(state.layers for state in states), strict=True))
+        total, length = torch.cat([s.total for s in states]), torch.cat([s.length for s in states])
+        return ModelState(layers, total, length)
 
 
 class S4Model(nn.Module):
@@ -145,24 +183,55 @@ class S4Model(nn.Module):
         return ModelState(layers, total, torch.zeros(batch_size, dtype=torch.long, device=total.device))
 
     def generate(
-        self, prompt: Tensor, steps: int, sample: Sampler | None = None, *, rate: float = 1.0
+        self,
+        prompt: Tensor,
+        steps: int,
+        sample: Sampler | None = None,
+        *,
+        stop: int | Stop | None = None,
+        pad: float | int = 0,
+        state: ModelState | None = None,
+        lengths: Tensor | None = None,
+        rate: float = 1.0,
     ) -> Tensor:
         """Go on from a prompt, feeding every output back as the next input. Call `eval` first.
+
+        The prompt is one `forward`, whatever its length; every new input then costs one `step`.
 
         Args:
             prompt: (B, L, ...) inputs as the encoder takes them, L at least 1.
             steps: how many to generate, at least 1.
-            sample: from the decoder's output (B, ...) to the next input (B, ...); None is `greedy`.
+            sample: from the decoder's output (B, ...) to the next input (B, ...), for tokens or for real
+                numbers: a mean, or a draw from the density that the output parametrises. None is `greedy`;
+                `categorical` draws tokens.
+            stop: what ends a sequence: a token, or a function from the next input (B, ...) to booleans (B,).
+            pad: stands in the result behind the input that ended a sequence.
+            state: that the prompt goes on from, as `forward` or `step` returned it.
+            lengths: (B,) integers from 1, the lengths of right-padded prompts.
             rate: multiplies dt in every layer.
 
         Returns:
-            the new inputs (B, steps, ...), prompt excluded.
+            the new inputs (B, n, ...), prompt excluded; n is `steps`, or fewer if all sequences ended.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
         check_integer("steps", steps, 1)
-        return torch.stack(list(islice(self.stream(prompt, sample, rate=rate), steps)), 1)
+        new = self.stream(prompt, sample, stop=stop, pad=pad, state=state, lengths=lengths, rate=rate)
+        return torch.stack(list(islice(new, steps)), 1)
 
-    def stream(self, prompt: Tensor, sample: Sampler | None = None, *, rate: float = 1.0) -> Iterator[Tensor]:
-        """`generate` without end, yielding (B, ...) as it goes; each step costs the same."""
+    def stream(
+        self,
+        prompt: Tensor,
+        sample: Sampler | None = None,
+        *,
+        stop: int | Stop | None = None,
+        pad: float | int = 0,
+        state: ModelState | None = None,
+        lengths: Tensor | None = None,
+        rate: float = 1.0,
+    ) -> Iterator[Tensor]:
+        """`generate`, yielding (B, ...) as it goes, until all sequences ended; each step costs the same."""
         if self.pooling != "none":
             raise ValueError(f"generation needs a model with pooling='none', got {self.pooling!r}")
         if not isinstance(prompt, Tensor) or prompt.dim() < 2 or prompt.shape[1] < 1:
@@ -172,16 +241,36 @@ class S4Model(nn.Module):
         sample = greedy if sample is None else sample
         if not callable(sample):
             raise TypeError(f"sample must be a function of the decoder's output, got {sample!r}")
+        if stop is not None and not callable(stop):
+            check_integer("stop", stop, 0)
+        if not isinstance(pad, Real):
+            raise TypeError(f"pad must be a number, got {pad!r}")
+        batch = prompt.shape[0]
+        if lengths is not None:
+            lengths = check_lengths(lengths, batch, prompt.shape[1], self.blocks[0].layer.D)
+            if bool((lengths < 1).any()):
+                raise ValueError(f"lengths must be at least 1 to generate, got {lengths.tolist()}")
         with torch.no_grad():  # never held across a yield: the caller's code keeps its own gradient mode
-            x, layers = self._run(prompt, None, None, rate, True)
-            state = self._pool(x, layers, None, None)
-            y = self.decoder(x[:, -1])
+            x, layers = self._run(prompt, state, lengths, rate, True)
+            state = self._pool(x, layers, state, lengths)
+            y = self.decoder(_last(x, lengths))
+        ended = torch.zeros(batch, dtype=torch.bool, device=x.device)
+        del x, layers  # as long as the prompt
         while True:
             with torch.no_grad():
-                token = sample(y)
-            yield token
+                new = sample(y)
+                if not isinstance(new, Tensor) or new.shape[:1] != (batch,):
+                    raise ValueError(f"sample must return the next inputs ({batch}, ...), got {_shape(new)}")
+                met = None if stop is None else _meets(stop, new)
+            if met is None:
+                yield new
+            else:
+                yield new.masked_fill(ended.view(-1, *(1,) * (new.dim() - 1)), pad)
+                ended = ended | met
+                if bool(ended.all()):
+                    return
             with torch.no_grad():
-                y, state = self.step(token, state, rate=rate)
+                y, state = self.step(new, state, rate=rate)
 
     def _run(
         self, u: Tensor, state: ModelState | None, lengths: Tensor | None, rate: float, return_state: bool
@@ -245,7 +334,8 @@ def categorical(
     Args:
         temperature: above 0; below 1 sharpens, towards `greedy`.
         top_k: draw from the k most likely tokens only.
-        top_p: draw from the fewest tokens whose probabilities sum to top_p at least (nucleus sampling).
+        top_p: draw from the fewest tokens that hold this share of the probability, of what top_k leaves
+            (nucleus sampling, arXiv 1904.09751).
         generator: source of randomness, for draws that can be repeated.
 
     Returns:
@@ -260,16 +350,24 @@ def categorical(
             raise ValueError(f"top_p must be at most 1, got {top_p}")
 
     def sample(logits: Tensor) -> Tensor:
-        p, token = torch.softmax((logits - logits.amax(-1, keepdim=True)).double() / temperature, -1).sort(
-            -1, descending=True
-        )
+        p = torch.softmax((logits - logits.amax(-1, keepdim=True)).double() / temperature, -1)
+        p, token = p.sort(dim=-1, descending=True, stable=True)
         if top_k is not None:
             p[:, top_k:] = 0
         if top_p is not None:
-            p[p.cumsum(-1) - p >= top_p] = 0
+            p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0
         return token.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
     return sample
+
+
+def _meets(stop: int | Stop, new: Tensor) -> Tensor:
+    """(B,), True where an input ends its sequence."""
+    met = stop(new) if callable(stop) else new == stop
+    if not isinstance(met, Tensor) or met.shape != new.shape[:1] or met.dtype != torch.bool:
+        got = f"{met.dtype} of shape {tuple(met.shape)}" if isinstance(met, Tensor) else type(met).__name__
+        raise ValueError(f"stop must tell for each of {len(new)} sequences, True or False, got {got}")
+    return met
 
 
 def _zero_padding(x: Tensor, lengths: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
 """The benchmark scripts run, and the files they write hold what the terminal showed."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 OFFICIAL = """
@@ -61,6 +64,83 @@ def test_kernels_stops_at_its_budget_and_names_what_is_wrong(tmp_path: Path) -> 
     )
     assert done.returncode != 0
     assert "no models/s4/s4.py in" in done.stderr
+
+
+# Held for a sequence: keys and values of 4 positions; h and c; the layers' states, the sum and the count.
+MIB = {
+    "Transformer": 2 * 2 * 4 * 64 * 4 / 2**20,
+    "LSTM": 2 * 2 * 64 * 4 / 2**20,
+    "S4": (2 * 64 * 4 * 4 + 64 * 4 + 8) / 2**20,
+}
+
+
+def test_generation(tmp_path: Path) -> None:
+    """All contenders at all sizes, alike in parameters, with what they hold; the cache where it fits."""
+    done = run(
+        "benchmarks/generation.py", "--contexts", "[4, 1024]", "--batches", "[1, 2]", "--d_model", "64",
+        "--n_layers", "2", "--d_state", "4", "--seconds", "0", "--cache_gib", "0.0005", "--device", "cpu",
+        "--name", str(tmp_path / "generation"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stdout
+    assert (tmp_path / "generation-cpu.png").stat().st_size > 0
+    cells = json.loads((tmp_path / "generation-cpu.json").read_text())["cells"]
+    where = {who: {(c["batch"], c["context"]) for c in cells if c["who"] == who} for who in MIB}
+    assert where["S4"] == where["LSTM"] == {(1, 4), (1, 1024), (2, 4), (2, 1024)}
+    assert where["Transformer"] == {(1, 4), (2, 4)}
+    target = next(c["parameters"] for c in cells if c["who"] == "Transformer")
+    for c in cells:
+        assert abs(c["parameters"] / target - 1) < 0.05
+        assert 0 < c["low"] <= c["tokens_per_second"] <= c["high"]
+        assert c["held_mib"] == pytest.approx(c["batch"] * MIB[c["who"]], rel=1e-9)
+    base = {c["batch"]: c["tokens_per_second"] for c in cells if c["who"] == "Transformer"}
+    assert [c["times_transformer"] for c in cells] == [
+        pytest.approx(c["tokens_per_second"] / base[c["batch"]]) if c["context"] == 4 else None for c in cells
+    ]
+
+
+@pytest.fixture
+def generation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("generation")
+
+
+@pytest.mark.parametrize(
+    ("argument", "match"),
+    [
+        ({"budget": 0.0}, "raise --budget"),
+        ({"expand": 1}, "LSTM has .* raise --expand"),
+        ({"d_model": 65}, "--d_model must be a multiple of 64.*65"),
+    ],
+    ids=str,
+)
+def test_generation_names_what_is_wrong(
+    generation: ModuleType, argument: dict[str, float], match: str
+) -> None:
+    with pytest.raises(SystemExit, match=match):
+        generation.main(**{"d_model": 64, "n_layers": 1, "contexts": [2], "device": "cpu"} | argument)
+
+
+def test_the_transformer_with_a_cache_is_a_transformer(generation: ModuleType) -> None:
+    """Token by token into an empty cache it gives what attention under a triangular mask gives at once."""
+    torch.manual_seed(0)
+    B, L, heads, width, layers = 3, 7, 2, 128, 2
+    sizes = generation.Sizes(width, layers, 4, "dplr", 11, 2, L)
+    model = generation.Transformer(sizes, 2 * width).double()
+    tokens = torch.randint(11, (B, L))
+    x = model.encoder(tokens) + model.position
+    for i, mixer in enumerate(model.mixers):
+        q, k, v = mixer.qkv(model.norms[2 * i](x)).view(B, L, 3, heads, width // heads).unbind(2)
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) / (width // heads) ** 0.5
+        weight = torch.softmax(scores.masked_fill(torch.ones(L, L).triu(1).bool(), -torch.inf), -1)
+        x = x + mixer.out(torch.einsum("bhij,bjhd->bihd", weight, v).flatten(2))
+        x = x + model.perceptrons[i](model.norms[2 * i + 1](x))
+    want = model.decoder(model.norms[-1](x))
+    with torch.no_grad():
+        cache = torch.full((layers, 2, B, heads, L, width // heads), torch.nan).double()
+        got = torch.stack([model.step(tokens[:, t], cache, t) for t in range(L)], 1)
+    assert torch.allclose(got, want, atol=1e-12)
+    assert (want[:, 1:] - want[:, :1]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "benchmarks").glob("*.py")))

@@ -356,14 +356,15 @@ def test_an_unfinished_stream_leaves_gradients_on() -> None:
     assert torch.is_grad_enabled()
 
 
+def first_three(y: Tensor) -> Tensor:
+    """A regression: the outputs are the next inputs."""
+    return y[:, :D_IN]
+
+
 def test_generation_of_reals() -> None:
     """A sampler may give anything the encoder takes; no graph grows along."""
     model = trained()
     prompt = inputs(2)
-
-    def first_three(y: Tensor) -> Tensor:
-        return y[:, :D_IN]
-
     got = model.generate(prompt, 6, first_three)
     oracle.close(got, by_prefix(model, prompt, 6, first_three), 1e-9)
     assert not got.requires_grad
@@ -372,30 +373,239 @@ def test_generation_of_reals() -> None:
 def test_generation_follows_the_rate() -> None:
     model = trained()
     prompt = inputs(2)
-    got = model.generate(prompt, 4, lambda y: y[:, :D_IN], rate=0.5)
+    got = model.generate(prompt, 4, first_three, rate=0.5)
     with torch.no_grad():
         for block in model.blocks:
             block.layer.log_dt -= torch.log(torch.tensor(2.0))
-    oracle.close(got, model.generate(prompt, 4, lambda y: y[:, :D_IN]), 1e-7)
+    oracle.close(got, model.generate(prompt, 4, first_three), 1e-7)
 
 
-def test_categorical_samples_the_softmax() -> None:
-    logits = torch.tensor([[2.0, 0.0, 1.0, -1.0], [0.0, 0.0, 3.0, 1.0]])
-    draw = s4.model.categorical(0.7, generator=torch.Generator().manual_seed(0))
-    p = torch.softmax(logits / 0.7, -1)
-    counts = torch.stack([draw(logits) for _ in range(4000)])
-    for row in range(2):
-        frequency = torch.bincount(counts[:, row], minlength=4) / 4000
-        assert (frequency - p[row]).abs().max() < 0.03
-    top_two = s4.model.categorical(1.0, top_k=2)
-    drawn = torch.stack([top_two(logits) for _ in range(200)])
-    assert set(drawn[:, 0].tolist()) == {0, 2}
-    assert set(drawn[:, 1].tolist()) == {2, 3}
-    nucleus = s4.model.categorical(1.0, top_p=0.8)  # of row 0: 0.64 + 0.24; of row 1: 0.81
-    drawn = torch.stack([nucleus(logits) for _ in range(200)])
-    assert set(drawn[:, 0].tolist()) == {0, 2}
-    assert set(drawn[:, 1].tolist()) == {2}
-    assert torch.equal(s4.model.greedy(logits), torch.tensor([0, 2]))
+def mixture(seed: int) -> Callable[[Tensor], Tensor]:
+    """Draws (B, D_IN) from three Gaussians, of which outputs (B, D_OUT) hold the weights and the spread."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def sample(y: Tensor) -> Tensor:
+        component = torch.multinomial(torch.softmax(y[:, :3], -1), 1, generator=generator)
+        mean = torch.linspace(-1, 1, 3, dtype=y.dtype)[component]
+        return mean + torch.exp(y[:, 3:4]) * torch.randn(len(y), D_IN, dtype=y.dtype, generator=generator)
+
+    return sample
+
+
+def test_generation_draws_from_a_mixture() -> None:
+    """A density over the reals is one more function from outputs to inputs."""
+    model = trained()
+    prompt = inputs(2)
+    got = model.generate(prompt, 6, mixture(1))
+    oracle.close(got, by_prefix(model, prompt, 6, mixture(1)), 1e-9)
+    assert torch.equal(got, model.generate(prompt, 6, mixture(1)))
+    assert not torch.allclose(got, model.generate(prompt, 6, mixture(2)))
+
+
+def test_generation_goes_on_from_a_state() -> None:
+    """A prompt in two parts is the prompt; one prefix serves many, each with its own end."""
+    model = trained()
+    prefix, ends = inputs(1, length=9), inputs(3, length=4)
+    _, state = model(prefix, return_state=True)
+    got = model.generate(ends, 10, first_three, state=state.select([0, 0, 0]))
+    whole = torch.cat([prefix.expand(3, -1, -1), ends], 1)
+    oracle.close(got, model.generate(whole, 10, first_three), 1e-9)
+    assert not torch.allclose(got, model.generate(ends, 10, first_three))
+
+
+@pytest.mark.parametrize("mode", ["auto", "fft"])
+@pytest.mark.parametrize("tokens", [False, True], ids=["reals", "tokens"])
+def test_a_ragged_batch_generates_what_each_prompt_does(tokens: bool, mode: str) -> None:
+    model, sample = trained(tokens=tokens), None if tokens else first_three
+    for block in model.blocks:
+        block.layer.mode = mode
+    sizes = [9, 1, 4]
+    prompts = inputs(3, tokens, 9)
+    alone = [model.generate(prompts[b : b + 1, :size], 12, sample) for b, size in enumerate(sizes)]
+    for b, size in enumerate(sizes):
+        prompts[b, size:] = -100  # no token
+    got = model.generate(prompts, 12, sample, lengths=torch.tensor(sizes))
+    oracle.close(got.double(), torch.cat(alone).double(), 1e-9)
+
+
+def test_stop_ends_each_sequence() -> None:
+    """By the definition: what generation without it gives, with the rest of each ended sequence padded."""
+    model, steps, pad = trained(tokens=True), 25, -100
+    prompt = inputs(4, True, 6)
+    generator = torch.Generator()
+
+    def drawn(**stop: int | Callable[[Tensor], Tensor]) -> Tensor:
+        sample = s4.model.categorical(2.0, generator=generator.manual_seed(5))
+        return model.generate(prompt, steps, sample, pad=pad, **stop)
+
+    free = drawn()
+    assert torch.equal(free, drawn())
+    lengths = []
+    for token in range(0, VOCABULARY, 3):
+        want, ends = free.clone(), []
+        for row in want:
+            met = (row == token).nonzero()
+            ends.append(int(met[0]) + 1 if len(met) else steps)
+            row[ends[-1] :] = pad
+        assert torch.equal(drawn(stop=token), want[:, : max(ends)])
+        lengths.append(max(ends))
+    assert torch.equal(drawn(stop=lambda new: new == token), want[:, : max(ends)])
+    assert min(lengths) < steps == max(lengths)
+
+
+def test_generation_is_over_when_all_sequences_are() -> None:
+    """At the first input of the last; the stream ends there, and the model is not asked again."""
+    model = trained()
+    seen = []
+
+    def sample(y: Tensor) -> Tensor:
+        seen.append(len(seen) + 1)
+        return torch.tensor([[1.0], [2.0]]).double().expand(-1, D_IN) * seen[-1]
+
+    def stop(new: Tensor) -> Tensor:
+        return new[:, 0] >= 6  # at steps 6 and 3
+
+    got = model.generate(inputs(2), 100, sample, stop=stop, pad=0.5)
+    assert got[..., 0].tolist() == [[1, 2, 3, 4, 5, 6], [2, 4, 6, 0.5, 0.5, 0.5]]
+    assert seen == [1, 2, 3, 4, 5, 6]
+    seen.clear()
+    assert torch.equal(torch.stack(list(model.stream(inputs(2), sample, stop=stop, pad=0.5)), 1), got)
+
+
+def kept_alone(p: Tensor, enough: Callable[[Tensor], bool]) -> Tensor:
+    """By trying all: the likeliest of the smallest sets of tokens that are enough, with no other beside."""
+    for size in range(1, len(p) + 1):
+        sets = [list(c) for c in itertools.combinations(range(len(p)), size) if enough(p[list(c)])]
+        if sets:
+            best = max(sets, key=lambda tokens: float(p[tokens].sum()))
+            alone = torch.zeros_like(p)
+            alone[best] = p[best] / p[best].sum()
+            return alone
+    raise AssertionError("all tokens together are not enough")
+
+
+CUTS: list[dict[str, float]] = [
+    {},
+    {"temperature": 0.4},
+    {"top_k": 1},
+    {"top_k": 3, "temperature": 2.0},
+    {"top_k": 40},
+    {"top_p": 1e-9},
+    {"top_p": 0.6},
+    {"top_p": 0.9, "temperature": 1.7},
+    {"top_p": 1.0},
+    {"top_k": 3, "top_p": 0.8},
+    {"top_k": 4, "top_p": 0.95, "temperature": 3.0},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_categorical_is_the_definition(cut: dict[str, float], dtype: torch.dtype) -> None:
+    logits = torch.tensor([[2.0, 0.25, 1.0, -1.0, 0.5, -3.0], [1e4, 9998.0, 1.0, 9997.0, 9999.0, -math.inf]])
+    logits = logits.to(dtype)
+    draws = 20000
+    kept = logits.clone()
+    sample = s4.model.categorical(**cut, generator=torch.Generator().manual_seed(0))
+    tokens = sample(logits.repeat_interleave(draws, 0)).view(2, draws)
+    assert torch.equal(logits, kept)
+    for row, drawn in zip(logits.double(), tokens, strict=True):
+        p = torch.softmax(row / cut.get("temperature", 1.0), -1)
+        if "top_k" in cut:
+            p = kept_alone(p, lambda q: len(q) >= min(cut["top_k"], 6))
+        if "top_p" in cut:
+            p = kept_alone(p, lambda q: float(q.sum()) >= cut["top_p"] - 1e-12)
+        frequency = torch.bincount(drawn, minlength=6) / draws
+        assert (frequency[p == 0] == 0).all()
+        assert (frequency[p > 0.01] > 0).all()
+        assert (frequency - p).abs().max() < 0.015  # four standard deviations
+
+
+def test_draws_follow_the_generator_alone() -> None:
+    model = trained(tokens=True)
+    prompt = inputs(3, True, 5)
+
+    def drawn(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate(prompt, 20, s4.model.categorical(generator=generator))
+
+    first = drawn(1)
+    torch.rand(7)
+    assert torch.equal(drawn(1), first)
+    assert not torch.equal(drawn(2), first)
+    state = torch.get_rng_state()
+    drawn(1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_greedy_is_the_first_of_the_best() -> None:
+    assert s4.model.greedy(torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 3.0]])).tolist() == [0, 1]
+
+
+ROWS = [
+    ([2, 0, 0, 1], [2, 0, 0, 1]),
+    ((2, -3), [2, 0]),
+    ([], []),
+    (torch.tensor([1]), [1]),
+    (torch.tensor([1, 0], dtype=torch.uint8), [1, 0]),
+    (torch.tensor([True, False, True]), [0, 2]),
+    (slice(1, None), [1, 2]),
+    (slice(0, 0), []),
+]
+
+
+@pytest.mark.parametrize(("rows", "numbers"), ROWS, ids=str)
+def test_selected_rows_go_on_as_their_sequences(rows: Tensor | list[int] | slice, numbers: list[int]) -> None:
+    """Any index of the batch: as a beam search reorders, repeats and drops its hypotheses."""
+    model = trained("mixed", "prenorm", "mean", tokens=True)
+    u = inputs(3, True)
+    _, state = model(u[:, :10], return_state=True)
+    chosen = u[torch.tensor(numbers).long()]
+    want, last = model(chosen, return_state=True)
+    got, also = in_steps(model, chosen[:, 10:], state.select(rows))
+    oracle.close(got[:, -1], want, 1e-9)
+    same(also, last)
+
+
+def test_beam_search_of_full_width_finds_the_best_sequence() -> None:
+    model, steps = trained(tokens=True), 3
+    prompt = inputs(1, True, 5)
+    every = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=steps)))
+    logits = model(torch.cat([prompt.expand(len(every), -1), every], 1))
+    log_p = torch.log_softmax(logits[:, prompt.shape[1] - 1 : -1], -1)
+    want = every[log_p.gather(-1, every[..., None])[..., 0].sum(1).argmax()]
+    logits, state = model(prompt, return_state=True)
+    found, score = torch.zeros(1, 0, dtype=torch.long), torch.log_softmax(logits[:, -1], -1)
+    for step in range(steps):
+        best = score.flatten().argsort(descending=True)
+        parent, token = best // VOCABULARY, best % VOCABULARY
+        found = torch.cat([found[parent], token[:, None]], 1)
+        if step < steps - 1:
+            y, state = model.step(token, state.select(parent))
+            score = score[parent, token][:, None] + torch.log_softmax(y, -1)
+    assert torch.equal(found[0], want)
+
+
+def test_a_state_is_saved_moved_and_put_together() -> None:
+    model = trained("mixed", "prenorm", "mean")
+    state = incoming(model, 5)
+    file = io.BytesIO()
+    torch.save(state._asdict(), file)
+    file.seek(0)
+    for twin in (
+        s4.model.ModelState(**torch.load(file, weights_only=True)),
+        s4.model.ModelState(*state),
+        pickle.loads(pickle.dumps(state)),
+        s4.model.ModelState.cat([state.select([0]), state.select(slice(1, 4)), state.select([4])]),
+    ):
+        assert isinstance(twin, s4.model.ModelState)
+        same(twin, state, 0)
+        model.step(inputs(5)[:, 0], twin)
+    narrow = state.to(dtype=torch.float32)
+    assert [x.dtype for x in tensors(narrow)] == [torch.float32] * 3 + [torch.int64]
+    same(narrow.to(torch.device("cpu"), torch.float64), state, 1e-6)
+    model.float().step(inputs(5)[:, 0].float(), narrow)
+    assert all(x.device.type == "meta" for x in tensors(state.to("meta")))
 
 
 def test_state_dict_and_copies() -> None:

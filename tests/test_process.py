@@ -131,6 +131,23 @@ for _ in range(3):
 """)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the resident set from /proc")
+def test_generation_holds_one_state_however_long() -> None:
+    """Four thousand steps, each with a state of 128 KiB: if they stayed, it would show."""
+    grown = run("""
+import resource
+import torch
+from s4 import S4Block, S4Layer, S4Model
+model = S4Model(torch.nn.Linear(1, 8), [S4Block(S4Layer(8, 64))], torch.nn.Linear(8, 1)).eval()
+stream = model.stream(torch.randn(64, 2, 1), torch.tanh, stop=lambda y: y[:, 0] > 1)
+for step, _ in zip(range(4000), stream):
+    if step == 200:
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024)
+""")
+    assert float(grown) < 50
+
+
 def test_info_lists_every_backend() -> None:
     import s4.kernel
 

@@ -1,0 +1,425 @@
+"""How fast does a model generate after a long context, and what does it have to hold for that?
+
+    pip install -e ".[test]"
+    python benchmarks/generation.py [--budget SECONDS] [--device cuda]
+
+Three language models of one width, depth and parameter count, that differ in what carries the past:
+
+- Transformer: causal attention over cached keys and values, the cache allocated once, sinusoidal positions.
+- LSTM: the same blocks with an LSTM cell in the place of attention.
+- S4: an `S4Model`, its blocks mixing channels by the same kind of two-layer perceptron.
+
+The hidden widths of the perceptrons are what makes the parameter counts agree. Measured is one greedy token
+for each sequence of a batch, from token to token, at the end of a context. The context itself is not
+computed: cache and states hold random numbers, on whose values the time does not depend. On a GPU every
+contender replays a CUDA graph. Prints a table; writes JSON and plots against context to benchmarks/results/.
+"""
+
+import gc
+import json
+import math
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from einops import rearrange
+from jsonargparse import auto_cli
+from kernels import Peak
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from s4 import S4Block, S4Layer, S4Model
+from s4.model import ModelState
+
+RESULTS = Path(__file__).parent / "results"
+HEAD_DIM = 64
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+TURN = 0.05  # seconds of a turn at least: the next one finds the caches full of other contenders' numbers
+TOLERANCE = 0.05  # of the parameter counts
+
+
+@dataclass
+class Cell:
+    """One measurement: tokens a second of the whole batch (median and quartiles over turns) and memory.
+
+    held_mib is what stays from token to token, peak_mib the most that was taken beside the parameters.
+    """
+
+    who: str
+    parameters: int
+    batch: int
+    context: int
+    tokens_per_second: float
+    low: float
+    high: float
+    held_mib: float
+    peak_mib: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of all three models; `expand` is the hidden width of the Transformer's perceptrons over its width."""
+
+    d_model: int
+    n_layers: int
+    d_state: int
+    variant: str
+    vocabulary: int
+    expand: int
+    longest: int
+
+
+class Attention(nn.Module):
+    """Causal self-attention of the newest position over all positions so far."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.n_heads = d_model // HEAD_DIM
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.out = nn.Linear(d_model, d_model)
+
+    def step(self, x: Tensor, cache: Tensor, t: int) -> Tensor:
+        """x (B, d_model) at position t; writes there in the cache (2, B, heads, max_len, head_dim)."""
+        qkv = rearrange(self.qkv(x), "b (three h d) -> three b h 1 d", three=3, h=self.n_heads)
+        cache[:, :, :, t : t + 1] = qkv[1:]
+        keys, values = cache[:, :, :, : t + 1]
+        y = scaled_dot_product_attention(qkv[0], keys, values)
+        return self.out(rearrange(y, "b h 1 d -> b (h d)"))
+
+
+def perceptron(d_model: int, hidden: int) -> nn.Module:
+    """Two layers, position by position."""
+    return nn.Sequential(nn.Linear(d_model, hidden), nn.GELU(), nn.Linear(hidden, d_model))
+
+
+class Stack(nn.Module):
+    """Embedding, pre-norm residual blocks of a mixer over time and a perceptron, norm, linear decoder."""
+
+    def __init__(self, sizes: Sizes, hidden: int, mixer: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        width, depth = sizes.d_model, sizes.n_layers
+        self.encoder = nn.Embedding(sizes.vocabulary, width)
+        self.mixers = nn.ModuleList(mixer() for _ in range(depth))
+        self.perceptrons = nn.ModuleList(perceptron(width, hidden) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * depth + 1))
+        self.decoder = nn.Linear(width, sizes.vocabulary)
+
+    def run(self, x: Tensor, mix: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Logits from embedded tokens x (B, d_model); mix is given the number of the block and its input."""
+        for i, mlp in enumerate(self.perceptrons):
+            x = x + mix(i, self.norms[2 * i](x))
+            x = x + mlp(self.norms[2 * i + 1](x))
+        return self.decoder(self.norms[-1](x))
+
+
+class Transformer(Stack):
+    """Attention in every block; the position is added to the embedding."""
+
+    def __init__(self, sizes: Sizes, hidden: int) -> None:
+        super().__init__(sizes, hidden, lambda: Attention(sizes.d_model))
+        angle = torch.arange(sizes.longest)[:, None] / 1e4 ** torch.linspace(0, 1, sizes.d_model // 2)
+        self.register_buffer("position", torch.cat([angle.sin(), angle.cos()], 1), persistent=False)
+
+    def step(self, token: Tensor, cache: Tensor, t: int) -> Tensor:
+        """Logits for tokens (B,) at position t; cache (layers, 2, B, heads, max_len, head_dim)."""
+        x = self.encoder(token) + self.position[t]
+        return self.run(x, lambda i, z: self.mixers[i].step(z, cache[i], t))
+
+
+class LSTM(Stack):
+    """An LSTM cell in every block."""
+
+    def __init__(self, sizes: Sizes, hidden: int) -> None:
+        super().__init__(sizes, hidden, lambda: nn.LSTMCell(sizes.d_model, sizes.d_model))
+
+    def step(self, token: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Logits for tokens (B,) and the next state: h and c of each block, (B, d_model)."""
+        after: list[Tensor] = []
+
+        def mix(i: int, z: Tensor) -> Tensor:
+            after.extend(self.mixers[i](z, (state[2 * i], state[2 * i + 1])))
+            return after[-2]
+
+        return self.run(self.encoder(token), mix), after
+
+
+def s4_model(sizes: Sizes, hidden: int) -> S4Model:
+    """Pre-norm blocks whose channels a perceptron mixes."""
+    blocks = []
+    for _ in range(sizes.n_layers):
+        block = S4Block(S4Layer(sizes.d_model, sizes.d_state, variant=sizes.variant), mixer="linear")
+        block.mixer = perceptron(sizes.d_model, hidden)
+        blocks.append(block)
+    width, vocabulary = sizes.d_model, sizes.vocabulary
+    encoder, decoder = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary)
+    return S4Model(encoder, blocks, decoder, norm=nn.LayerNorm(width))
+
+
+def n_parameters(model: nn.Module) -> int:
+    """How many numbers it learns."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def matched(build: Callable[[Sizes, int], nn.Module], sizes: Sizes, target: int) -> nn.Module:
+    """The model whose perceptrons bring it closest to a number of parameters."""
+    one, two = (n_parameters(build(sizes, hidden)) for hidden in (1, 2))
+    model = build(sizes, max(1, 1 + round((target - one) / (two - one))))
+    if abs(n_parameters(model) - target) > TOLERANCE * target:
+        raise SystemExit(
+            f"{type(model).__name__} has {n_parameters(model):,} parameters with the narrowest perceptrons, "
+            f"the Transformer {target:,}: raise --expand"
+        )
+    return model
+
+
+class Decoding:
+    """Generation under way: `step` turns tokens and what is held from token to token into the next."""
+
+    def __init__(
+        self,
+        advance: Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]],
+        token: Tensor,
+        held: Sequence[Tensor],
+    ) -> None:
+        self.advance, self.token, self.held = advance, token, held
+        self.step: Callable[[], None] = self._step
+        if token.is_cuda:
+            self.step = self._captured().replay
+
+    def _step(self) -> None:
+        logits, self.held = self.advance(self.token, self.held)
+        self.token = logits.argmax(-1)
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        token, held = self.token, self.held
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits, after = self.advance(token, held)
+            token.copy_(logits.argmax(-1))
+            for old, new in zip(held, after, strict=True):
+                if new is not old:  # a cache is written in place
+                    old.copy_(new)
+        self.token, self.held = token, held
+        return graph
+
+
+def decoding(model: nn.Module, sizes: Sizes, batch: int, context: int, device: torch.device) -> Decoding:
+    """At the last position of a context: the past is random numbers, the token is computed in full."""
+    token = torch.randint(sizes.vocabulary, (batch,), device=device)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.empty(shape, device=device).uniform_(-1, 1)
+
+    if isinstance(model, Transformer):
+        heads = sizes.d_model // HEAD_DIM
+        cache = noise(sizes.n_layers, 2, batch, heads, context, HEAD_DIM)
+        return Decoding(lambda u, held: (model.step(u, held[0], context - 1), held), token, [cache])
+    if isinstance(model, LSTM):
+        return Decoding(model.step, token, [noise(batch, sizes.d_model) for _ in range(2 * sizes.n_layers)])
+    state = model.initial_state(batch)
+    layers = [noise(*x.shape) for x in state.layers]
+
+    def advance(u: Tensor, held: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        y, after = model.step(u, ModelState(tuple(held[:-2]), held[-2], held[-1]))
+        return y, [*after.layers, after.total, after.length]
+
+    return Decoding(advance, token, [*layers, state.total, state.length + context])
+
+
+def turn(run: Decoding, steps: int, device: torch.device) -> float:
+    """Seconds a step."""
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        run.step()
+    _synchronize(device)
+    return (time.perf_counter() - start) / steps
+
+
+def measure(
+    models: dict[str, nn.Module],
+    sizes: Sizes,
+    batch: int,
+    context: int,
+    device: torch.device,
+    seconds: float,
+    stop: float,
+) -> list[Cell]:
+    """All contenders at one size, taking turns, so that what else the machine does meets all of them."""
+    runs, peaks, steps = {}, {}, {}
+    for who, model in models.items():
+        gc.collect()
+        peak = Peak(device)
+        runs[who] = decoding(model, sizes, batch, context, device)
+        first = turn(runs[who], 2, device)
+        peaks[who] = peak.above_start()
+        steps[who] = max(1, math.ceil(TURN / first))
+    times: dict[str, list[float]] = {who: [] for who in runs}
+    spent = dict.fromkeys(runs, 0.0)
+    for done in range(MAX_ROUNDS):
+        for who, run in runs.items():
+            if (done < MIN_ROUNDS or spent[who] < seconds) and time.monotonic() < stop:
+                times[who].append(turn(run, steps[who], device))
+                spent[who] += times[who][-1] * steps[who]
+    cells = []
+    for who, values in times.items():
+        if len(values) >= MIN_ROUNDS:
+            low, median, high = statistics.quantiles(values, n=4)
+            held = sum(x.nbytes for x in runs[who].held) / 2**20
+            parameters = n_parameters(models[who])
+            speeds = batch / median, batch / high, batch / low
+            cells.append(Cell(who, parameters, batch, context, *speeds, held, peaks[who]))
+    return cells
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def ratio(cells: list[Cell], cell: Cell) -> float | None:
+    """Times the Transformer's tokens a second, at the same batch and context."""
+    base = [c for c in cells if (c.who, c.batch, c.context) == ("Transformer", cell.batch, cell.context)]
+    return cell.tokens_per_second / base[0].tokens_per_second if base else None
+
+
+def show(cells: list[Cell]) -> None:
+    """One line a measurement; the ratio is to the Transformer's tokens a second."""
+    table = Table()
+    columns = (
+        "batch",
+        "context",
+        "who",
+        "parameters",
+        "tokens/s",
+        "quartiles",
+        "held MiB",
+        "peak MiB",
+        "ratio",
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+    for c in cells:
+        times = ratio(cells, c)
+        table.add_row(
+            str(c.batch), str(c.context), c.who, f"{c.parameters:,}", f"{c.tokens_per_second:.0f}",
+            f"{c.low:.0f} - {c.high:.0f}", f"{c.held_mib:.2f}", f"{c.peak_mib:.0f}",
+            f"{times:.1f}" if times else "",
+        )  # fmt: skip
+    Console(width=120).print(table)
+
+
+def plot(cells: list[Cell], file: Path) -> None:
+    """Tokens a second and what is held against the context, log-log, one line a contender."""
+    batches = sorted({c.batch for c in cells})
+    figure, axes = plt.subplots(
+        2, len(batches), figsize=(5 * len(batches), 7), layout="constrained", squeeze=False, sharex=True
+    )
+    for column, batch in enumerate(batches):
+        for who in dict.fromkeys(c.who for c in cells):
+            points = [c for c in cells if (c.who, c.batch) == (who, batch)]
+            contexts = [c.context for c in points]
+            speed, memory = axes[:, column]
+            speed.loglog(contexts, [c.tokens_per_second for c in points], marker="o", label=who)
+            speed.fill_between(contexts, [c.low for c in points], [c.high for c in points], alpha=0.2)
+            memory.loglog(contexts, [c.held_mib for c in points], marker="o", label=who)
+        speed.set(title=f"batch {batch}", ylabel="tokens a second")
+        memory.set(xlabel="context", ylabel="MiB held from token to token")
+        speed.legend(frameon=False)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def main(
+    budget: float = 900.0,
+    seconds: float = 2.0,
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    contexts: list[int] = [256, 1024, 4096, 16384, 65536],  # noqa: B006  # read only; a tuple has no command-line form
+    batches: list[int] = [1, 16],  # noqa: B006
+    d_model: int = 256,
+    n_layers: int = 4,
+    d_state: int = 64,
+    variant: str = "dplr",
+    vocabulary: int = 256,
+    expand: int = 4,
+    cache_gib: float = 4.0,
+    name: str = "generation",
+) -> None:
+    """Time generation by S4, a Transformer and an LSTM; write benchmarks/results/NAME-DEVICE.json and .png.
+
+    Args:
+        budget: seconds after which no further measurement starts.
+        seconds: spent on one contender at one size, between 5 and 200 turns.
+        device: cpu or cuda.
+        contexts: numbers of positions, of which the last is the token computed.
+        batches: numbers of sequences.
+        d_model: width of all models, a multiple of 64.
+        n_layers: depth of all models.
+        d_state: state size N of the S4 layers.
+        variant: of the S4 layers, dplr or diag.
+        vocabulary: number of tokens.
+        expand: hidden width of the Transformer's perceptrons over its width.
+        cache_gib: the Transformer sits out where its cache would be larger.
+        name: of the files written.
+    """
+    if d_model % HEAD_DIM:
+        raise SystemExit(f"--d_model must be a multiple of {HEAD_DIM}, the width of a head, got {d_model}")
+    torch.manual_seed(0)
+    sizes = Sizes(d_model, n_layers, d_state, variant, vocabulary, expand, max(contexts))
+    transformer = Transformer(sizes, expand * d_model)
+    target = n_parameters(transformer)
+    models: dict[str, nn.Module] = {
+        "Transformer": transformer,
+        "LSTM": matched(LSTM, sizes, target),
+        "S4": matched(s4_model, sizes, target),
+    }
+    stop, where = time.monotonic() + budget, torch.device(device)
+    cells: list[Cell] = []
+    for model in models.values():
+        model.eval().to(where)
+    with Progress(console=Console(stderr=True)) as progress, torch.no_grad():
+        for model in models.values():  # what is set up once is in no measurement
+            decoding(model, sizes, 1, 1, where).step()
+        task = progress.add_task("", total=len(batches) * len(contexts))
+        for batch in batches:
+            for context in contexts:
+                progress.update(task, description=f"batch {batch}, context {context}")
+                cache = 8 * n_layers * batch * context * d_model / 2**30
+                found = {w: m for w, m in models.items() if w != "Transformer" or cache <= cache_gib}
+                if time.monotonic() < stop:
+                    cells += measure(found, sizes, batch, context, where, seconds, stop)
+                progress.advance(task)
+    if not cells:
+        raise SystemExit(f"nothing was measured in a budget of {budget:g} seconds: raise --budget")
+    show(cells)
+    describe = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty"]
+    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    result = {
+        "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
+        "machine": f"{machine}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": str(torch.__version__),
+        "sizes": asdict(sizes),
+        "cells": [asdict(cell) | {"times_transformer": ratio(cells, cell)} for cell in cells],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}-{device}.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(cells, RESULTS / f"{name}-{device}.png")
+
+
+if __name__ == "__main__":
+    auto_cli(main)
