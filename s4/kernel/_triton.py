@@ -25,6 +25,8 @@ def status(device: torch.device) -> bool | str:
         return _probe(device) if device.type == "cpu" else f"interpreted on the CPU, not on {device}"
     if device.type != "cuda":
         return f"computes on GPUs only, not on {device}"
+    if not torch.cuda.is_available():
+        return "needs a GPU and a build of torch for it"
     return _probe(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)
 
 
