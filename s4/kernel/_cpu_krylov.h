@@ -13,9 +13,9 @@
 // Arrays are contiguous: a (H, 2n), F and G (r, H, 2n), X (H, q, 2n), C (c, H, 2n), a vector the n real, then the n
 // imaginary parts of its modes; kernels (c, q, H, L), orbits (H, q, T, 2n).
 
-// Smaller numbers are set to 0: a system that has decayed would compute with denormal ones, of 100 cycles each.
 constexpr int64_t kDoubles = kLanes<double>;
 
+// Smaller numbers are set to 0: a system that has decayed would compute with denormal ones, of 100 cycles each.
 constexpr double kSmallest = 1e8 * DBL_MIN;
 
 INLINE Vec<double> load(const double* from) {
@@ -27,7 +27,7 @@ INLINE Vec<double> load(const double* from) {
 INLINE void store(double* to, Vec<double> value) { std::memcpy(to, &value, sizeof value); }
 
 INLINE void store_normal(double* to, Vec<double> value) {
-    store(to, (value > kSmallest) | (value < -kSmallest) ? value : Vec<double>{});
+    store(to, (value >= -kSmallest) & (value <= kSmallest) ? Vec<double>{} : value);  // NaN stays
 }
 
 // Systems of all channels as they lie in memory. A vector of modes is padded to whole hardware vectors on its way in.
