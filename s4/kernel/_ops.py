@@ -17,7 +17,7 @@ from s4.kernel import _cpu
 from s4.kernel._choice import choose
 
 
-def _check(v: Tensor, z: Tensor | None, w: Tensor) -> None:
+def _check(v: Tensor, z: Tensor | None, w: Tensor, grad: Tensor | None = None) -> None:
     """Raise unless shapes, dtypes and devices are those of the contract: some backends read raw memory."""
     groups = z is None or (z.dim() == 2 and z.shape[0] in (1, v.shape[0]))
     alike = all(t is None or (t.dtype == v.dtype and t.device == v.device) for t in (z, w))
@@ -25,6 +25,17 @@ def _check(v: Tensor, z: Tensor | None, w: Tensor) -> None:
         shapes = [tuple(t.shape) for t in (v, z, w) if t is not None]
         raise ValueError(
             f"need v (G, q, n), z (1 or G, l), w or x (G, n) of one dtype and device, got {shapes}"
+        )
+    if grad is not None:
+        length = grad.shape[-1] if z is None else z.shape[1]
+        _check_gradient(grad, (*v.shape[:2], length), v.dtype.to_real() if z is None else v.dtype, v.device)
+
+
+def _check_gradient(grad: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if grad.shape != shape or grad.dtype != dtype or grad.device != device:
+        raise ValueError(
+            f"need grad {shape} of {dtype} on {device}, "
+            f"got {tuple(grad.shape)} of {grad.dtype} on {grad.device}"
         )
 
 
@@ -45,7 +56,7 @@ def cauchy_backward(
     grad: Tensor, v: Tensor, z: Tensor, w: Tensor, need_z: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of v, z and w; that of z is empty unless asked for."""
-    _check(v, z, w)
+    _check(v, z, w, grad)
     return choose(backend, v.device).cauchy_backward(_plain(grad), _plain(v), _plain(z), _plain(w), need_z)
 
 
@@ -59,7 +70,7 @@ def vandermonde(v: Tensor, x: Tensor, L: int, backend: str) -> Tensor:
 @torch.library.custom_op("s4::vandermonde_backward", mutates_args=())
 def vandermonde_backward(grad: Tensor, v: Tensor, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Gradients of v and x."""
-    _check(v, None, x)
+    _check(v, None, x, grad)
     return choose(backend, v.device).vandermonde_backward(_plain(grad), _plain(v), _plain(x))
 
 
@@ -134,6 +145,8 @@ def krylov_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of a, F, G, X and C."""
     _check_powers(a, F, G, X, C)
+    dtype = torch.float32 if grad.dtype == torch.float32 else torch.float64
+    _check_gradient(grad, (C.shape[0], X.shape[1], a.shape[0], grad.shape[-1]), dtype, a.device)
     return _cpu.krylov_backward(_plain(grad), _plain(a), _plain(F), _plain(G), _plain(X), _plain(C))
 
 
@@ -149,6 +162,8 @@ def orbit_backward(
     grad: Tensor, a: Tensor, F: Tensor, G: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of a, F, G and X, given the orbit."""
+    _check_powers(a, F, G, out.flatten(1, 2))
+    _check_gradient(grad, tuple(out.shape), torch.float64, a.device)
     return _cpu.orbit_backward(_plain(grad), _plain(a), _plain(F), _plain(G), _plain(out))
 
 
