@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from s4 import conv, hippo, ssm
+from s4 import conv, hippo, scan, ssm
 from s4._checks import (
     check_features,
     check_flag,
@@ -24,7 +24,7 @@ from s4.ssm import Propagator, System
 
 _INITS = {"dplr": ("legs", "legt", "fout"), "diag": ("legs", "lin", "inv")}
 _DISCRETIZATIONS = {"dplr": ("bilinear",), "diag": ("zoh", "bilinear")}
-_MODES = ("auto", "fft")
+_MODES = ("auto", "fft", "scan")
 _MIN_DECAY = (
     1e-4  # of -Re Lambda at initialisation: LegT and FouT have none, and its logarithm is a parameter
 )
@@ -46,7 +46,9 @@ class S4Layer(nn.Module):
         dt_min, dt_max: range of the initial step sizes, log-uniform over the channels.
         n_ssm: independent (A, B) pairs, each shared by d_model / n_ssm neighbouring channels.
         bidirectional: also convolve backwards, with an output row C of its own. No state, no step.
-        mode: how `forward` processes a sequence: "fft", by FFT convolution, or "auto", the same at present.
+        mode: how `forward` processes a sequence: "fft", by FFT convolution; "scan", by matrix products over
+            chunks, under autocast to bfloat16 the larger ones in that, within 2% of the largest output; or
+            "auto", at present "fft".
         backend: who computes the kernel: "auto", or the Cauchy or Vandermonde sums of one of
             `s4.kernel.backends()`.
         device: of the parameters.
@@ -176,11 +178,18 @@ class S4Layer(nn.Module):
             self._check_causal("return_state")
         if lengths is not None:
             lengths = check_lengths(lengths, u.shape[0], u.shape[1], self.D)
+        products = self._product_dtype()
         with _full_precision(u.device):
-            return self._forward(u, state, lengths, rate, return_state)
+            return self._forward(u, state, lengths, rate, return_state, products)
 
     def _forward(
-        self, u: Tensor, state: Tensor | None, lengths: Tensor | None, rate: float, return_state: bool
+        self,
+        u: Tensor,
+        state: Tensor | None,
+        lengths: Tensor | None,
+        rate: float,
+        return_state: bool,
+        products: torch.dtype,
     ) -> Tensor | tuple[Tensor, Tensor]:
         L = u.shape[1]
         x = rearrange(u, "b l h -> b h l").to(self.D.dtype)
@@ -190,16 +199,21 @@ class S4Layer(nn.Module):
             x = x.masked_fill(past, 0)
         system = self._system(rate)
         propagator = Propagator(ssm.discretize(system, self.discretization))
-        k = self._kernel(system, propagator, L)
-        ahead = k[0] + torch.nn.functional.pad(self.D[:, None], (0, L - 1))  # D is a tap at lag 0
-        y = conv.two_sided(x, ahead, k[1]) if self.bidirectional else conv.causal(x, ahead)
-        if state is not None:
-            y = y + propagator.continuation(state, L)
+        if self.mode == "scan":
+            y, last = scan.scan(x, propagator, self.D, state, products)
+        else:
+            k = self._kernel(system, propagator, L)
+            ahead = k[0] + torch.nn.functional.pad(self.D[:, None], (0, L - 1))  # D is a tap at lag 0
+            y = conv.two_sided(x, ahead, k[1]) if self.bidirectional else conv.causal(x, ahead)
+            if state is not None:
+                y = y + propagator.continuation(state, L)
         if past is not None:
             y = y.masked_fill(past, 0)
         y = rearrange(y, "b h l -> b l h").to(u.dtype)
         if not return_state:
             return y
+        if lengths is None and self.mode == "scan":
+            return y, last
         if lengths is None:
             lengths = torch.full(u.shape[:1], L, device=u.device)
         else:  # right-align, so that every sequence ends with its last input
@@ -290,6 +304,14 @@ class S4Layer(nn.Module):
         if self.variant == "dplr":
             return dplr.kernel(system, propagator, L, self.D.dtype, self.backend)
         return diag.kernel(propagator, L, self.D.dtype, self.backend)
+
+    def _product_dtype(self) -> torch.dtype:
+        """Of the large products of a scan: that of the parameters, or bfloat16 where autocast asks for it."""
+        kind = self.D.device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return self.D.dtype
+        lower = torch.get_autocast_dtype(kind)
+        return lower if (self.D.dtype, lower) == (torch.float32, torch.bfloat16) else self.D.dtype
 
     def _check_parameters(self, rate: float) -> None:
         if self.D.dtype not in (torch.float32, torch.float64):

@@ -142,9 +142,13 @@ def step(
 def dense(recurrence: Recurrence) -> Float[Tensor, "H N N"]:
     """A written out as real matrices."""
     a, F, G, _, _ = recurrence
+    return _block_diagonal(a) + torch.einsum("rhi,rhj->hij", F, G)
+
+
+def _block_diagonal(a: Float[Tensor, "H N"]) -> Float[Tensor, "H N N"]:
+    """The real matrices that multiply stacked states by complex diagonals."""
     re, im = map(torch.diag_embed, a.chunk(2, -1))
-    diagonal = torch.cat([torch.cat([re, -im], -1), torch.cat([im, re], -1)], -2)
-    return diagonal + torch.einsum("rhi,rhj->hij", F, G)
+    return torch.cat([torch.cat([re, -im], -1), torch.cat([im, re], -1)], -2)
 
 
 class Propagator:
@@ -212,6 +216,21 @@ class Propagator:
         for j in range(longest.bit_length()):
             X = torch.where((steps >> j) % 2 == 1, self._left(j, X), X)
         return rearrange(self._leave(X), "h n b -> b h n")
+
+    def columns(self, T: int) -> Float[Tensor, "H N {T}"]:
+        """A^b B for b < T, a power of two."""
+        return self._leave(self._columns(self._enter(self.recurrence.B[..., None]), T))
+
+    def rows(self, T: int) -> Float[Tensor, "c H {T} N"]:
+        """C A^(b+1) for b < T, a power of two."""
+        C = self.recurrence.C.transpose(0, 1)
+        first = readout(row_modes(C) * self._power(0)[:, None]) if self._diagonal else C @ self._power(0)
+        return rearrange(self._rows(first, T, 0), "h (t c) n -> c h t n", t=T)
+
+    def power(self, T: int) -> Float[Tensor, "H N N"]:
+        """A^T for T a power of two."""
+        A = self._power(T.bit_length() - 1)
+        return _block_diagonal(stack(A)) if self._diagonal else A
 
     def _enter(self, X: Tensor) -> Tensor:
         return torch.complex(*X.chunk(2, -2)) if self._diagonal else X

@@ -187,6 +187,20 @@ def test_nan_stays_nan(which: int, level: str) -> None:
     assert all(bool(g.isnan().any()) for i, g in enumerate(gradients) if i < 3 or i != which)
 
 
+@pytest.mark.parametrize("size", [SIZES["S4"], SIZES["diagonal"]], ids=["S4", "diagonal"])
+def test_what_is_not_a_number_stays_visible(size: tuple[int, ...], level: str) -> None:
+    *shape, L = size
+    for bad in (torch.nan, torch.inf):
+        for which in range(5):
+            inputs = [t.detach().clone() for t in operands(*shape)]
+            if inputs[which].numel() == 0:
+                continue
+            inputs[which].flatten()[0] = bad
+            K = _ops.krylov(*inputs, L, torch.float32)
+            assert not bool(K.isfinite().all()), "aFGXC"[which]
+            assert bool(_ops.orbit(*inputs[:4], 5).isfinite().all()) == (which == 4)
+
+
 def test_wrong_operands_raise() -> None:
     a, F, G, X, C = (t.detach() for t in operands(2, 3, 1, 1, 1))
     grad, path = torch.ones(1, 1, 2, 5), _ops.orbit(a, F, G, X, 5)

@@ -27,7 +27,7 @@ INLINE Vec<double> load(const double* from) {
 INLINE void store(double* to, Vec<double> value) { std::memcpy(to, &value, sizeof value); }
 
 INLINE void store_normal(double* to, Vec<double> value) {
-    store(to, (value >= -kSmallest) & (value <= kSmallest) ? Vec<double>{} : value);  // NaN stays
+    store(to, (value < kSmallest) & (value > -kSmallest) ? Vec<double>{} : value);  // NaN stays
 }
 
 // Systems of all channels as they lie in memory. A vector of modes is padded to whole hardware vectors on its way in.
