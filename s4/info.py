@@ -23,12 +23,13 @@ def report() -> str:
     lines.append("kernel backends")
     for name, state in s4.kernel.backends().items():
         lines.append(f"  {name:<8} {'available' if state is True else f'not available: {state}'}")
-    sums = _choice.best(torch.device("cpu"))
-    lines.append(
-        f"  auto     on the CPU: sums by {sums!r}, kernels by fused sums at short L or powers at long L"
-    )
-    for i in range(torch.cuda.device_count()):
-        lines.append(f"           on cuda:{i}: sums by {_choice.best(torch.device('cuda', i))!r}")
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    for start, device in zip(["auto", *[""] * len(devices)], devices, strict=False):
+        sums = _choice.best(torch.device(device))
+        short = "powers" if sums == "torch" else "these sums at short L, powers at long L"
+        lines.append(
+            f"  {start:<8} on {device}: sums by {sums!r}, kernels of S4 by {short}, of S4D by powers"
+        )
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from s4 import conv, hippo, scan, ssm
+from s4._cache import Cache, usable
 from s4._checks import (
     check_features,
     check_flag,
@@ -18,8 +19,8 @@ from s4._checks import (
     check_option,
     check_state,
 )
-from s4.kernel import diag, dplr
-from s4.kernel._choice import check_backend
+from s4.kernel import _ops, diag, dplr
+from s4.kernel._choice import check_backend, has_fused_powers, transformed
 from s4.ssm import Propagator, System
 
 _INITS = {"dplr": ("legs", "legt", "fout"), "diag": ("legs", "lin", "inv")}
@@ -108,6 +109,7 @@ class S4Layer(nn.Module):
         self.bidirectional = bidirectional
         self.mode = mode
         self.backend = backend
+        self._cache: Cache[ssm.Recurrence] = Cache()  # of `step`
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -240,11 +242,25 @@ class S4Layer(nn.Module):
         self._check_causal("step")
         check_features("u", u, self.D, "batch")
         check_state("state", state, (u.shape[0], self.d_model, self.d_state), self.D)
+        dtype = self.D.dtype
+        keeps = not self.training and usable(self.D) and not transformed()
+        if keeps and has_fused_powers(self.D.device.type):
+            y, state = _ops.step(*self._recurrence_kept(rate), self.D, state, u.to(dtype))
+            return y.to(u.dtype), state
         with _full_precision(u.device):
-            dtype = self.D.dtype
-            recurrence = ssm.discretize(self._system(rate), self.discretization).to(dtype)
+            recurrence = self._recurrence_kept(rate) if keeps else self._recurrence(rate)
             y, state = ssm.step(recurrence, state, u.to(dtype))
             return (y + self.D * u.to(dtype)).to(u.dtype), state
+
+    def _recurrence(self, rate: float) -> ssm.Recurrence:
+        """Discretised, in the precision of the parameters."""
+        return ssm.discretize(self._system(rate), self.discretization).to(self.D.dtype)
+
+    def _recurrence_kept(self, rate: float) -> ssm.Recurrence:
+        """The same, made anew only after a change."""
+        parameters = [self.log_dt, self.log_A_real, self.A_imag, self.B, self.C]
+        parameters += [self.P] if self.variant == "dplr" else []
+        return self._cache.get(parameters, rate, lambda: self._recurrence(rate))
 
     def initial_state(self, batch_size: int) -> Tensor:
         """The state before any input: zeros (B, H, N)."""

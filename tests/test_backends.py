@@ -353,6 +353,14 @@ def test_operators_refuse_what_they_cannot_take(backend: str, device: str) -> No
     ):
         with pytest.raises(ValueError, match="need v"):
             bad()
+    for bad in (
+        lambda: _ops.cauchy_backward(v, v, z, w, True, backend),
+        lambda: _ops.cauchy_backward(z.expand(2, 3, 5).real, v, z, w, True, backend),
+        lambda: _ops.vandermonde_backward(z.expand(2, 3, 5), v, w, backend),
+        lambda: _ops.vandermonde_backward(z[:, None].expand(1, 3, 5).real, v, w, backend),
+    ):
+        with pytest.raises(ValueError, match="need grad"):
+            bad()
     for odd in (torch.complex32, torch.float32):
         with pytest.raises(TypeError, match="must be complex64 or complex128"):
             vandermonde(v.real.to(odd), w, 3, backend)
@@ -361,6 +369,29 @@ def test_operators_refuse_what_they_cannot_take(backend: str, device: str) -> No
     elsewhere = torch.zeros(2, 3, dtype=torch.complex64, device="meta")
     if isinstance(reason := BACKENDS[backend].status(elsewhere.device), str):
         assert "meta" in reason
+
+
+def test_autocast_leaves_the_sums_alone(backend: str, device: str) -> None:
+    v, z, w = numbers((2, 3, 4), (5,), (2, 1, 4), device, torch.complex64)
+
+    def outcome(reduced: bool) -> list[Tensor]:
+        with torch.autocast(device, torch.bfloat16, enabled=reduced):
+            sums = [cauchy(v, z, w, backend), vandermonde(v, w, 300, backend)]
+            return sums + [g for s in sums for g in torch.autograd.grad(s.abs().square().sum(), (v, w))]
+
+    for got, want in zip(outcome(True), outcome(False), strict=True):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+
+
+def test_forward_mode_is_refused_where_it_would_be_lost(backend: str, device: str) -> None:
+    """Of a custom operator, torch takes every derivative in forward mode to be zero."""
+    v, z, w = (t.detach() for t in numbers((2, 4), (5,), (2, 4), device))
+    for sums in (lambda v, b: cauchy(v, z, w, b), lambda v, b: vandermonde(v, w, 6, b)):
+        with pytest.raises(NotImplementedError, match="naive"):
+            torch.func.jvp(lambda v, sums=sums: sums(v, backend), (v,), (v,))
+        out, tangent = torch.func.jvp(lambda v, sums=sums: sums(v, "naive"), (v,), (v,))
+        torch.testing.assert_close(tangent, out)  # as sums are linear in v
 
 
 def test_sums_compile_once_for_all_sizes(backend: str, device: str, unchecked: None) -> None:

@@ -193,6 +193,29 @@ def test_a_decayed_system_gives_zeros(dtype: torch.dtype) -> None:
     assert float(K[..., :10].abs().max()) > 0.1
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_has_overflowed_does_not_come_back_as_zero(rank: int, level: str) -> None:
+    """x, 3 x, 9 x, ... is finite for 647 steps; then inf - inf makes nan, which is no small number."""
+    a = torch.tensor([[3.0, 0.0]], dtype=torch.float64)
+    F = torch.zeros(rank, 1, 2, dtype=torch.float64)
+    one = torch.ones(1, 1, 2, dtype=torch.float64)
+    K = _ops.krylov(a, F, F, one, one, 3000, torch.float64)[0, 0, 0]
+    assert not K[650:].isfinite().any()
+    assert bool(K[:640].isfinite().all())
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_nan_stays_nan(which: int, level: str) -> None:
+    """At every step that the number reaches, and in every gradient that it does."""
+    inputs = [t.detach() for t in operands(1, 3, 1, 1, 1)]
+    inputs[which].view(-1)[0] = torch.nan
+    inputs = [t.requires_grad_() for t in inputs]
+    K = _ops.krylov(*inputs, 100, torch.float32)
+    assert bool(K[..., 1:].isnan().all())
+    gradients = torch.autograd.grad(K[..., 50].sum(), inputs)
+    assert all(bool(g.isnan().any()) for i, g in enumerate(gradients) if i < 3 or i != which)
+
+
 @pytest.mark.parametrize("size", [SIZES["S4"], SIZES["diagonal"]], ids=["S4", "diagonal"])
 def test_what_is_not_a_number_stays_visible(size: tuple[int, ...], level: str) -> None:
     *shape, L = size
@@ -208,6 +231,16 @@ def test_what_is_not_a_number_stays_visible(size: tuple[int, ...], level: str) -
 
 def test_wrong_operands_raise() -> None:
     a, F, G, X, C = (t.detach() for t in operands(2, 3, 1, 1, 1))
+    grad = torch.ones(1, 1, 2, 5)
+    for wrong in (grad[..., :1, :], grad.expand(2, 1, 2, 5), grad.half()):
+        with pytest.raises(ValueError, match="need grad"):
+            _ops.krylov_backward(wrong, a, F, G, X, C)
+    inputs = [a, F, G, X[:, 0], C, torch.ones(2, dtype=torch.float64)]
+    maps = list(_ops.chunk(*inputs, 5, torch.float32))
+    with pytest.raises(ValueError, match="need grad"):
+        _ops.chunk_backward([maps[0][..., :3], *maps[1:]], inputs)
+    with pytest.raises(ValueError, match="need a"):
+        _ops.chunk_backward(maps, [a, F[..., :4], *inputs[2:]])
     for wrong in (
         (a, F, G, X, C[:, :1]),
         (a, F[..., :4], G, X, C),

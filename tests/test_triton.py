@@ -19,6 +19,13 @@ def test_without_triton_the_reason_tells_what_to_install(monkeypatch: pytest.Mon
     assert "pip install 's4-pytorch[triton]'" in str(_triton.status(torch.device("cuda")))
 
 
+def test_without_a_gpu_the_reason_is_one() -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "GPU" in str(_triton.status(torch.device("cuda")))
+
+
 def test_importing_the_library_imports_no_kernels() -> None:
     code = "import sys, s4, s4.kernel; s4.S4Layer(2); sys.exit('s4.kernel._triton_kernels' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,6 +5,7 @@ from types import ModuleType
 
 import torch
 from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
 
 from s4.kernel import _cpu, _cuda, _keops, _naive, _torch, _triton
 
@@ -50,25 +51,26 @@ def best(device: torch.device) -> str:
 
 
 def _constant(function: Callable[[str], bool]) -> Callable[[str], bool]:
-    """A result that torch.compile takes as given: `torch.compiler.assume_constant_result` without its import
-    of torch._dynamo, which takes two seconds."""
+    """What torch.compiler.assume_constant_result does, without its import of torch._dynamo, of a second."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 @_constant
 def has_fused_sums(device_type: str) -> bool:
-    """Whether "auto" can be a fused backend on this type of device; a constant to torch.compile.
-
-    Not inside torch.func.grad and vmap, which cannot see through custom operators.
-    """
-    return maybe_current_level() is None and best(torch.device(device_type)) != "torch"
+    """Whether "auto" can be a fused backend on this type of device; a constant to torch.compile."""
+    return not transformed() and best(torch.device(device_type)) != "torch"
 
 
 @_constant
 def has_fused_powers(device_type: str) -> bool:
     """Whether `_ops.krylov` and `_ops.orbit` run on this type of device; a constant to torch.compile."""
-    return maybe_current_level() is None and _cpu.status(torch.device(device_type)) is True
+    return not transformed() and _cpu.status(torch.device(device_type)) is True
+
+
+def transformed() -> bool:
+    """Inside torch.func or forward-mode AD, which cannot see through custom operators."""
+    return maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def choose(backend: str, device: torch.device) -> ModuleType:

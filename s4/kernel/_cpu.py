@@ -6,11 +6,17 @@ nor Python, so one build serves every version of both.
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+_INTERFACE = 2  # of the library; raised with every change of its functions, there and here
+_HINT = (
+    "with a C++ compiler (g++ or clang++) on the path, "
+    "run pip install --force-reinstall --no-cache-dir --no-deps s4-pytorch (in a clone: .)"
+)
 _SUFFIX = {torch.complex64: "c64", torch.complex128: "c128", torch.float32: "f32", torch.float64: "f64"}
 
 
@@ -20,16 +26,16 @@ def _library() -> ctypes.CDLL | str:
         Path(__file__).parent.glob("_cpu_native*.dylib")
     )
     if not files:
-        return (
-            "not built: with a C++ compiler (g++ or clang++) on the path, "
-            "run pip install --force-reinstall --no-cache-dir --no-deps s4-pytorch"
-        )
+        return f"not built: {_HINT}"
     try:
         library = ctypes.CDLL(str(files[0]))
         library.s4_level.restype = ctypes.c_char_p
-    except (OSError, AttributeError) as error:  # AttributeError: a library left over from another version
-        return f"cannot load {files[0].name}: {error}"
-    return library
+        if library.s4_interface() == _INTERFACE:
+            return library
+        reason = "it was built of another version"
+    except (OSError, AttributeError) as error:  # AttributeError: a version with no such function
+        reason = str(error)
+    return f"cannot use {files[0].name}: {reason}; {_HINT}"
 
 
 @functools.cache
@@ -144,6 +150,28 @@ def scan_backward(
     sizes = [*_chunked(u, inward, reverse), *u.stride()[:2], *grad_y.stride()[:2]]
     _call("scan_backward", u.dtype, [*inputs, grad_y, grad_last, *grads], sizes)
     return gu, gx, gtaps, gin, gout, gon
+
+
+def step(
+    a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, x: Tensor, u: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Outputs (B, H) and the next state (B, H, N) of one step; contiguous operands of one dtype."""
+    x, u = x.contiguous(), u.contiguous()
+    y, moved = torch.empty_like(u), torch.empty_like(x)
+    batch, H, N = x.shape
+    _call("step", u.dtype, [a, F, G, B, C, D, x, u, y, moved], [batch, H, N // 2, F.shape[0]])
+    return y, moved
+
+
+def same(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
+    """Whether contiguous tensors still hold, bit by bit, what was copied from them."""
+    library = _library()
+    if isinstance(library, str):
+        return all(map(torch.equal, tensors, copies))
+    count = len(tensors)
+    pointers = (ctypes.c_void_p * (2 * count))(*(t.data_ptr() for t in (*tensors, *copies)))
+    sizes = (ctypes.c_int64 * count)(*(t.nbytes for t in copies))
+    return bool(library.s4_same(pointers, sizes, ctypes.c_int64(count)))
 
 
 def _chunked(u: Tensor, inward: Tensor, reverse: bool) -> list[int]:

@@ -25,10 +25,10 @@ struct Scan {
 template <class T>
 struct Packed {
     int64_t depth, columns;
-    std::vector<T> numbers;
+    std::unique_ptr<T[]> numbers;
 
     INLINE Packed(int64_t depth, int64_t columns)
-        : depth(depth), columns(columns), numbers(depth * ((columns + kPanel<T> - 1) / kPanel<T> * kPanel<T>)) {}
+        : depth(depth), columns(columns), numbers(new T[depth * ((columns + kPanel<T> - 1) / kPanel<T> * kPanel<T>)]) {}
 
     INLINE void fill(View<const T> from) {
         for (int64_t j = 0; j < columns; j += kPanel<T>) pack_panel<T>(depth, j, columns, from, &numbers[j * depth]);
@@ -52,19 +52,34 @@ struct Packed {
     }
 };
 
-// Chunks [first, first + count) of all sequences between (B, L) and rows (B count, T), zeros past the end.
+// Chunks [first, first + count) of all sequences, `stride` apart, are rows (B count, T) as they lie: none is ragged.
 template <class T>
-INLINE void gather(const Scan<T>& s, const T* from, int64_t stride, int64_t first, int64_t count, T* rows) {
+INLINE bool in_rows(const Scan<T>& s, int64_t stride, int64_t first, int64_t count) {
+    return (first + count) * s.width <= s.length && (s.batch == 1 || stride == count * s.width);
+}
+
+// Those rows, where they lie, or else gathered with zeros past the end.
+template <class T>
+INLINE const T* gather(const Scan<T>& s, const T* from, int64_t stride, int64_t first, int64_t count, T* rows) {
+    if (in_rows(s, stride, first, count)) return from + first * s.width;
     for (int64_t b = 0; b < s.batch; ++b) {
         const int64_t start = first * s.width, taken = std::min(count * s.width, s.length - start);
         T* to = rows + b * count * s.width;
         std::copy_n(from + b * stride + start, taken, to);
         std::fill(to + taken, to + count * s.width, T(0));
     }
+    return rows;
+}
+
+// Where to write rows that `scatter` then brings to their place, if they are not there yet.
+template <class T>
+INLINE T* place(const Scan<T>& s, T* to, int64_t first, int64_t count, T* rows) {
+    return in_rows(s, s.length, first, count) ? to + first * s.width : rows;
 }
 
 template <class T>
 INLINE void scatter(const Scan<T>& s, const T* rows, int64_t first, int64_t count, T* to) {
+    if (in_rows(s, s.length, first, count)) return;
     for (int64_t b = 0; b < s.batch; ++b) {
         const int64_t start = first * s.width, taken = std::min(count * s.width, s.length - start);
         std::copy_n(rows + b * count * s.width, taken, to + b * s.length + start);
@@ -100,14 +115,16 @@ INLINE void scan_of(const Scan<T>& s, int64_t h, T* y, T* last) {
     Packed<T> inward(W, N), outward(N, W), onward(N, N), within(W, W);
     inward.fill({s.inward + h * W * N, N, 1}), outward.fill({s.outward + h * W * N, 1, N});
     onward.fill({s.onward + h * N * N, N, 1}), within.fill(toeplitz(s.taps + h * (2 * W - 1), W));
-    std::vector<T> space(B * (block * (2 * W + N) + 2 * N));
-    T *U = space.data(), *Y = U + B * block * W, *X = Y + B * block * W, *x = X + B * block * N, *next = x + B * N;
+    const std::unique_ptr<T[]> space(new T[B * (block * (2 * W + N) + 2 * N)]);
+    T *rows = space.get(), *more = rows + B * block * W, *X = more + B * block * W, *x = X + B * block * N;
+    T* next = x + B * N;
     std::copy_n(s.x + h * B * N, B * N, x);
     for (int64_t done = 0; done < s.chunks(); done += block) {
         const int64_t count = std::min(block, s.chunks() - done);
         const int64_t first = s.reverse ? s.chunks() - done - count : done;
         const bool ends = !s.reverse && s.ragged() && first + count == s.chunks();
-        gather(s, s.u + h * s.u_channel, s.u_batch, first, count, U);
+        const T* U = gather(s, s.u + h * s.u_channel, s.u_batch, first, count, rows);
+        T* Y = place(s, y + h * B * L, first, count, more);
         inward.times(B * count, View<const T>{U, W, 1}, View<T>{X, N, 1}, false);
         recur(onward, B, count, s.reverse, X, x, next);
         if (ends)  // the state before a ragged chunk
@@ -136,9 +153,10 @@ INLINE void scan_backward(const Scan<T>& s, int64_t h, const ScanGradients<T>& g
     inward.fill(in), inward_t.fill(in.transposed()), onward.fill(on), onward_t.fill(on.transposed());
     outward_t.fill({s.outward + h * W * N, N, 1});
     within_t.fill(toeplitz(s.taps + h * (2 * W - 1), W).transposed());
-    std::vector<T> space(B * (c * N + block * (3 * W + N) + 2 * N) + W * W, T(0));
-    T *X = space.data(), *U = X + B * c * N, *G = U + B * block * W, *R = G + B * block * W, *Z = R + B * block * W;
-    T *x = Z + B * block * N, *next = x + B * N, *grad_within = next + B * N;
+    const std::unique_ptr<T[]> space(new T[B * (c * N + block * (3 * W + N) + 2 * N) + W * W]);
+    T *X = space.get(), *rows = X + B * c * N, *more = rows + B * block * W, *most = more + B * block * W;
+    T *Z = most + B * block * W, *x = Z + B * block * N, *next = x + B * N, *grad_within = next + B * N;
+    std::fill(grad_within, grad_within + W * W, T(0));
     T *grad_in = g.inward + h * W * N, *grad_out = g.outward + h * N * W, *grad_on = g.onward + h * N * N;
     std::fill(grad_in, grad_in + W * N, T(0)), std::fill(grad_out, grad_out + N * W, T(0));
     std::fill(grad_on, grad_on + N * N, T(0));
@@ -146,7 +164,7 @@ INLINE void scan_backward(const Scan<T>& s, int64_t h, const ScanGradients<T>& g
     std::copy_n(s.x + h * B * N, B * N, x);
     for (int64_t done = 0; done < c; done += block) {  // states before each chunk, block by block
         const int64_t count = std::min(block, c - done), first = s.reverse ? c - done - count : done;
-        gather(s, s.u + h * s.u_channel, s.u_batch, first, count, U);
+        const T* U = gather(s, s.u + h * s.u_channel, s.u_batch, first, count, rows);
         inward.times(B * count, View<const T>{U, W, 1}, View<T>{X + B * first * N, N, 1}, false);
         recur(onward, B, count, s.reverse, X + B * first * N, x, next);
     }
@@ -156,8 +174,9 @@ INLINE void scan_backward(const Scan<T>& s, int64_t h, const ScanGradients<T>& g
     for (int64_t done = 0; done < c; done += block) {
         const int64_t before = (c - 1) / block * block - done;  // the same blocks, the last first
         const int64_t size = std::min(block, c - before), first = s.reverse ? c - before - size : before;
-        gather(s, s.u + h * s.u_channel, s.u_batch, first, size, U);
-        gather(s, g.y + h * g.y_channel, g.y_batch, first, size, G);
+        const T* U = gather(s, s.u + h * s.u_channel, s.u_batch, first, size, rows);
+        const T* G = gather(s, g.y + h * g.y_channel, g.y_batch, first, size, more);
+        T* R = place(s, g.u + h * B * L, first, size, most);
         outward_t.times(B * size, View<const T>{G, W, 1}, View<T>{Z, N, 1}, false);
         if (ragged && first + size == c)
             for (int64_t b = 0; b < B; ++b)

@@ -343,7 +343,7 @@ INLINE void vandermonde_backward_group(const Vandermonde<T>& c, int64_t g, const
         for (int64_t n = 0; n < c.poles;) {
             Vec<T> sums[4 * kPoles];
             for (auto& s : sums) s = Vec<T>{};
-            const T *e = &er[n * width], *f = &ei[n * width], *jump = &jumps[n * chunks * 4];
+            const T *e = er.data() + n * width, *f = ei.data() + n * width, *jump = jumps.data() + n * chunks * 4;
             const int taken = n + kPoles <= c.poles ? kPoles : 1;
             if (taken == kPoles)
                 vandermonde_backward_poles<T, kPoles>(c, padded.data(), jump, e, f, sums);

@@ -21,7 +21,7 @@ from s4.kernel._choice import choose
 from s4.ssm import Propagator, Recurrence
 
 
-def _check(v: Tensor, z: Tensor | None, w: Tensor) -> None:
+def _check(v: Tensor, z: Tensor | None, w: Tensor, grad: Tensor | None = None) -> None:
     """Raise unless shapes, dtypes and devices are those of the contract: some backends read raw memory."""
     groups = z is None or (z.dim() == 2 and z.shape[0] in (1, v.shape[0]))
     alike = all(t is None or (t.dtype == v.dtype and t.device == v.device) for t in (z, w))
@@ -29,6 +29,17 @@ def _check(v: Tensor, z: Tensor | None, w: Tensor) -> None:
         shapes = [tuple(t.shape) for t in (v, z, w) if t is not None]
         raise ValueError(
             f"need v (G, q, n), z (1 or G, l), w or x (G, n) of one dtype and device, got {shapes}"
+        )
+    if grad is not None:
+        length = grad.shape[-1] if z is None else z.shape[1]
+        _check_gradient(grad, (*v.shape[:2], length), v.dtype.to_real() if z is None else v.dtype, v.device)
+
+
+def _check_gradient(grad: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if grad.shape != shape or grad.dtype != dtype or grad.device != device:
+        raise ValueError(
+            f"need grad {shape} of {dtype} on {device}, "
+            f"got {tuple(grad.shape)} of {grad.dtype} on {grad.device}"
         )
 
 
@@ -55,7 +66,7 @@ def cauchy_backward(
     grad: Tensor, v: Tensor, z: Tensor, w: Tensor, need_z: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of v, z and w; that of z is empty unless asked for."""
-    _check(v, z, w)
+    _check(v, z, w, grad)
     return choose(backend, v.device).cauchy_backward(_plain(grad), _plain(v), _plain(z), _plain(w), need_z)
 
 
@@ -69,7 +80,7 @@ def vandermonde(v: Tensor, x: Tensor, L: int, backend: str) -> Tensor:
 @torch.library.custom_op("s4::vandermonde_backward", mutates_args=())
 def vandermonde_backward(grad: Tensor, v: Tensor, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Gradients of v and x."""
-    _check(v, None, x)
+    _check(v, None, x, grad)
     return choose(backend, v.device).vandermonde_backward(_plain(grad), _plain(v), _plain(x))
 
 
@@ -168,6 +179,8 @@ def krylov_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of a, F, G, X and C."""
     _check_powers(a, F, G, X, C)
+    dtype = torch.float32 if grad.dtype == torch.float32 else torch.float64
+    _check_gradient(grad, (C.shape[0], X.shape[1], a.shape[0], grad.shape[-1]), dtype, a.device)
     return _cpu.krylov_backward(_plain(grad), _plain(a), _plain(F), _plain(G), _plain(X), _plain(C))
 
 
@@ -183,6 +196,17 @@ def _(
     return tuple(t.new_empty(t.shape) for t in (a, F, G, X, C))  # type: ignore[return-value]
 
 
+def _check_chunk(a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor) -> None:
+    _check_powers(a, F, G, B[:, None], C)
+    if D.shape != a.shape[:1] or D.dtype != torch.float64 or C.shape[0] > 2:
+        raise ValueError(f"need D (H,) float64 and C (1 or 2, H, N), got {tuple(D.shape)}, {tuple(C.shape)}")
+
+
+def _chunk_shapes(a: Tensor, C: Tensor, T: int) -> tuple[Any, ...]:
+    (H, N), c = a.shape, C.shape[0]
+    return (c, H, 2 * T - 1), (H, T, N), (c, H, T, N), (H, N, N)
+
+
 @torch.library.custom_op("s4::chunk", mutates_args=())
 def chunk(
     a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, T: int, dtype: torch.dtype
@@ -191,15 +215,17 @@ def chunk(
 
     taps (c, H, 2T-1), inward (H, T, N), outward (c, H, T, N), onward (H, N, N), in dtype.
     """
-    _check_powers(a, F, G, B[:, None], C)
-    if D.shape != a.shape[:1] or D.dtype != torch.float64 or T < 1:
-        raise ValueError(f"need D (H,) float64 and T >= 1, got {tuple(D.shape)}, {D.dtype}, {T}")
+    _check_chunk(a, F, G, B, C, D)
     return _cpu.chunk(_plain(a), _plain(F), _plain(G), _plain(B), _plain(C), _plain(D), T, dtype)
 
 
 @torch.library.custom_op("s4::chunk_backward", mutates_args=())
 def chunk_backward(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of a, F, G, B, C and D."""
+    a, F, G, B, C, D = inputs
+    _check_chunk(a, F, G, B, C, D)
+    for grad, shape in zip(grads, _chunk_shapes(a, C, grads[1].shape[1]), strict=True):
+        _check_gradient(grad, shape, grads[0].dtype, a.device)
     taps, inward, outward, onward = map(_plain, grads)
     return list(_cpu.chunk_backward((taps, inward, outward, onward), tuple(map(_plain, inputs))))
 
@@ -208,9 +234,7 @@ def chunk_backward(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Te
 def _(
     a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, T: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (H, N), c = a.shape, C.shape[0]
-    shapes = ((c, H, 2 * T - 1), (H, T, N), (c, H, T, N), (H, N, N))
-    return tuple(a.new_empty(shape, dtype=dtype) for shape in shapes)  # type: ignore[return-value]
+    return tuple(a.new_empty(s, dtype=dtype) for s in _chunk_shapes(a, C, T))  # type: ignore[return-value]
 
 
 @chunk_backward.register_fake
@@ -218,18 +242,22 @@ def _(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in inputs]
 
 
+def _check_scan(u: Tensor, *others: Tensor) -> None:
+    """Raise unless x, taps, inward, outward, onward and, where given, gradients of y and x fit u."""
+    (H, B, L), (T, N) = u.shape, others[2].shape[1:]
+    shapes = ((H, B, N), (H, 2 * T - 1), (H, T, N), (H, T, N), (H, N, N), (H, B, L), (H, B, N))[: len(others)]
+    alike = all(t.dtype == u.dtype and t.device.type == "cpu" for t in (u, *others))
+    if tuple(tuple(t.shape) for t in others) != shapes or not alike:
+        given = [tuple(t.shape) for t in others]
+        raise ValueError(f"need operands of shapes {shapes}, of one dtype, on cpu, got {given}")
+
+
 @torch.library.custom_op("s4::scan", mutates_args=())
 def scan(
     u: Tensor, x: Tensor, taps: Tensor, inward: Tensor, outward: Tensor, onward: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """The chunked scan of `s4.scan`, which gives it its gradient: (H, B, L) outputs, (H, B, N) states."""
-    inputs = (u, x, taps, inward, outward, onward)
-    (H, B, _), (T, N) = u.shape, inward.shape[1:]
-    shapes = ((H, B, u.shape[2]), (H, B, N), (H, 2 * T - 1), (H, T, N), (H, T, N), (H, N, N))
-    alike = all(t.dtype == u.dtype and t.device.type == "cpu" for t in inputs)
-    if tuple(tuple(t.shape) for t in inputs) != shapes or not alike:
-        given = [tuple(t.shape) for t in inputs]
-        raise ValueError(f"need operands of shapes {shapes}, of one dtype, on cpu, got {given}")
+    _check_scan(u, x, taps, inward, outward, onward)
     return _cpu.scan(
         _rows(u), _plain(x), _plain(taps), _plain(inward), _plain(outward), _plain(onward), reverse
     )
@@ -248,6 +276,7 @@ def scan_backward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the tensors that `scan` took."""
+    _check_scan(u, x, taps, inward, outward, onward, grad_y, grad_last)
     maps = _plain(taps), _plain(inward), _plain(outward), _plain(onward)
     return _cpu.scan_backward(_rows(u), _plain(x), *maps, _rows(grad_y), _plain(grad_last), reverse)
 
@@ -323,3 +352,18 @@ def plain_chunk(
 
 krylov.register_autograd(_krylov_gradients, setup_context=_save_krylov)
 chunk.register_autograd(_chunk_gradients, setup_context=_save_chunk)
+
+
+_library = torch.library.Library("s4", "FRAGMENT")  # thinner than custom_op: a step takes microseconds
+_library.define(
+    "step(Tensor a, Tensor F, Tensor G, Tensor B, Tensor C, Tensor D, Tensor x, Tensor u) -> (Tensor, Tensor)"
+)
+_library.impl("step", _cpu.step, "CPU")
+step = torch.ops.s4.step.default  # (y, x) as `s4.ssm.step` gives them, with D u in y; it has no gradient
+
+
+@torch.library.register_fake("s4::step", lib=_library)  # type: ignore[untyped-decorator]
+def _(
+    a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, x: Tensor, u: Tensor
+) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), x.new_empty(x.shape)

@@ -58,7 +58,7 @@ def vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
     left = 2 * v[:, :, None] * long.mT[:, None]  # (G, q, a, n)
     left = torch.cat([left.real, -left.imag], -1).flatten(1, 2)
     right = torch.cat([short.real, short.imag], 1)
-    product = left.to(v.dtype.to_real()) @ right.to(v.dtype.to_real())
+    product = _product(left.to(v.dtype.to_real()), right.to(v.dtype.to_real()))
     return product.view(G, q, long.shape[2] * short.shape[2])[..., :L].contiguous()
 
 
@@ -71,12 +71,18 @@ def vandermonde_backward(grad: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Te
     a = long.shape[2]
     padded = torch.nn.functional.pad(grad, (0, a * T - L)).view(G, q * a, T)
     right = torch.cat([short.real, short.imag, b * short.real, b * short.imag], 1)
-    sums = (padded @ right.mT.to(grad.dtype)).double().view(G, q, a, 4, n)  # over b, for each a
+    sums = _product(padded, right.mT.to(grad.dtype)).double().view(G, q, a, 4, n)  # over b, for each a
     Y, Z = torch.complex(sums[..., 0, :], sums[..., 1, :]), torch.complex(sums[..., 2, :], sums[..., 3, :])
     jump, step = long.mT[:, None], T * torch.arange(a, device=x.device)[:, None]
     grad_v = 2 * (jump * Y).sum(2).conj_physical()
     grad_x = 2 * (v * (jump * (Z + step * Y)).sum(2)).sum(1).conj_physical()
     return grad_v.to(v.dtype), grad_x.to(x.dtype)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in their own precision: autocast reaches into operators, and would take bfloat16."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def _factors(x: Tensor, L: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from s4.kernel import _naive, _ops
 
@@ -26,6 +27,7 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
     Raises:
         TypeError: an argument is not complex, or dtypes differ.
         ValueError: the last dimensions of v and w differ, devices differ, or the backend cannot run.
+        NotImplementedError: forward-mode differentiation by any backend but "naive".
     """
     check_sums({"v": v, "z": z, "w": w})
     if v.shape[-1] != w.shape[-1]:
@@ -34,6 +36,7 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
         )
     if backend == "naive":
         return _naive.cauchy(v, z, w)
+    refuse_tangents(v, z, w)
     batch = torch.broadcast_shapes(v.shape[:-1], z.shape[:-1], w.shape[:-1])
     # The last leading dimension, where it is of v alone, is that of right-hand sides over the same poles.
     shared = len(batch) > 0 and all(t.dim() < 2 or t.shape[-2] == 1 for t in (z, w))
@@ -49,6 +52,14 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
         backend,
     )
     return sums.view(*batch, nodes)
+
+
+def refuse_tangents(*tensors: Tensor) -> None:
+    """Raise in forward-mode differentiation: it takes a custom operator for a constant, and says nothing."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError('forward-mode differentiation of these sums needs backend="naive"')
 
 
 def check_sums(tensors: dict[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from s4._checks import check_integer
 from s4.kernel import _naive, _ops
-from s4.kernel.cauchy import check_sums
+from s4.kernel.cauchy import check_sums, refuse_tangents
 
 
 def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
@@ -27,6 +27,7 @@ def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
     Raises:
         TypeError: an argument is not complex, dtypes differ, or L is not an integer.
         ValueError: the last dimensions differ, devices differ, L is negative, or the backend cannot run.
+        NotImplementedError: forward-mode differentiation by any backend but "naive".
     """
     check_sums({"v": v, "x": x})
     if v.shape[-1] != x.shape[-1]:
@@ -36,6 +37,7 @@ def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
     check_integer("L", L, 0)
     if backend == "naive":
         return _naive.vandermonde(v, x, L)
+    refuse_tangents(v, x)
     batch = torch.broadcast_shapes(v.shape[:-1], x.shape[:-1])
     # The last leading dimension, where it is of v alone, is that of right-hand sides over the same poles.
     shared = len(batch) > 0 and (x.dim() < 2 or x.shape[-2] == 1)
