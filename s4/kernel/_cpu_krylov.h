@@ -45,6 +45,27 @@ struct Systems {
         std::copy_n(from, modes, to);
         std::copy_n(from + half(), modes, to + modes);
     }
+    // The same in the type of the results, in which tiny numbers are 0.
+    template <class T>
+    INLINE void round(const double* from, T* to) const {
+        typedef T Narrow __attribute__((vector_size(kDoubles * sizeof(T))));
+        const double tiny = kTiny<T>;
+        for (int64_t part = 0; part < 2; ++part, from += half(), to += modes)
+            for (int64_t j = 0; j < modes; j += kDoubles) {
+                const Vec<double> value = load(from + j);
+                const Vec<double> kept = (value < tiny) & (value > -tiny) ? Vec<double>{} : value;
+                const Narrow narrow = __builtin_convertvector(kept, Narrow);
+                if (j + kDoubles <= modes)
+                    std::memcpy(to + j, &narrow, sizeof narrow);
+                else
+                    std::memcpy(to + j, &narrow, (modes - j) * sizeof(T));
+            }
+    }
+    template <class T>
+    INLINE void widen(const T* from, double* to) const {
+        for (int64_t part = 0; part < 2; ++part, from += modes, to += half())
+            for (int64_t j = 0; j < modes; ++j) to[j] = from[j];
+    }
 };
 
 // A matrix A = diag(a) + F G, or its transpose, or either with the diagonal alone (rank 0).
@@ -176,12 +197,15 @@ struct Jump {
         }
     }
 
-    INLINE void dense(double* M) const {
-        product<double, double, double>(N, N, rank * width, {W, 1, N}, View<const double>{psi, N, 1}, View<double>{M, N, 1});
+    // Row by row, or column by column.
+    INLINE void dense(double* M, bool transposed = false) const {
+        const View<const double> left{transposed ? psi : W, 1, N}, right{transposed ? W : psi, N, 1};
+        product<double, double, double>(N, N, rank * width, left, right, View<double>{M, N, 1});
+        const double sign = transposed ? -1 : 1;
         for (int64_t j = 0; j < A.half; ++j) {
             const int64_t i = A.half + j;
             M[j * N + j] += power[j], M[i * N + i] += power[j];
-            M[j * N + i] -= power[i], M[i * N + j] += power[i];
+            M[j * N + i] -= sign * power[i], M[i * N + j] += sign * power[i];
         }
     }
 
@@ -366,28 +390,21 @@ INLINE void chunk_of(const Chunk& c, int64_t h, T* taps, T* inward, T* outward, 
     const Paths paths(c, h);
     const Systems& s = c.systems;
     const int64_t N = s.size(), n2 = 2 * s.modes, width = c.width;
-    const auto round = [](double value) { return std::abs(value) < kTiny<T> ? T(0) : T(value); };
-    for (int64_t t = 0; t < width; ++t)
-        for (int64_t j = 0; j < n2; ++j)
-            inward[(h * width + width - 1 - t) * n2 + j] = round(paths.V[t * N + c.padded(j)]);
+    for (int64_t t = 0; t < width; ++t) s.round(paths.V + t * N, inward + (h * width + width - 1 - t) * n2);
     for (int64_t i = 0; i < c.rows; ++i) {
         const double* row = paths.R + i * (width + 1) * N;
         T* tap = taps + (i * s.channels + h) * (2 * width - 1);
         std::fill(tap, tap + 2 * width - 1, T(0));
         for (int64_t l = 0; l < width - i; ++l) {
             const double d = l == 0 && i == 0 ? c.D[h] : 0.0;
-            tap[tap_of(i, l, width)] = round(paths.channel.A.dot(row, paths.V + l * N) + d);
+            tap[tap_of(i, l, width)] = T(paths.channel.A.dot(row, paths.V + l * N) + d);
         }
         for (int64_t t = 0; t < width; ++t)
-            for (int64_t j = 0; j < n2; ++j)
-                outward[((i * s.channels + h) * width + t) * n2 + j] =
-                    round(row[power_of(i, t, width) * N + c.padded(j)]);
+            s.round(row + power_of(i, t, width) * N, outward + ((i * s.channels + h) * width + t) * n2);
     }
     std::vector<double> M(N * N);
-    Jump(paths.channel.A, width).dense(M.data());
-    for (int64_t i = 0; i < n2; ++i)
-        for (int64_t j = 0; j < n2; ++j)
-            onward[(h * n2 + i) * n2 + j] = round(M[c.padded(j) * N + c.padded(i)]);
+    Jump(paths.channel.A, width).dense(M.data(), true);
+    for (int64_t i = 0; i < n2; ++i) s.round(&M[c.padded(i) * N], onward + (h * n2 + i) * n2);
 }
 
 template <class T>
@@ -400,16 +417,13 @@ INLINE void chunk_backward(const Chunk& c, int64_t h, const T* taps, const T* in
     std::vector<double> numbers(N * (2 + 2 * rank + N + width + c.rows * (width + 1)));
     double *a = numbers.data(), *work = a + N, *F = work + N, *G = F + rank * N, *M = G + rank * N, *V = M + N * N;
     double* R = V + width * N;
-    for (int64_t t = 0; t < width; ++t)
-        for (int64_t j = 0; j < n2; ++j) V[t * N + c.padded(j)] = inward[(h * width + width - 1 - t) * n2 + j];
+    for (int64_t t = 0; t < width; ++t) s.widen(inward + (h * width + width - 1 - t) * n2, V + t * N);
     for (int64_t i = 0; i < c.rows; ++i) {
         const double* row = paths.R + i * (width + 1) * N;
         double* of_row = R + i * (width + 1) * N;
         const T* tap = taps + (i * s.channels + h) * (2 * width - 1);
         for (int64_t t = 0; t < width; ++t)
-            for (int64_t j = 0; j < n2; ++j)
-                of_row[power_of(i, t, width) * N + c.padded(j)] =
-                    outward[((i * s.channels + h) * width + t) * n2 + j];
+            s.widen(outward + ((i * s.channels + h) * width + t) * n2, of_row + power_of(i, t, width) * N);
         for (int64_t l = 0; l < width - i; ++l) {
             const double g = tap[tap_of(i, l, width)];
             for (int64_t j = 0; j < N; ++j) V[l * N + j] += g * row[j], of_row[j] += g * paths.V[l * N + j];
