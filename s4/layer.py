@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from s4 import conv, hippo, scan, ssm
@@ -194,14 +193,18 @@ class S4Layer(nn.Module):
         products: torch.dtype,
     ) -> Tensor | tuple[Tensor, Tensor]:
         L = u.shape[1]
-        x = rearrange(u, "b l h -> b h l").to(self.D.dtype)
+        x = conv.by_channel(u.to(self.D.dtype))
         past = None
         if lengths is not None:
             past = padding(lengths, L)[:, None]
             x = x.masked_fill(past, 0)
         system = self._system(rate)
         propagator = Propagator(ssm.discretize(system, self.discretization))
-        if self.mode == "scan":
+        scans = self.mode == "scan" or (
+            (self.mode, self.backend) == ("auto", "auto")
+            and scan.pays(u.shape[0], L, propagator, return_state or state is not None)
+        )
+        if scans:
             y, last = scan.scan(x, propagator, self.D, state, products)
         else:
             k = self._kernel(system, propagator, L)
@@ -211,10 +214,10 @@ class S4Layer(nn.Module):
                 y = y + propagator.continuation(state, L)
         if past is not None:
             y = y.masked_fill(past, 0)
-        y = rearrange(y, "b h l -> b l h").to(u.dtype)
+        y = conv.by_time(y).to(u.dtype)
         if not return_state:
             return y
-        if lengths is None and self.mode == "scan":
+        if lengths is None and scans:
             return y, last
         if lengths is None:
             lengths = torch.full(u.shape[:1], L, device=u.device)
@@ -322,9 +325,16 @@ class S4Layer(nn.Module):
         return diag.kernel(propagator, L, self.D.dtype, self.backend)
 
     def _product_dtype(self) -> torch.dtype:
-        """Of the large products of a scan: that of the parameters, or bfloat16 where autocast asks for it."""
+        """Of the large products of a scan: that of the parameters, or bfloat16 where autocast asks for it.
+
+        Not where "auto" chose the scan: what is chosen for its speed alone keeps its precision.
+        """
         kind = self.D.device.type
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        if (
+            self.mode != "scan"
+            or not torch.amp.is_autocast_available(kind)
+            or not torch.is_autocast_enabled(kind)
+        ):
             return self.D.dtype
         lower = torch.get_autocast_dtype(kind)
         return lower if (self.D.dtype, lower) == (torch.float32, torch.bfloat16) else self.D.dtype

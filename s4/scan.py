@@ -27,6 +27,11 @@ _MANY = 1 << 16  # inputs a channel, for which longer chunks repay their larger 
 _SERIAL = 32  # chunks that a loop goes over: more of them are first merged two by two
 
 
+# max(B, 4) L from which `scan` takes less time than an FFT convolution, by variant and d_state, on a CPU
+# with the fused code: measured (benchmarks/layer.py), forward and with backward.
+_LEAST = {"dplr": {32: 2048, 64: 8192, 128: 16384}, "diag": {32: 2048, 64: 8192, 128: 65536}}
+
+
 class Chunk(NamedTuple):
     """The maps of one chunk, one system a channel, applied to rows from the right.
 
@@ -47,6 +52,23 @@ def chunk_length(B: int, L: int, N: int) -> int:
     while min(L, most) > T:
         T *= 2
     return T
+
+
+def pays(B: int, L: int, propagator: Propagator, stateful: bool) -> bool:
+    """Whether `scan` is expected to be faster than an FFT convolution; known of the CPU only.
+
+    Without the fused code the maps of a chunk take several times as long. A state that goes in or comes out
+    is free here, and costs the convolution as much again.
+    """
+    recurrence = propagator.recurrence
+    if recurrence.a.device.type != "cpu":
+        return False
+    least = _LEAST["dplr" if len(recurrence.F) else "diag"]
+    sizes = [size for size in least if recurrence.a.shape[1] <= size]
+    if not sizes:
+        return False
+    fused = has_fused_powers("cpu")
+    return max(B, 4) * L * (4 if stateful else 1) >= least[sizes[0]] * (1 if fused else 4)
 
 
 def chunks(

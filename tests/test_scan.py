@@ -10,7 +10,7 @@ import torch
 from test_process import run
 from torch import Tensor
 
-from s4 import S4Layer, scan
+from s4 import S4Layer, kernel, scan
 
 H = 4
 
@@ -466,3 +466,39 @@ def test_a_million_steps_in_two_gigabytes() -> None:
     before, after = map(float, run(MEMORY).split())
     assert after < 2000
     assert after - before < 1200
+
+
+@pytest.mark.parametrize("variant", ["dplr", "diag"])
+def test_auto_takes_the_way_of_its_table(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long sequences of small states go by the scan, others by FFT, all to the same numbers."""
+    taken: list[str] = []
+    whole = scan.scan
+
+    def spy(*arguments: object) -> object:
+        taken.append("scan")
+        return whole(*arguments)
+
+    monkeypatch.setattr(scan, "scan", spy)
+    fused = kernel.backends()["cpu"] is True
+    cases = [  # B, L, N, stateful, whether it scans with the fused code, and without
+        (1, 256, 32, False, False, False),
+        (1, 512, 32, False, True, False),
+        (1, 2048, 32, False, True, True),
+        (1, 512, 32, True, True, True),
+        (8, 256, 32, False, True, False),
+        (1, 1024, 64, False, False, False),
+        (1, 2048, 64, False, True, False),
+        (1, 20000, 130, False, False, False),
+    ]
+    for B, L, N, stateful, with_fused, without in cases:
+        layer = S4Layer(1, N, variant=variant)
+        u = torch.randn(B, L, 1, generator=torch.Generator().manual_seed(0))
+        taken.clear()
+        y = layer(u, return_state=True)[0] if stateful else layer(u)
+        assert bool(taken) == (with_fused if fused else without), (B, L, N, stateful)
+        layer.mode = "fft"
+        oracle.close(y, layer(u), 1e-4)
+    layer = S4Layer(1, 8, variant=variant, backend="torch")
+    taken.clear()
+    layer(torch.randn(1, 4096, 1))
+    assert not taken, "a backend that was named computes a kernel"
