@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import matplotlib.pyplot as plt
 import torch
@@ -64,25 +65,31 @@ def original_kernel(v: Tensor, w: Tensor, L: int) -> Tensor:
     return torch.fft.irfft((r[0] - r[1] * r[2] / (1 + r[3])) * 2 / (1 + node + 1e-6), L)
 
 
-def official_sums(folder: Path) -> dict[str, Callable[..., Tensor]]:
-    """The Cauchy and Vandermonde sums of a checkout of the original repository (models/s4/s4.py)."""
+def official_module(folder: Path) -> ModuleType:
+    """models/s4/s4.py of a checkout of the original repository."""
     if not (folder / "models" / "s4" / "s4.py").is_file():
         raise FileNotFoundError(f"--official: no models/s4/s4.py in {folder}, which must be a checkout of it")
     sys.path.insert(0, str(folder))
     try:
-        models = import_module("models.s4.s4")
+        return import_module("models.s4.s4")
     finally:
         sys.path.remove(str(folder))
+
+
+def official_sums(folder: Path) -> dict[str, Callable[..., Tensor]]:
+    """The Cauchy and Vandermonde sums of a checkout of the original repository."""
+    models = official_module(folder)
     return {"cauchy": models.cauchy_naive, "vandermonde": models.log_vandermonde_naive}
 
 
 @dataclass
 class Contender:
-    """Who computes what, and the parameters to differentiate by."""
+    """Who computes what, the parameters to differentiate by, and a gradient; without one, of the squares."""
 
     who: str
     run: Callable[[], Tensor]
     parameters: list[Tensor]
+    gradient: Tensor | None = None
 
 
 def contenders(
@@ -137,18 +144,21 @@ def _powers(layer: S4Layer, L: int) -> Tensor:
 
 
 def once(contender: Contender, backward: bool) -> float:
-    """Milliseconds of one run."""
+    """Milliseconds of one run, which leaves no gradients behind: the next peak counts them as taken anew."""
     device = contender.parameters[0].device
-    for p in contender.parameters:
-        p.grad = None
     _synchronize(device)
     start = time.perf_counter()
     with torch.set_grad_enabled(backward):
         y = contender.run()
-    if backward:
+    if backward and contender.gradient is not None:
+        y.backward(contender.gradient)
+    elif backward:
         y.square().sum().backward()
     _synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
+    milliseconds = 1e3 * (time.perf_counter() - start)
+    for p in contender.parameters:
+        p.grad = None
+    return milliseconds
 
 
 def measure(
@@ -261,6 +271,17 @@ def plot(cells: list[Cell], file: Path) -> None:
     plt.close(figure)
 
 
+def provenance(device: str) -> dict[str, object]:
+    """What measured: commit, machine and version."""
+    describe = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty"]
+    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    return {
+        "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
+        "machine": f"{machine}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": str(torch.__version__),
+    }
+
+
 def main(
     budget: float = 900.0,
     seconds: float = 0.5,
@@ -300,12 +321,7 @@ def main(
     show(cells)
     summary = verdict(cells)
     Console().print(summary)
-    describe = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty"]
-    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    result = {
-        "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
-        "machine": f"{machine}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": str(torch.__version__),
+    result = provenance(device) | {
         "auto": summary,
         "cells": [asdict(cell) for cell in cells],
     }

@@ -21,6 +21,16 @@ def cauchy_naive(v, z, w):
 
 def log_vandermonde_naive(v, x, L):
     return 2 * (v[..., None] * torch.exp(x[..., None] * torch.arange(L))).sum(-2).real
+
+class S4Block(torch.nn.Module):
+    def __init__(self, d_model, final_act="glu", transposed=True, **layer_args):
+        super().__init__()
+        assert final_act is None and not transposed and layer_args.pop("activation") is None
+        assert set(layer_args) == {"d_state", "l_max", "mode"}
+        self.D = torch.nn.Parameter(torch.ones(d_model))
+
+    def forward(self, x):
+        return x * self.D, None
 """
 
 
@@ -66,6 +76,35 @@ def test_kernels_stops_at_its_budget_and_names_what_is_wrong(tmp_path: Path) -> 
     assert "no models/s4/s4.py in" in done.stderr
 
 
+def test_layer(tmp_path: Path) -> None:
+    """Everyone takes part in both passes; ratios and floors follow."""
+    (tmp_path / "models" / "s4").mkdir(parents=True)
+    (tmp_path / "models" / "s4" / "s4.py").write_text(OFFICIAL)
+    done = run(
+        "benchmarks/layer.py", "--shapes", "[[2, 64, 8], [1, 64, 33]]", "--d_state", "4",
+        "--seconds", "0", "--device", "cpu", "--official", str(tmp_path), "--name", str(tmp_path / "layer"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "auto is within 15% of the faster mode in" in done.stdout
+    assert (tmp_path / "layer-cpu.png").stat().st_size > 0
+    result = json.loads((tmp_path / "layer-cpu.json").read_text())
+    for name in [f"{s} {mode}" for s in ("S4", "S4D") for mode in ("fft", "scan", "auto")] + [
+        "LSTM", "attention", "bare FFT", "original formula", "official S4", "official S4D",
+    ]:  # fmt: skip
+        sizes = [(c["B"], c["L"], c["backward"]) for c in result["cells"] if c["who"] == name]
+        assert sizes == [(2, 8, False), (2, 8, True), (1, 33, False), (1, 33, True)], name
+    for c in result["cells"]:
+        assert 0 < c["ms_low"] <= c["ms"] <= c["ms_high"]
+        for base in ("bare FFT", "original formula"):
+            other = next(
+                o for o in result["cells"]
+                if [o[k] for k in ("who", "B", "L", "backward")] == [base, c["B"], c["L"], c["backward"]]
+            )  # fmt: skip
+            assert c[f"times {base}"] == pytest.approx(other["ms"] / c["ms"])
+        moved = (20 if c["backward"] else 8) * c["B"] * 64 * c["L"]
+        assert c["floor: bytes"] == pytest.approx(1e-6 * moved / result["rates"]["copy GB/s"])
+
+
 # Held for a sequence: keys and values of 4 positions; h and c; the layers' states, the sum and the count.
 MIB = {
     "Transformer": 2 * 2 * 4 * 64 * 4 / 2**20,
@@ -97,6 +136,52 @@ def test_generation(tmp_path: Path) -> None:
     assert [c["times_transformer"] for c in cells] == [
         pytest.approx(c["tokens_per_second"] / base[c["batch"]]) if c["context"] == 4 else None for c in cells
     ]
+
+
+@pytest.fixture
+def layer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("layer")
+
+
+def test_layer_says_where_auto_is_wrong_and_who_sits_out(layer: ModuleType) -> None:
+    def cell(who: str, ms: float, L: int = 8) -> object:
+        return layer.Cell(who, 1, 64, 4, L, True, ms, ms, ms, 1.0)
+
+    cells = [cell("S4 fft", 10), cell("S4 scan", 5), cell("S4 auto", 5.7), cell("attention", 3000, 16)]
+    cells += [cell("S4D fft", 5), cell("S4D scan", 10), cell("S4D auto", 6)]
+    said = layer.verdict(cells)
+    assert "in 1 of 2 cells" in said
+    assert "S4D (1, 64, 8) forward + backward: 1.20 times" in said
+    assert "S4 (" not in said
+    fits = layer.fits
+    assert fits(cells, "attention", (2, 64, 32), True, 24.1, 1.0)
+    assert not fits(cells, "attention", (2, 64, 32), True, 23.9, 1.0)
+    assert not fits(cells, "S4 fft", (4, 64, 8), True, 1.0, 3.9 / 1024)
+    assert fits(cells, "S4 fft", (4, 64, 8), True, 1.0, 4.1 / 1024)
+    assert fits(cells, "LSTM", (1, 64, 8), True, 0.0, 0.0)
+
+
+def test_layer_names_what_is_wrong(layer: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"multiple of 64.*65"):
+        layer.main(device="cpu", shapes=[(1, 65, 8)], seconds=0)
+    with pytest.raises(SystemExit, match="raise --budget"):
+        layer.main(device="cpu", shapes=[(1, 64, 8)], seconds=0, budget=0)
+    with pytest.raises(FileNotFoundError, match=r"no models/s4/s4\.py in"):
+        layer.main(device="cpu", shapes=[(1, 64, 8)], seconds=0, official=tmp_path)
+
+
+def test_the_bare_convolution_and_the_attention_are_causal(layer: ModuleType) -> None:
+    torch.manual_seed(0)
+    u, k = torch.randn(2, 3, 9).double(), torch.randn(3, 9).double()
+    want = torch.zeros_like(u)
+    for t in range(9):
+        for j in range(t + 1):
+            want[..., t] += k[:, t - j] * u[..., j]
+    assert torch.allclose(layer.fft_convolution(u, k), want, atol=1e-12)
+    attention, x = layer.CausalAttention(64), torch.randn(1, 9, 64)
+    assert torch.allclose(attention(x)[:, :5], attention(x[:, :5]), atol=1e-5)
+    assert not torch.allclose(attention(x)[:, 5:], attention(x[:, 5:]), atol=1e-3)
 
 
 @pytest.fixture
