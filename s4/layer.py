@@ -260,7 +260,8 @@ class S4Layer(nn.Module):
         """The same, made anew only after a change."""
         parameters = [self.log_dt, self.log_A_real, self.A_imag, self.B, self.C]
         parameters += [self.P] if self.variant == "dplr" else []
-        return self._cache.get(parameters, rate, lambda: self._recurrence(rate))
+        options = rate, self.discretization
+        return self._cache.get(parameters, options, lambda: self._recurrence(rate))
 
     def initial_state(self, batch_size: int) -> Tensor:
         """The state before any input: zeros (B, H, N)."""
