@@ -23,7 +23,10 @@ INLINE Vec<T> take(const T* from, int64_t count) {
 
 template <class T>
 INLINE void put(T* to, Vec<T> value, int64_t count) {
-    std::memcpy(to, &value, std::min(count, kLanes<T>) * sizeof(T));
+    if (count >= kLanes<T>)
+        std::memcpy(to, &value, sizeof value);
+    else
+        std::memcpy(to, &value, count * sizeof(T));
 }
 
 template <class T>

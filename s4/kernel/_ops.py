@@ -365,10 +365,12 @@ def _step(
 ) -> tuple[Tensor, Tensor]:
     (H, N), rank, batch = a.shape, F.shape[0], u.shape[0]
     operands = (a, F, G, B, C, D, x, u)
-    shapes = ((H, N), (rank, H, N), (rank, H, N), (H, N), (1, H, N), (H,), (batch, H, N), (batch, H))
-    if tuple(t.shape for t in operands) != shapes or any(t.dtype != u.dtype for t in operands) or N % 2:
-        given = [tuple(t.shape) for t in operands]
-        raise ValueError(f"need operands of shapes {shapes}, N even, of one dtype, got {given}")
+    shapes = [(H, N), (rank, H, N), (rank, H, N), (H, N), (1, H, N), (H,), (batch, H, N), (batch, H)]
+    given = [t.shape for t in operands]
+    if given != shapes or len({t.dtype for t in operands}) > 1 or N % 2:
+        raise ValueError(
+            f"need operands of shapes {shapes}, N even, of one dtype, got {[*map(tuple, given)]}"
+        )
     return _cpu.step(*operands)
 
 
