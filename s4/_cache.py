@@ -22,14 +22,17 @@ class Cache(Generic[T]):
 
         On the CPU the numbers themselves are compared with copies, so that no way to change a parameter goes
         unseen; elsewhere, where that would wait for the device, memory addresses and versions, which miss
-        changes of `parameter.data` in place.
+        changes of `parameter.data` in place. Of inference tensors, without a version, nothing is kept there.
         """
         on_cpu = tensors[0].device.type == "cpu"
+        if not on_cpu and any(t.is_inference() for t in tensors):
+            return make()
         key = options if on_cpu else (options, *((t.data_ptr(), t._version, t.dtype) for t in tensors))
         entry = self._entry
         if entry is not None and entry[0] == key and (not on_cpu or _unchanged(tensors, entry[1])):
             return entry[2]
-        copies = [t.detach().clone() for t in tensors] if on_cpu else ()
+        # Elsewhere the tensors are held, so that no other comes to lie at their address.
+        copies = [t.detach().clone() if on_cpu else t.detach() for t in tensors]
         value = make()
         self._entry = key, copies, value
         return value
@@ -40,7 +43,7 @@ class Cache(Generic[T]):
 
 def _unchanged(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
     for t, copy in zip(tensors, copies, strict=True):
-        if t.dtype != copy.dtype or t.shape != copy.shape or not t.is_contiguous():
+        if t.dtype != copy.dtype or t.shape != copy.shape or not t.is_contiguous() or t.is_neg():
             return False
     return _cpu.same(tensors, copies)
 

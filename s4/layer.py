@@ -263,7 +263,8 @@ class S4Layer(nn.Module):
         """The same, made anew only after a change."""
         parameters = [self.log_dt, self.log_A_real, self.A_imag, self.B, self.C]
         parameters += [self.P] if self.variant == "dplr" else []
-        return self._cache.get(parameters, rate, lambda: self._recurrence(rate))
+        options = rate, self.discretization
+        return self._cache.get(parameters, options, lambda: self._recurrence(rate))
 
     def initial_state(self, batch_size: int) -> Tensor:
         """The state before any input: zeros (B, H, N)."""
@@ -313,9 +314,12 @@ class S4Layer(nn.Module):
         def of_channels(p: Tensor) -> Tensor:
             return p.repeat_interleave(self.d_model // self.n_ssm, dim=-2)
 
+        def in_pairs(p: Tensor) -> Tensor:  # view_as_complex refuses strides and offsets of flat parameters
+            return torch.complex(*p.double().unbind(-1))
+
         Lambda = torch.complex(-torch.exp(self.log_A_real.double()), self.A_imag.double())
-        B, C = torch.view_as_complex(self.B.double()), torch.view_as_complex(self.C.double())
-        P = torch.view_as_complex(self.P.double()) if self.variant == "dplr" else B.new_zeros(0, *B.shape)
+        B, C = in_pairs(self.B), in_pairs(self.C)
+        P = in_pairs(self.P) if self.variant == "dplr" else B.new_zeros(0, *B.shape)
         dt = rate * torch.exp(self.log_dt.double())
         return System(of_channels(Lambda), of_channels(P), of_channels(B), C, dt)
 

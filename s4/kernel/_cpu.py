@@ -155,11 +155,11 @@ def scan_backward(
 def step(
     a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, x: Tensor, u: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H) and the next state (B, H, N) of one step; contiguous operands of one dtype."""
-    x, u = x.contiguous(), u.contiguous()
+    """Outputs (B, H) and the next state (B, H, N) of one step; shapes as in `_ops.step`."""
+    a, F, G, B, C, D, x, u = operands = [t.contiguous() for t in (a, F, G, B, C, D, x, u)]
     y, moved = torch.empty_like(u), torch.empty_like(x)
     batch, H, N = x.shape
-    _call("step", u.dtype, [a, F, G, B, C, D, x, u, y, moved], [batch, H, N // 2, F.shape[0]])
+    _call("step", u.dtype, [*operands, y, moved], [batch, H, N // 2, F.shape[0]])
     return y, moved
 
 

@@ -1,4 +1,5 @@
 // One step of a recurrence x <- A x + B u, y = C x + D u, for a batch and all channels: every number is read once.
+// What decays in silence becomes 0, not denormal: rounding would keep it there, at three times the cost of a step.
 //
 // Arrays are contiguous: state and its successor (batch, H, 2n), u and y (batch, H), a, B and C (H, 2n), F and G
 // (r, H, 2n), D (H); a vector holds the n real, then the n imaginary parts of its modes.
@@ -22,7 +23,15 @@ INLINE Vec<T> take(const T* from, int64_t count) {
 
 template <class T>
 INLINE void put(T* to, Vec<T> value, int64_t count) {
-    std::memcpy(to, &value, std::min(count, kLanes<T>) * sizeof(T));
+    if (count >= kLanes<T>)
+        std::memcpy(to, &value, sizeof value);
+    else
+        std::memcpy(to, &value, count * sizeof(T));
+}
+
+template <class T>
+INLINE void put_normal(T* to, Vec<T> value, int64_t count) {
+    put(to, (value < kTiny<T>)&(value > -kTiny<T>) ? Vec<T>{} : value, count);  // NaN stays
 }
 
 template <class T>
@@ -44,14 +53,14 @@ INLINE void step_of(const Step<T>& s, int64_t h) {
             const int64_t left = n - j;
             const Vec<T> re = take(x + j, left), im = take(x + n + j, left);
             const Vec<T> a_re = take(a + j, left), a_im = take(a + n + j, left);
-            put(moved + j, a_re * re - a_im * im + u * take(B + j, left), left);
-            put(moved + n + j, a_re * im + a_im * re + u * take(B + n + j, left), left);
+            put_normal(moved + j, a_re * re - a_im * im + u * take(B + j, left), left);
+            put_normal(moved + n + j, a_re * im + a_im * re + u * take(B + n + j, left), left);
         }
         for (int64_t r = 0; r < s.rank; ++r) {
             const int64_t place = (r * s.channels + h) * N;
             const T coefficient = dot(s.G + place, x, N);
             for (int64_t j = 0; j < N; j += kLanes<T>)
-                put(moved + j, take(moved + j, N - j) + coefficient * take(s.F + place + j, N - j), N - j);
+                put_normal(moved + j, take(moved + j, N - j) + coefficient * take(s.F + place + j, N - j), N - j);
         }
         s.y[at] = dot(C, moved, N) + s.D[h] * u;
     }

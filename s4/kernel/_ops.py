@@ -358,7 +358,23 @@ _library = torch.library.Library("s4", "FRAGMENT")  # thinner than custom_op: a 
 _library.define(
     "step(Tensor a, Tensor F, Tensor G, Tensor B, Tensor C, Tensor D, Tensor x, Tensor u) -> (Tensor, Tensor)"
 )
-_library.impl("step", _cpu.step, "CPU")
+
+
+def _step(
+    a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, x: Tensor, u: Tensor
+) -> tuple[Tensor, Tensor]:
+    (H, N), rank, batch = a.shape, F.shape[0], u.shape[0]
+    operands = (a, F, G, B, C, D, x, u)
+    shapes = [(H, N), (rank, H, N), (rank, H, N), (H, N), (1, H, N), (H,), (batch, H, N), (batch, H)]
+    given = [t.shape for t in operands]
+    if given != shapes or len({t.dtype for t in operands}) > 1 or N % 2:
+        raise ValueError(
+            f"need operands of shapes {shapes}, N even, of one dtype, got {[*map(tuple, given)]}"
+        )
+    return _cpu.step(*operands)
+
+
+_library.impl("step", _step, "CPU")
 step = torch.ops.s4.step.default  # (y, x) as `s4.ssm.step` gives them, with D u in y; it has no gradient
 
 
