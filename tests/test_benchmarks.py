@@ -50,7 +50,7 @@ def test_kernels(tmp_path: Path) -> None:
         "--seconds", "0", "--device", "cpu", "--official", str(tmp_path), "--name", str(tmp_path / "kernels"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "auto is the fastest" in done.stdout
+    assert "auto picks the fastest" in done.stdout
     result = json.loads((tmp_path / "kernels-cpu.json").read_text())
     assert (tmp_path / "kernels-cpu.png").stat().st_size > 0
     assert result["torch"]

@@ -4,6 +4,10 @@
 // Arrays are contiguous: state and its successor (batch, H, 2n), u and y (batch, H), a, B and C (H, 2n), F and G
 // (r, H, 2n), D (H); a vector holds the n real, then the n imaginary parts of its modes.
 
+// Modes below which one thread steps alone: to start another takes longer, and may find its core taken by a pool that
+// waits for work.
+constexpr int64_t kAlone = 1 << 20;
+
 template <class T>
 struct Step {
     const T *a, *F, *G, *B, *C, *D, *state, *u;
@@ -71,7 +75,7 @@ INLINE void step_of(const Step<T>& s, int64_t h) {
     (const T* a, const T* F, const T* G, const T* B, const T* C, const T* D, const T* state, const T* u, T* y,         \
      T* next, int64_t batch, int64_t channels, int64_t modes, int64_t rank, int threads) {                             \
         const Step<T> s{a, F, G, B, C, D, state, u, y, next, batch, channels, modes, rank};                            \
-        const int64_t tasks = std::min<int64_t>(channels, 1 + batch * channels * modes / 65536 * 4);                   \
+        const int64_t tasks = batch * channels * modes < kAlone ? 1 : std::min<int64_t>(channels, 64);                 \
         return parallel(tasks, threads, [&](int64_t task) {                                                            \
             for (int64_t h = task * channels / tasks; h < (task + 1) * channels / tasks; ++h) step_of(s, h);           \
         });                                                                                                            \

@@ -24,10 +24,6 @@ def kernel(
 ) -> Float[Tensor, "c H {L}"]:
     """The kernel the way that is fastest here ("auto"), or by Cauchy sums of a named backend.
 
-    Powers take O(N^2 sqrt(L) + N L) flops a channel where fused (on the CPU), O(N^3 log L + N L) where not,
-    sums O(N L) at a higher price. Measured on two cores (benchmarks/kernels.py), fused sums and fused powers
-    break even near L = N^2 / 8, and fused sums and matrix products near L = N^2.
-
     Args:
         system: in double precision for full accuracy.
         propagator: of the bilinear discretisation of `system`.
@@ -35,12 +31,21 @@ def kernel(
         dtype: of the result, float32 or float64.
         backend: "auto", or one of `s4.kernel.backends()`.
     """
-    d_state = 2 * system.Lambda.shape[-1]
-    device = system.dt.device.type
-    few_nodes = _NODES[dtype][0] * L * (8 if has_fused_powers(device) else 1) <= d_state**2
-    if backend == "auto" and not (few_nodes and has_fused_sums(device)):
+    d_state, device = 2 * system.Lambda.shape[-1], system.dt.device.type
+    if backend == "auto" and not sums_pay(d_state, L, dtype, device):
         return krylov_kernel(propagator, L, dtype)
     return cauchy_kernel(system, L, dtype, backend)
+
+
+def sums_pay(d_state: int, L: int, dtype: torch.dtype, device_type: str) -> bool:
+    """Whether "auto" takes Cauchy sums, and not powers.
+
+    Powers take O(N^2 sqrt(L) + N L) flops a channel where fused (on the CPU), O(N^3 log L + N L) where not,
+    sums O(N L) at a higher price. Measured on two cores (benchmarks/kernels.py), fused sums and fused powers
+    break even near L = N^2 / 8, and fused sums and matrix products near L = N^2.
+    """
+    nodes = _NODES[dtype][0] * L
+    return nodes * (8 if has_fused_powers(device_type) else 1) <= d_state**2 and has_fused_sums(device_type)
 
 
 def krylov_kernel(propagator: Propagator, L: int, dtype: torch.dtype) -> Float[Tensor, "c H {L}"]:
