@@ -140,8 +140,11 @@ class S4Layer(nn.Module):
         self.D.normal_()
         self.log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max))
 
-    def ssm_parameters(self) -> list[nn.Parameter]:
-        """dt, A and B, which train at a smaller rate and without weight decay (S4 appendix D.2)."""
+    def ssm_parameters(self) -> list[Tensor]:
+        """dt, A and B, which train at a smaller rate and without weight decay (S4 appendix D.2).
+
+        Parameters, but for those that a parametrization has put a tensor in the place of.
+        """
         low_rank = [self.P] if self.variant == "dplr" else []
         return [self.log_dt, self.log_A_real, self.A_imag, *low_rank, self.B]
 
