@@ -18,9 +18,7 @@ contender replays a CUDA graph. Prints a table; writes JSON and plots against co
 import gc
 import json
 import math
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +28,7 @@ import matplotlib.pyplot as plt
 import torch
 from einops import rearrange
 from jsonargparse import auto_cli
-from kernels import Peak
+from kernels import Peak, provenance
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -407,12 +405,7 @@ def main(
     if not cells:
         raise SystemExit(f"nothing was measured in a budget of {budget:g} seconds: raise --budget")
     show(cells)
-    describe = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty"]
-    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    result = {
-        "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
-        "machine": f"{machine}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": str(torch.__version__),
+    result = provenance(device) | {
         "sizes": asdict(sizes),
         "cells": [asdict(cell) | {"times_transformer": ratio(cells, cell)} for cell in cells],
     }

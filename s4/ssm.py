@@ -183,7 +183,7 @@ class Propagator:
         # A decayed system would fill the product with denormal numbers, of some 100 cycles on a CPU. They
         # become zeros, but the gradient stays: a row of zeros is there to be learned.
         R = R.to(dtype)
-        R = R + (hardshrink(R, 1e8 * torch.finfo(dtype).tiny) - R).detach()
+        R = R - (R - hardshrink(R, 1e8 * torch.finfo(dtype).tiny)).nan_to_num(0.0).detach()
         return rearrange(R @ V.to(dtype), "h (a c) (b q) -> c q h (a b)", a=a, b=T, c=c, q=q)[..., :L]
 
     def continuation(self, x: Float[Tensor, "B H N"], L: int) -> Float[Tensor, "B H {L}"]:

@@ -64,7 +64,7 @@ def has_fused_sums(device_type: str) -> bool:
 
 @_constant
 def has_fused_powers(device_type: str) -> bool:
-    """Whether `_ops.krylov` and `_ops.orbit` run on this type of device; a constant to torch.compile."""
+    """Whether the powers and scan of `_ops` run on this type of device; a constant to torch.compile."""
     return not transformed() and _cpu.status(torch.device(device_type)) is True
 
 

@@ -155,7 +155,7 @@ vandermonde.register_autograd(_vandermonde_gradients, setup_context=_save_vander
 
 
 def _check_powers(a: Tensor, F: Tensor, G: Tensor, X: Tensor, *rows: Tensor) -> None:
-    """Raise unless the operands of `krylov` or `orbit` are what raw memory is read as."""
+    """Raise unless the operands of `krylov` or `chunk` are what raw memory is read as."""
     H, N = a.shape
     shapes = F.shape == G.shape == (F.shape[0], H, N) and X.shape == (H, X.shape[1], N)
     shapes = shapes and all(C.shape == (C.shape[0], H, N) for C in rows) and N % 2 == 0
