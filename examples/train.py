@@ -29,6 +29,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from memory import Copying, Delay
 from report import learning_curve, print_results, write_labels, write_values
 from rich.console import Console
 from rich.markup import escape
@@ -50,7 +51,7 @@ from s4.model import categorical
 
 RECIPES = Path(__file__).parent / "recipes"
 COMMANDS = ("fit", "validate", "test", "predict", "generate")
-TASKS: dict[str, type[SequenceData]] = {"images": SequentialImages}
+TASKS: dict[str, type[SequenceData]] = {"copying": Copying, "delay": Delay, "images": SequentialImages}
 
 
 class ConfigError(Exception):
