@@ -124,14 +124,19 @@ def reconstruct(
 
     The state is that of the pair (A, B) of `transition` from zero on, in continuous time or discretised by
     steps dt, where the input j steps before the last is at the lag (j + 1/2) dt, the middle of its step. The
-    state of a freshly initialised `S4Layer` goes through `from_modes` first.
+    state of a freshly initialised `S4Layer` goes through `from_modes` first:
+
+        _, state = layer(u, return_state=True)  # u (B, L, H)
+        lags = (torch.arange(100) + 0.5) * layer.log_dt.exp()[:, None]
+        past = reconstruct("legs", from_modes("legs", state), lags)  # (B, H, 100), about u[:, -1 - j] at j
 
     "legs" gives the projection onto the N functions of `basis`, the best under the weight e^-s: sharp for the
-    recent past, ever coarser before. "legt" is exact for polynomials of degree below N, "fout" for
-    waves with up to N/2 - 1 whole periods in the window, once what came before them has died out. Of any wave
-    e^(iwt), the root mean square of what is missed is w / sqrt(N^2 + w^2) for "legs", under its weight, about
-    2 (w/4)^N / N! for "legt" and, for N well above w, |1 - e^(iw)| / (pi sqrt(N)) for "fout", as the Fourier
-    series rings where the ends of the window do not meet. All ring where the input jumps, also at its start.
+    recent past, ever coarser before. "legt" is exact for polynomials of degree below N, "fout" for waves with
+    up to N/2 - 1 whole periods in the window, once what came before them has died out. Of any wave e^(iwt), the
+    root mean square of what is missed is w / sqrt(N^2 + w^2) for "legs", under its weight; at most
+    2 (w/4)^N / N! for "legt" and about |1 - e^(iw)| / (pi sqrt(N)) for "fout", both for N well above w. The
+    Fourier series rings where the ends of the window do not meet; all ring where the input jumps, also at its
+    start.
 
     Args:
         measure: as in `transition`.

@@ -1,6 +1,7 @@
 """What a HiPPO state remembers: bases against scipy, reconstructions against signals and known errors."""
 
 from math import factorial, pi, sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,9 +91,9 @@ def test_what_is_missed_of_a_wave_falls_with_N(measure: str, N: int, frequency: 
 
     "legs": the coefficients of z^(iw) have |x_n|^2 = w^2 / (n^2 + w^2) - w^2 / ((n+1)^2 + w^2). Their
     sum telescopes; w^2 / (N^2 + w^2) is missed, exactly.
-    "legt": the best polynomial of degree N - 1 misses 2 (w/4)^N / N! at most: interpolate at Chebyshev nodes.
-    "fout": a jump J between the ends of the window leaves J^2 / (2 pi k)^2 to each frequency k. Those from N/2
-    on, J^2 / (pi^2 N) in sum, are missed. That the state holds the others is itself true for large N only.
+    "legt": the best polynomial misses 2 (w/4)^N / N! at most, as interpolation at Chebyshev nodes does.
+    "fout": a jump J between the ends of the window leaves J^2 / (2 pi k)^2 to each frequency k. Those from
+    N/2 on, J^2 / (pi^2 N) in sum, are missed. That the state holds the others is true for large N only.
     """
     A, B = pair(measure, N)
     x = np.linalg.solve(1j * frequency * np.eye(N) - A, B)
@@ -211,3 +212,18 @@ def test_shapes_gradients_and_default_device(measure: str) -> None:
     want = hippo.reconstruct(measure, hippo.from_modes(measure, state), lags)
     with torch.device("meta"):
         assert torch.equal(hippo.reconstruct(measure, hippo.from_modes(measure, state), lags), want)
+
+
+def test_example_draws(tmp_path: Path) -> None:
+    """Its figures; and what they show of a smooth signal under LegT is the signal."""
+    for package in ("jsonargparse", "matplotlib", "rich", "PIL"):
+        pytest.importorskip(package, reason="the examples need the extra 'examples'")
+    import hippo as example
+
+    example.main(tmp_path, [4, 8], duration=0.04, animate=tmp_path / "memory.gif")
+    for file in ("memory.png", "kernels.png", "memory.gif"):
+        assert (tmp_path / file).stat().st_size > 1000
+    signal = example.smooth_noise(1500, 0)
+    half, whole = example.recall("legt", 32, signal, [750, 1500])
+    np.testing.assert_allclose(half, signal[:750].flip(0), atol=1e-3)
+    np.testing.assert_allclose(whole, signal[500:].flip(0), atol=1e-3)
