@@ -1,0 +1,30 @@
+"""Files in the form of the hub's data sets."""
+
+import io
+from pathlib import Path
+
+import images
+import numpy as np
+
+
+def write_parquet(folder: Path, source: images.Source, per_class: int = 6, seed: int = 0) -> Path:
+    """Random images, encoded as PNG, with the columns of the hub's data set."""
+    import pyarrow
+    import pyarrow.parquet
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for split in ("train", "test"):
+        rows = []
+        for _ in range(10 * per_class):
+            shape = (source.height, source.width, source.channels)
+            pixels = generator.integers(0, 256, shape, dtype=np.uint8)
+            encoded = io.BytesIO()
+            Image.fromarray(pixels.squeeze()).save(encoded, "PNG")
+            rows.append({"bytes": encoded.getvalue(), "path": None})
+        labels = [index % 10 for index in range(len(rows))]
+        pyarrow.parquet.write_table(
+            pyarrow.table({source.column: rows, "label": labels}), folder / f"{split}.parquet"
+        )
+    return folder
