@@ -132,11 +132,10 @@ def reconstruct(
 
     "legs" gives the projection onto the N functions of `basis`, the best under the weight e^-s: sharp for the
     recent past, ever coarser before. "legt" is exact for polynomials of degree below N, "fout" for waves with
-    up to N/2 - 1 whole periods in the window, once what came before them has died out. Of any wave e^(iwt), the
-    root mean square of what is missed is w / sqrt(N^2 + w^2) for "legs", under its weight; at most
-    2 (w/4)^N / N! for "legt" and about |1 - e^(iw)| / (pi sqrt(N)) for "fout", both for N well above w. The
-    Fourier series rings where the ends of the window do not meet; all ring where the input jumps, also at its
-    start.
+    up to N/2 - 1 whole periods in the window, once what came before them has died out. Of any wave e^(iwt),
+    the root mean square of what is missed is w / sqrt(N^2 + w^2) for "legs", under its weight, and for N well
+    above w about 2 (w/4)^N / N! for "legt", |1 - e^(iw)| / (pi sqrt(N)) for "fout". The Fourier series rings
+    where the ends of the window do not meet; all ring where the input jumps, also at its start.
 
     Args:
         measure: as in `transition`.
