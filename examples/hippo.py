@@ -207,6 +207,7 @@ def main(
     draw_kernels(out / "kernels.png", max(d_state), length=2000)
     files = [out / "memory.png", out / "kernels.png"]
     if animate:
+        animate.parent.mkdir(parents=True, exist_ok=True)
         frames = list(range(40, len(signal) + 1, 40))
         states_on_the_way = {m: {N: list(recall(m, N, signal, frames)) for N in d_state} for m in MEASURES}
         draw_animation(animate, signal, frames, states_on_the_way)
