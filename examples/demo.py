@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
+from report import print_results
 from rich.progress import track
-from runs import print_results
 from torch import Tensor
 from train import run
 
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
     """Train, step, compare, plot; 1 if the accuracy or the agreement is not what it should be."""
     cli = run(["fit", "digits", "--run_dir", "runs/demo", *arguments])
     model, data = cli.model.model.cpu().eval(), cli.datamodule
-    images, labels = data.test["images"], data.test["labels"]
+    images, labels = (data.tensors["test"][name] for name in ("images", "labels"))
     inputs = data.normalize(images)
     with torch.inference_mode():
         convolved = model(inputs)

@@ -1,11 +1,10 @@
-"""The folder of a run: where it is, what is logged and kept in it, and what is shown of it at the end."""
+"""The folder of a run: where it is, what is logged and kept in it, and how progress is shown."""
 
 import csv
 import random
 import re
 import subprocess
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
-from rich.table import Table
 from storage import CheckpointError
 
 
@@ -233,48 +231,6 @@ class LineProgress(ProgressBar):
             f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)
         )
         self.console.print(f"epoch {trainer.current_epoch}  step {trainer.global_step}  {figures}")
-
-
-def learning_curve(folder: Path) -> Path | None:
-    """Plot loss and accuracy of training and validation from metrics.csv; None if nothing was logged."""
-    import matplotlib.pyplot as plt  # only here: training does without
-
-    series: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
-    with (folder / "metrics.csv").open(newline="") as rows:
-        for row in csv.DictReader(rows):
-            for name, value in row.items():
-                if value and name.startswith(("train/", "val/")):
-                    series[name].append((int(row["step"]), float(value)))
-    if not series:
-        return None
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, quantity in zip(axes, ("loss", "accuracy"), strict=True):
-        for stage, style in (
-            ("train", {"alpha": 0.35, "linewidth": 1.0}),
-            ("val", {"marker": "o", "markersize": 3}),
-        ):
-            if points := series[f"{stage}/{quantity}"]:
-                axis.plot(
-                    *zip(*points, strict=True),
-                    label={"train": "training", "val": "validation"}[stage],
-                    **style,
-                )
-        axis.set(xlabel="step", ylabel=quantity)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    axes[0].set_yscale("log")
-    file = folder / "learning_curve.png"
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
-    return file
-
-
-def print_results(title: str, results: dict[str, Any]) -> None:
-    """A small table, one result a line."""
-    table = Table(title=title, show_header=False, title_justify="left")
-    for name, value in results.items():
-        table.add_row(name, str(value), style="bold" if name == "test accuracy" else "")
-    Console(soft_wrap=True).print(table)
 
 
 def _random_state() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Sequence classification with a stack of S4 layers, as a LightningModule."""
+"""A model of sequences and how it is trained, as a LightningModule."""
 
 import math
 import time
@@ -6,23 +6,27 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from baselines import LSTMModel
+from data import Batch, Spec
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from storage import CheckpointError
 from torch import Tensor, nn
+from torchmetrics import MeanAbsoluteError, MeanMetric, Metric, R2Score
+from torchmetrics.classification import MulticlassAccuracy
 
 from s4 import S4Block, S4Layer, S4Model, param_groups
 
 
-class SequenceClassifier(pl.LightningModule):
-    """Linear encoder, `n_layers` S4 blocks, mean over the sequence, linear decoder; cross-entropy.
+class SequenceTask(pl.LightningModule):
+    """Encoder, `n_layers` S4 blocks, decoder; cross-entropy for labels and tokens, squares for real values.
 
     AdamW with one learning rate for the state space parameters dt, A, B and one for all others; linear
     warm-up, then a cosine down to zero at the last step of the run.
 
     Args:
-        d_input: channels of the input (set from the data).
-        n_classes: classes (set from the data).
+        spec: of the data.
+        cell: s4, or lstm to compare with: the same encoder and decoder around `n_layers` of nn.LSTM.
         d_model: channels of the model, H in the paper.
         n_layers: S4 blocks.
         d_state: state size, N in the paper.
@@ -34,6 +38,7 @@ class SequenceClassifier(pl.LightningModule):
         bidirectional: look at the sequence from both ends; such a model cannot be stepped.
         mode: how a sequence is processed, see S4Layer.
         backend: who computes the kernel, see S4Layer.
+        pooling: what a label is decoded from: the mean over the sequence, or its last position.
         norm: layer, batch or rms.
         prenorm: normalise before each S4 layer and after the last block, else after each residual sum.
         dropout: probability.
@@ -43,12 +48,13 @@ class SequenceClassifier(pl.LightningModule):
         ssm_lr: peak learning rate of dt, A and B.
         weight_decay: of everything but the state space parameters, norms and biases.
         warmup_steps: steps of the linear warm-up.
+        compile: torch.compile the model.
     """
 
     def __init__(
         self,
-        d_input: int = 1,
-        n_classes: int = 10,
+        spec: Spec,
+        cell: Literal["s4", "lstm"] = "s4",
         d_model: int = 128,
         n_layers: int = 4,
         d_state: int = 64,
@@ -58,8 +64,9 @@ class SequenceClassifier(pl.LightningModule):
         dt_max: float = 1e-1,
         n_ssm: int = 1,
         bidirectional: bool = False,
-        mode: Literal["auto", "fft"] = "auto",
+        mode: Literal["auto", "fft", "scan"] = "auto",
         backend: str = "auto",
+        pooling: Literal["mean", "last"] = "mean",
         norm: Literal["layer", "batch", "rms"] = "layer",
         prenorm: bool = True,
         dropout: float = 0.0,
@@ -69,12 +76,24 @@ class SequenceClassifier(pl.LightningModule):
         ssm_lr: float = 1e-3,
         weight_decay: float = 0.05,
         warmup_steps: int = 0,
+        compile: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()  # with them `test` rebuilds the model of a checkpoint by itself
+        # With them `test` rebuilds the model of a checkpoint by itself.
+        self.save_hyperparameters(ignore="spec")
         if n_layers < 1 or warmup_steps < 0:
             raise ValueError(f"need n_layers >= 1 and warmup_steps >= 0, got {n_layers} and {warmup_steps}")
-        self.lr, self.ssm_lr, self.weight_decay, self.warmup_steps = lr, ssm_lr, weight_decay, warmup_steps
+        self.spec, self.warmup_steps = spec, warmup_steps
+        self.lr, self.ssm_lr, self.weight_decay = lr, ssm_lr, weight_decay
+        encoder = (nn.Embedding if spec.tokens else nn.Linear)(spec.d_input, d_model)
+        # Of a pair of sequences both are encoded by one model, and compared.
+        decoder: nn.Module = nn.Identity() if spec.pairs else nn.Linear(d_model, spec.d_output)
+        self.compare = (
+            nn.Sequential(nn.Linear(4 * d_model, d_model), nn.GELU(), nn.Linear(d_model, spec.d_output))
+            if spec.pairs
+            else None
+        )
+        pooled = pooling if spec.kind == "label" else "none"
 
         def block() -> S4Block:
             layer = S4Layer(
@@ -93,44 +112,73 @@ class SequenceClassifier(pl.LightningModule):
                 layer, norm=norm, prenorm=prenorm, dropout=dropout, tie_dropout=tie_dropout, mixer=mixer
             )
 
-        self.model = S4Model(
-            nn.Linear(d_input, d_model),
-            [block() for _ in range(n_layers)],
-            nn.Linear(d_model, n_classes),
-            pooling="mean",
-            # What pre-norm blocks add up has no norm yet. After batch norm too, as this one is by position.
-            norm=(nn.RMSNorm if norm == "rms" else nn.LayerNorm)(d_model) if prenorm else None,
-        )
+        self.model: S4Model | LSTMModel
+        if cell == "lstm":
+            if bidirectional:
+                raise ValueError("model.bidirectional is for cell s4; nn.LSTM stands here for a causal model")
+            between = dropout if n_layers > 1 else 0.0
+            lstm = nn.LSTM(d_model, d_model, n_layers, batch_first=True, dropout=between)
+            self.model = LSTMModel(encoder, lstm, decoder, pooled)
+        else:
+            self.model = S4Model(
+                encoder,
+                [block() for _ in range(n_layers)],
+                decoder,
+                pooling=pooled,
+                # What pre-norm blocks add up has no norm yet. After batch norm too: this one is by position.
+                norm=(nn.RMSNorm if norm == "rms" else nn.LayerNorm)(d_model) if prenorm else None,
+            )
+        if compile:
+            self.model.compile()
+        self.scores = nn.ModuleDict({stage: self._new_scores() for stage in ("val", *spec.tests)})
         self._step_began = 0.0
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(B, L, d_input) -> logits (B, n_classes)."""
-        return self.model(inputs)
+    @property
+    def monitor(self) -> tuple[str, Literal["min", "max"]]:
+        """What is best, and whether more or less of it is better."""
+        return ("val/accuracy", "max") if self.spec.kind == "label" else ("val/loss", "min")
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of one batch."""
-        return self._score("train", batch)
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (B, d_output) of labels; or, of the last M positions, logits or values (B, M, d_output)."""
+        u, lengths = batch.inputs, batch.lengths
+        if self.compare is not None:
+            u, lengths = u.flatten(0, 1), None if lengths is None else lengths.flatten()
+        y = self.model(u, lengths=lengths, rate=batch.rate)
+        if self.compare is not None:
+            a, b = y.unflatten(0, (-1, 2)).unbind(1)
+            return self.compare(torch.cat([a, b, a * b, a - b], -1))
+        return y if self.spec.kind == "label" else y[:, y.shape[1] - batch.targets.shape[1] :]
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Loss and accuracy on the held-out images."""
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        y = self(batch)
+        loss = self._loss(y, batch.targets)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(y))
+        if self.spec.kind != "value":
+            self.log("train/accuracy", (y.argmax(-1) == batch.targets).float().mean(), batch_size=len(y))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Scores on sequences kept from training."""
         self._score("val", batch)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Loss and accuracy on the test images."""
-        self._score("test", batch)
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Scores on each test set."""
+        self._score(self.spec.tests[dataloader_idx], batch)
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Class probabilities (B, n_classes)."""
-        return self(batch[0]).softmax(-1)
+    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Targets, and probabilities (B, d_output) or values (B, M, d_output)."""
+        y = self(batch)
+        return batch.targets, y.softmax(-1) if self.spec.kind == "label" else y
 
-    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Start the clock of this step."""
         self._step_began = time.perf_counter()
 
-    def on_train_batch_end(self, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log training speed over all devices."""
         seconds = time.perf_counter() - self._step_began
-        self.log("samples/s", len(batch[1]) * self.trainer.world_size / seconds, prog_bar=True)
+        self.log("samples/s", len(batch.targets) * self.trainer.world_size / seconds, prog_bar=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another model, by name."""
@@ -149,7 +197,7 @@ class SequenceClassifier(pl.LightningModule):
             raise MisconfigurationException(
                 "the schedule needs an end: set trainer.max_epochs or trainer.max_steps"
             )
-        groups = param_groups(self.model, lr=self.lr, weight_decay=self.weight_decay, ssm_lr=self.ssm_lr)
+        groups = param_groups(self, lr=self.lr, weight_decay=self.weight_decay, ssm_lr=self.ssm_lr)
         optimizer = torch.optim.AdamW(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -163,18 +211,32 @@ class SequenceClassifier(pl.LightningModule):
         total = self.trainer.estimated_stepping_batches
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
-    def _score(self, stage: str, batch: tuple[Tensor, Tensor]) -> Tensor:
-        inputs, labels = batch
-        logits = self(inputs)
-        loss = nn.functional.cross_entropy(logits, labels)
-        accuracy = (logits.argmax(-1) == labels).float().mean()
-        shown = {"train": "loss", "val": "accuracy"}.get(stage)
-        for name, value in (("loss", loss), ("accuracy", accuracy)):
-            self.log(
-                f"{stage}/{name}",
-                value,
-                prog_bar=name == shown,
-                batch_size=len(labels),
-                sync_dist=stage != "train",
-            )
-        return loss
+    def _loss(self, y: Tensor, targets: Tensor) -> Tensor:
+        if self.spec.kind == "value":
+            return nn.functional.mse_loss(y, targets)
+        return nn.functional.cross_entropy(y.flatten(0, -2), targets.flatten())
+
+    def _new_scores(self) -> nn.ModuleDict:
+        scores: dict[str, Metric] = {"loss": MeanMetric()}
+        if self.spec.kind == "value":
+            scores |= {"mae": MeanAbsoluteError(), "r2": R2Score()}
+        else:
+            scores["accuracy"] = MulticlassAccuracy(self.spec.d_output, average="micro")
+        if self.spec.kind == "token":
+            scores["bits"] = MeanMetric()
+        return nn.ModuleDict(scores)
+
+    def _score(self, stage: str, batch: Batch) -> None:
+        y, targets = self(batch), batch.targets
+        loss = self._loss(y, targets)
+        for name, score in self.scores[stage].items():
+            if name == "loss":
+                score.update(loss, len(y))
+            elif name == "bits":
+                score.update(loss / math.log(2), len(y))
+            elif name == "accuracy":
+                score.update(y.argmax(-1).flatten(), targets.flatten())
+            else:
+                score.update(y.flatten(), targets.flatten())
+            shown = stage == "val" and f"val/{name}" == self.monitor[0]
+            self.log(f"{stage}/{name}", score, prog_bar=shown, on_epoch=True, add_dataloader_idx=False)

@@ -1,11 +1,10 @@
-"""Train and evaluate S4 models: python examples/train.py [fit|validate|test|predict] RECIPE [--options]."""
+"""Train and evaluate S4 models: python examples/train.py [COMMAND] RECIPE [--options]."""
 
 import os
 
 # Before torch is loaded: its threads sleep while they wait, instead of taking turns on a core that is shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import csv
 import json
 import logging
 import sys
@@ -14,14 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from images import SOURCES, DataError, SequentialImages
-from jsonargparse.typing import PositiveInt
+import yaml
+from data import DataError, SequenceData, first_line
+from images import SequentialImages
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    Timer,
+)
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from memory import Copying, Delay
+from report import learning_curve, print_results, write_labels, write_values
 from rich.console import Console
 from rich.markup import escape
 from runs import (
@@ -31,15 +40,18 @@ from runs import (
     ResumableCSVLogger,
     find_checkpoint,
     git_commit,
-    learning_curve,
     new_run,
-    print_results,
 )
+from safetensors.torch import save_file
 from storage import AtomicCheckpointIO, CheckpointError, load_checkpoint
-from task import SequenceClassifier
+from task import SequenceTask
+
+from s4 import S4Model
+from s4.model import categorical
 
 RECIPES = Path(__file__).parent / "recipes"
-COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = ("fit", "validate", "test", "predict", "generate")
+TASKS: dict[str, type[SequenceData]] = {"copying": Copying, "delay": Delay, "images": SequentialImages}
 
 
 class ConfigError(Exception):
@@ -61,21 +73,85 @@ class SaveConfig(SaveConfigCallback):
         self.parser.save(self.config, folder / "config.yaml", overwrite=True)
 
 
+class ExampleTrainer(Trainer):
+    """Lightning's Trainer with one command more."""
+
+    def generate(
+        self,
+        model: LightningModule,
+        datamodule: SequenceData,
+        ckpt_path: str | None = None,
+        prompt: str = "\n",
+        length: PositiveInt = 500,
+        samples: PositiveInt = 1,
+        temperature: PositiveFloat = 0.8,
+        top_k: PositiveInt | None = None,
+        top_p: ClosedUnitInterval | None = None,
+    ) -> None:
+        """Go on from a prompt, one token at a time; samples are printed and kept in samples.txt.
+
+        Args:
+            model: a model of tokens.
+            datamodule: it was trained on.
+            ckpt_path: the checkpoint to read; the best of the newest run if not given.
+            prompt: the text to go on from.
+            length: tokens to generate.
+            samples: how many texts.
+            temperature: below 1 is more likely text, above 1 more varied.
+            top_k: draw from the k most likely tokens only.
+            top_p: draw from the fewest tokens that hold this share of the probability.
+        """
+        if not isinstance(model, SequenceTask) or not isinstance(model.model, S4Model):
+            raise ConfigError("generate needs model.cell s4")
+        if model.spec.kind != "token":
+            raise ConfigError("generate needs a model of tokens, such as shakespeare")
+        datamodule.prepare_data()
+        datamodule.setup("predict")
+        model.load_state_dict(load_checkpoint(Path(str(ckpt_path)))["state_dict"])
+        model.to(self.strategy.root_device).eval()
+        tokens = datamodule.encode(prompt).to(self.strategy.root_device)[None].expand(samples, -1)
+        generator = torch.Generator(tokens.device).manual_seed(torch.initial_seed() % 2**63)
+        sample = categorical(temperature, top_k=top_k, top_p=top_p, generator=generator)
+        new = model.model.generate(tokens, length, sample)
+        texts = "\n\n".join(datamodule.decode(row) for row in torch.cat([tokens, new], 1).cpu())
+        file = Path(self.default_root_dir) / "samples.txt"
+        file.write_text(texts + "\n")
+        Console(highlight=False, soft_wrap=True).print(escape(texts))
+        print_results("Samples", {"file": file})
+
+
 class ExampleCLI(LightningCLI):
     """LightningCLI with a folder for each run, checkpoints to resume from, and a report at the end."""
 
     recipe = ""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and `generate`."""
+        return {**LightningCLI.subcommands(), "generate": {"model", "datamodule"}}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of a run, and what the model takes over from the data."""
+        parser.add_argument("--task", choices=list(TASKS), help="the kind of data; fixed by the recipe")
         parser.add_argument(
             "--run_dir", type=Path, default=Path("runs/run"), help="folder of the run; numbered if taken"
         )
         parser.add_argument(
             "--save_every", type=PositiveInt, default=100, help="steps between two writes of last.ckpt"
         )
-        parser.link_arguments("data.dataset", "model.d_input", lambda name: SOURCES[name].channels)
-        parser.link_arguments("data.dataset", "model.n_classes", lambda name: SOURCES[name].classes)
+        parser.add_argument(
+            "--patience",
+            type=NonNegativeInt,
+            default=0,
+            help="stop after so many validations without a better score; 0: never",
+        )
+        parser.add_argument(
+            "--ema",
+            type=ClosedUnitInterval,
+            default=0.0,
+            help="validate, test and keep a moving average of the weights with this decay; 0: none",
+        )
+        parser.link_arguments("data.spec", "model.spec", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed", int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -105,12 +181,9 @@ class ExampleCLI(LightningCLI):
         """The Trainer with this run's loggers, checkpoints and progress display."""
         config, folder = self._get(self.config_init, "trainer"), self._get(self.config_init, "run_dir")
         self.timer = Timer(config["max_time"])
-        best = ModelCheckpoint(
-            folder, "best", monitor="val/accuracy", mode="max", enable_version_counter=False
-        )
         callbacks: list[Callback] = [self.timer]
         if self.subcommand == "fit":
-            callbacks += [best, LastCheckpoint(folder, self._get(self.config_init, "save_every"))]
+            callbacks += self._fit_callbacks(folder)
         if self.subcommand == "fit" and config["logger"] is None:
             config["logger"] = [
                 ResumableCSVLogger(folder, self.resume_step),
@@ -128,6 +201,17 @@ class ExampleCLI(LightningCLI):
         config["default_root_dir"] = folder
         return super().instantiate_trainer()
 
+    def _fit_callbacks(self, folder: Path) -> list[Callback]:
+        monitor, mode = self.model.monitor
+        best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
+        callbacks: list[Callback] = [best, LastCheckpoint(folder, self._get(self.config_init, "save_every"))]
+        # Plain numbers, as checkpoints hold nothing else.
+        if patience := self._get(self.config_init, "patience"):
+            callbacks.append(EarlyStopping(monitor, mode=mode, patience=int(patience)))
+        if decay := self._get(self.config_init, "ema"):
+            callbacks.append(EMAWeightAveraging(decay=float(decay)))
+        return callbacks
+
     def after_fit(self) -> None:
         """Test the best weights, plot the curves, and say what was reached and where it is."""
         if getattr(self.trainer, "fast_dev_run", False):
@@ -135,14 +219,18 @@ class ExampleCLI(LightningCLI):
         steps, epochs = self.trainer.global_step, self.trainer.current_epoch
         seconds, folder = self.timer.time_elapsed("train"), self._get(self.config, "run_dir")
         best = folder / "best.ckpt" if (folder / "best.ckpt").is_file() else None
-        scores = self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)[0]
+        scores: dict[str, float] = {}
+        for of_one in self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False):
+            scores |= of_one
         if not self.trainer.is_global_zero:
             return
+        kept = "best.ckpt" if best else "last.ckpt, as the run ended before its first validation"
+        weights = {name: weight.contiguous() for name, weight in self.model.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", {"recipe": self.recipe, "commit": git_commit()})
         self.results = {
             "task": self.recipe,
-            "test accuracy": scores["test/accuracy"],
-            "test loss": scores["test/loss"],
-            "weights": "best.ckpt" if best else "last.ckpt, as the run ended before its first validation",
+            **{name.replace("/", " "): value for name, value in scores.items()},
+            "weights": kept,
             "epochs": epochs,
             "steps": steps,
             "wall time (s)": round(seconds, 1),
@@ -154,40 +242,39 @@ class ExampleCLI(LightningCLI):
             "files": str(folder),
         }
         (folder / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
-        shown = {
-            **self.results,
-            "test accuracy": f"{scores['test/accuracy']:.2%}",
-            "test loss": f"{scores['test/loss']:.4f}",
-            "wall time (s)": f"{seconds:.1f}",
-        }
+        shown = {name: _shown(name, value) for name, value in self.results.items()}
         if (folder / "metrics.csv").is_file() and (plot := learning_curve(folder)):
             shown["learning curve"] = plot
         print_results("Results", shown)
 
     def predict(
         self,
-        model: SequenceClassifier,
-        datamodule: SequentialImages,
+        model: SequenceTask,
+        datamodule: SequenceData,
         ckpt_path: str | None = None,
         return_predictions: bool | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Write the class probabilities of the test images to predictions.csv."""
-        batches = self.trainer.predict(model, datamodule, ckpt_path=ckpt_path)
-        probabilities = torch.cat([batch for batch in batches or [] if isinstance(batch, torch.Tensor)])
-        file = self._get(self.config, "run_dir") / "predictions.csv"
-        with file.open("w", newline="") as rows:
-            writer = csv.writer(rows)
-            writer.writerow(["image", "label", "predicted", *range(probabilities.shape[1])])
-            for image, (label, row) in enumerate(zip(datamodule.test["labels"], probabilities, strict=True)):
-                writer.writerow([image, int(label), int(row.argmax()), *(f"{value:.6f}" for value in row)])
-        print_results("Predictions", {"images": len(probabilities), "file": file})
+        """Write predictions for the test sequences: probabilities of labels, or values with a plot."""
+        if model.spec.kind == "token":
+            raise ConfigError("predict is for labels and values; generate samples from a model of tokens")
+        batches = self.trainer.predict(model, datamodule, ckpt_path=ckpt_path) or []
+        targets, predicted = (torch.cat(part) for part in zip(*batches, strict=True))
+        folder = self._get(self.config, "run_dir")
+        shown: dict[str, Any] = {"sequences": len(targets)}
+        if model.spec.kind == "label":
+            shown["file"] = folder / "predictions.csv"
+            write_labels(shown["file"], targets, predicted)
+        else:
+            shown["file"] = folder / "predictions.npz"
+            shown["plot"] = write_values(shown["file"], targets, predicted)
+        print_results("Predictions", shown)
 
 
 def usage() -> str:
     """What there is to run."""
     recipes = "\n".join(f"  {path.stem:14} {_description(path)}" for path in sorted(RECIPES.glob("*.yaml")))
-    return f"""Train and evaluate S4 models on images read pixel by pixel.
+    return f"""Train and evaluate S4 models of sequences.
 
   python examples/train.py [{"|".join(COMMANDS)}] RECIPE [--options]
 
@@ -199,7 +286,8 @@ For example:
   python examples/train.py scifar_small --data.path DIR --trainer.max_steps 300
   python examples/train.py scifar_small --ckpt_path last        go on with the run that was interrupted
   python examples/train.py test scifar_small --ckpt_path best   test its best weights
-  python examples/train.py digits --help                        all options, for every recipe the same
+  python examples/train.py generate shakespeare --prompt ROMEO: samples of a model of text
+  python examples/train.py digits --help                        all options
   python examples/train.py digits --print_config                the resolved configuration"""
 
 
@@ -225,8 +313,9 @@ def run(arguments: list[str]) -> ExampleCLI:
     ExampleCLI.recipe = recipe.stem
     try:
         return ExampleCLI(
-            SequenceClassifier,
-            SequentialImages,
+            SequenceTask,
+            _data_module(recipe),
+            trainer_class=ExampleTrainer,
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={
@@ -247,6 +336,25 @@ def run(arguments: list[str]) -> ExampleCLI:
     except (CheckpointError, ConfigError, DataError, MisconfigurationException, OSError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}")
         raise SystemExit(1) from None
+
+
+def _data_module(recipe: Path) -> type[SequenceData]:
+    """The data module that a recipe is for."""
+    try:
+        task = yaml.safe_load(recipe.read_text()).get("task")
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+        raise ConfigError(f"{recipe} is not a recipe in YAML: {first_line(error)}") from error
+    if task not in TASKS:
+        raise ConfigError(f"{recipe}: expected task to be one of {', '.join(TASKS)}, got {task!r}")
+    return TASKS[task]
+
+
+def _shown(name: str, value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return (
+        f"{value:.2%}" if name.endswith("accuracy") else f"{value:.1f}" if "(s)" in name else f"{value:.4f}"
+    )
 
 
 def _description(recipe: Path) -> str:

@@ -1,6 +1,7 @@
 """One thread a worker, as the cases are small and xdist already fills the cores; one seed a test."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -27,3 +28,22 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of parquet files for each data set that is not embedded."""
+    import images
+    from example_files import write_parquet
+
+    root = tmp_path_factory.mktemp("data")
+    return {name: write_parquet(root / name, images.SOURCES[name]) for name in ("mnist", "cifar10")}
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs and caches stay within the test."""
+    import data
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "default_cache", lambda: tmp_path / "cache")

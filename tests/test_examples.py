@@ -1,13 +1,7 @@
-"""The examples: recipes, data, loader, resume, and what is said when something is wrong."""
+"""The examples: recipes, resume, and what is said when something is wrong."""
 
 import csv
-import io
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -17,82 +11,25 @@ import torch
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
+import data
 import images
 import runs
 import train
-from images import DataError, SequentialImages, TensorLoader, hold_out
-from storage import CONTENT, CheckpointError, atomic_save, load_checkpoint
+from data import Spec
+from example_files import TINY, fails, step_losses, write_parquet
+from storage import CONTENT, CheckpointError, load_checkpoint
 
 pytestmark = [
+    pytest.mark.usefixtures("own_folder"),
     pytest.mark.filterwarnings(
         "ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning"
     ),  # Lightning's jsonargparse
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # here on purpose
 ]
+LABELS = Spec("label", 1, 10)
 EXAMPLES = Path(train.__file__).parent
 RECIPES = sorted(path.stem for path in train.RECIPES.glob("*.yaml"))
-TINY = [
-    *("--model.d_model", "8", "--model.n_layers", "1", "--model.d_state", "4"),
-    *("--data.batch_size", "128", "--trainer.accelerator", "cpu", "--trainer.devices", "1"),
-    *("--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"),
-]
-
-
-def write_parquet(folder: Path, source: images.Source, per_class: int = 6, seed: int = 0) -> Path:
-    """Random images, encoded as PNG, with the columns of the hub's data set."""
-    import pyarrow
-    import pyarrow.parquet
-    from PIL import Image
-
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = np.random.default_rng(seed)
-    for split in ("train", "test"):
-        rows = []
-        for _ in range(10 * per_class):
-            shape = (source.height, source.width, source.channels)
-            pixels = generator.integers(0, 256, shape, dtype=np.uint8)
-            encoded = io.BytesIO()
-            Image.fromarray(pixels.squeeze()).save(encoded, "PNG")
-            rows.append({"bytes": encoded.getvalue(), "path": None})
-        labels = [index % 10 for index in range(len(rows))]
-        pyarrow.parquet.write_table(
-            pyarrow.table({source.column: rows, "label": labels}), folder / f"{split}.parquet"
-        )
-    return folder
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of parquet files for each data set that is not embedded."""
-    root = tmp_path_factory.mktemp("data")
-    return {name: write_parquet(root / name, images.SOURCES[name]) for name in ("mnist", "cifar10")}
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs and caches stay within the test."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(images, "_default_cache", lambda: tmp_path / "cache")
-
-
-def step_losses(folder: Path) -> dict[int, str]:
-    """Training loss by step, as the text in metrics.csv: compared bit for bit."""
-    with (folder / "metrics.csv").open(newline="") as rows:
-        return {int(row["step"]): row["train/loss"] for row in csv.DictReader(rows) if row["train/loss"]}
-
-
 Capture = pytest.CaptureFixture[str]
-
-
-def fails(capsys: Capture, code: int, arguments: list[str], *words: str) -> None:
-    """A command line that must end with `code` and one message with these words, without a traceback."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        train.run(arguments)
-    message = capsys.readouterr().err
-    assert ended.value.code == code
-    assert "Traceback" not in message
-    assert [word for word in words if word not in message] == [], message
 
 
 # Recipes and the command line
@@ -135,7 +72,7 @@ def test_fit_test_and_predict(tmp_path: Path) -> None:
     train.run(["predict", "digits", *TINY, "--ckpt_path", "last"])
     with (folder / "predictions.csv").open(newline="") as rows:
         predictions = list(csv.DictReader(rows))
-    assert len(predictions) == len(cli.datamodule.test["labels"])
+    assert len(predictions) == cli.datamodule.number("test")
     assert sum(float(predictions[0][str(digit)]) for digit in range(10)) == pytest.approx(1, abs=1e-4)
     assert (folder / "best.ckpt").read_bytes() == before
     # A second run does not touch the first; its configuration is itself a recipe.
@@ -164,21 +101,23 @@ def test_print_config(capsys: Capture) -> None:
 def test_every_choice_of_the_model_exists() -> None:
     choices = {
         name: get_args(hint)
-        for name, hint in get_type_hints(train.SequenceClassifier.__init__).items()
+        for name, hint in get_type_hints(train.SequenceTask.__init__).items()
         if get_origin(hint) is Literal
     }
-    assert choices.keys() == {"variant", "init", "mode", "norm", "mixer"}
+    assert choices.keys() == {"cell", "variant", "init", "mode", "pooling", "norm", "mixer"}
     for name, values in choices.items():
         for value in values:
             variant = {"variant": "diag"} if value in ("lin", "inv") else {}
-            train.SequenceClassifier(d_model=4, n_layers=1, d_state=2, **{name: value, **variant})
+            train.SequenceTask(LABELS, d_model=4, n_layers=1, d_state=2, **{name: value, **variant})
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
 def test_final_norm_of_pre_norm_stacks(norm: str) -> None:
     kinds = [
         type(
-            train.SequenceClassifier(d_model=4, n_layers=1, d_state=2, norm=norm, prenorm=prenorm).model.norm
+            train.SequenceTask(
+                LABELS, d_model=4, n_layers=1, d_state=2, norm=norm, prenorm=prenorm
+            ).model.norm
         )
         for prenorm in (True, False)
     ]
@@ -196,7 +135,7 @@ def test_lines_while_testing(capsys: Capture) -> None:
 
 
 def test_schedule() -> None:
-    model = train.SequenceClassifier(d_model=4, n_layers=1, d_state=2, warmup_steps=10)
+    model = train.SequenceTask(LABELS, d_model=4, n_layers=1, d_state=2, warmup_steps=10)
     model.trainer = type("Trainer", (), {"estimated_stepping_batches": 110})()
     factors = [model.lr_factor(step) for step in range(111)]
     assert factors[0] == pytest.approx(1 / 11)
@@ -205,117 +144,6 @@ def test_schedule() -> None:
     assert factors[110] == pytest.approx(0)
     assert np.all(np.diff(factors[:11]) > 0)
     assert np.all(np.diff(factors[10:]) < 0)
-
-
-# Resume
-
-
-def test_killed_run_resumes_at_the_same_losses(tmp_path: Path) -> None:
-    options = ["digits", *TINY, "--data.batch_size", "64", "--model.dropout", "0.1"]
-    options += ["--trainer.max_steps", "60", "--save_every", "7"]
-    train.run([*options, "--run_dir", "whole"])
-    whole = step_losses(tmp_path / "whole")
-    assert len(whole) == 60
-
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), *sys.path]),
-    }
-    command = [sys.executable, str(EXAMPLES / "train.py"), *options, "--run_dir", "killed"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    metrics, deadline = tmp_path / "killed" / "metrics.csv", time.monotonic() + 60
-    # Past the first epoch of 20 steps, so that a finished epoch and a part of one are behind it.
-    while process.poll() is None and time.monotonic() < deadline:
-        if metrics.is_file() and metrics.read_bytes().count(b"\n") > 27:
-            break
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-
-    cli = train.run([*options, "--run_dir", "killed", "--ckpt_path", "last"])
-    assert cli.resume_step >= 21
-    assert step_losses(tmp_path / "killed") == whole
-
-
-@pytest.mark.parametrize("limit", ["max_epochs", "max_steps"])
-def test_resume_before_and_after_the_end_of_an_epoch(
-    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ["digits", *TINY, "--model.dropout", "0.1", "--save_every", "3"]
-    options += [f"--trainer.{limit}", "2" if limit == "max_epochs" else "20"]
-    save = runs.LastCheckpoint._save
-
-    def keep_each(self: runs.LastCheckpoint, trainer: train.Trainer) -> None:
-        save(self, trainer)
-        folder = tmp_path / f"at-{trainer.global_step}"
-        folder.mkdir()
-        for file in (tmp_path / "whole").glob("*.c*"):  # last.ckpt and, once there is a row, metrics.csv
-            shutil.copy(file, folder)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(runs.LastCheckpoint, "_save", keep_each)
-        train.run([*options, "--run_dir", "whole"])
-    whole = step_losses(tmp_path / "whole")
-    assert len(whole) == 20
-    saved = sorted(int(path.name.removeprefix("at-")) for path in tmp_path.glob("at-*"))
-    assert saved == [1, 3, 6, 9, 11, 12, 15, 18, 20]
-    for step in (9, 11):
-        folder = tmp_path / f"at-{step}"
-        train.run([*options, "--ckpt_path", str(folder / "last.ckpt")])
-        resumed = step_losses(folder)
-        # The row of the very step of the checkpoint was not yet written when it was copied.
-        assert resumed == {at: loss for at, loss in whole.items() if at != step - 1}
-
-
-def test_resume_needs_the_same_data(tmp_path: Path, capsys: Capture) -> None:
-    train.run(["digits", *TINY, "--trainer.max_steps", "2"])
-    options = ["digits", *TINY, "--trainer.max_steps", "4"]
-    for option, value, said in (
-        ("--data.batch_size", "8", "'batch_size': 8"),
-        ("--data.permute", "true", "'permute': True"),
-        ("--data.validation", "0.2", "'validation': 0.2"),
-    ):
-        fails(capsys, 1, [*options, option, value, "--ckpt_path", "last"], said)
-
-
-def test_resume_knows_a_moved_folder_from_other_images(tmp_path: Path, capsys: Capture) -> None:
-    folder = write_parquet(tmp_path / "mnist", images.SOURCES["mnist"])
-    moved = folder.rename(tmp_path / "moved")
-    other = write_parquet(tmp_path / "other", images.SOURCES["mnist"], seed=1)
-    options = ["smnist_small", *TINY, "--data.batch_size", "8"]
-    train.run([*options, "--data.path", str(moved), "--trainer.max_steps", "1"])
-    options += ["--trainer.max_steps", "2", "--ckpt_path", "last"]
-    back = moved.rename(folder)
-    os.utime(back / "train.parquet", (1, 1))
-    fails(capsys, 1, [*options, "--data.path", str(other)], "'digest'")
-    assert train.run([*options, "--data.path", str(back)]).resume_step == 1
-
-
-def test_failed_write_keeps_the_checkpoint(tmp_path: Path) -> None:
-    file = tmp_path / "last.ckpt"
-    content = dict.fromkeys(CONTENT, 0)
-    atomic_save(content, file)
-    with pytest.raises(Exception, match="pickle"):
-        atomic_save({"state_dict": {}, "bad": lambda: None}, file)
-    assert load_checkpoint(file) == content
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-def test_full_disk_is_an_os_error() -> None:
-    program = """
-import resource, signal, sys, torch
-from pathlib import Path
-from storage import atomic_save
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    atomic_save(torch.zeros(10**6), Path("large.pt"))
-except OSError:
-    sys.exit(7 if not any(Path().iterdir()) else 1)
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path])}
-    assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 7
 
 
 # Errors
@@ -331,7 +159,7 @@ def test_unknown_recipe(capsys: Capture) -> None:
         (2, "--model.d_model", "many", "d_model"),
         (2, "--model.norm", "group", "norm"),
         (2, "--model.variant", "dense", "variant"),
-        (2, "--model.mode", "scan", "mode"),
+        (2, "--model.mode", "slow", "mode"),
         (2, "--model.nothing", "1", "nothing"),
         (2, "--trainer.max_epochs", "soon", "max_epochs"),
         (2, "--data.dataset", "imagenet", "dataset"),
@@ -400,7 +228,7 @@ def test_cache_that_cannot_be_written(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(images, "atomic_save", full)
+    monkeypatch.setattr(data, "atomic_save", full)
     fails(capsys, 1, [*options, str(tmp_path / "new")], "data.cache_dir", "No space left")
 
 
@@ -428,143 +256,3 @@ def test_no_pickled_code_in_checkpoints(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "code": Path}, tmp_path / "code.ckpt")
     with pytest.raises(CheckpointError, match=r"code\.ckpt"):
         load_checkpoint(tmp_path / "code.ckpt")
-
-
-# Data
-
-
-def loader(rank: int = 0, world_size: int = 1, shuffle: bool = True, drop_last: bool = False) -> TensorLoader:
-    numbers = torch.arange(103)
-    rows = np.arange(3, 103)
-    return TensorLoader(
-        *(numbers.view(-1, 1, 1), numbers, rows, 8),
-        shuffle=shuffle,
-        drop_last=drop_last,
-        seed=5,
-        rank=rank,
-        world_size=world_size,
-    )
-
-
-def labels_of(batches: TensorLoader) -> list[int]:
-    return [int(label) for _, labels in batches for label in labels]
-
-
-def test_loader_order_depends_on_seed_and_epoch_only() -> None:
-    first, again = loader(), loader()
-    order = labels_of(first)
-    assert sorted(order) == list(range(3, 103))
-    assert order != sorted(order)
-    assert order == labels_of(again) == labels_of(again)
-    again.set_epoch(1)
-    assert order != labels_of(again)
-    again.set_epoch(0)
-    assert order == labels_of(again)
-    assert labels_of(loader(shuffle=False)) == list(range(3, 103))
-
-
-@pytest.mark.parametrize("drop_last", [True, False])
-def test_loader_ranks_are_disjoint(drop_last: bool) -> None:
-    parts = [loader(rank, 3, drop_last=drop_last) for rank in range(3)]
-    orders = [labels_of(part) for part in parts]
-    together = sorted(label for order in orders for label in order)
-    assert len(together) == len(set(together))
-    assert [len(part) for part in parts] == [len(list(part)) for part in parts]
-    if drop_last:
-        assert [len(order) for order in orders] == [32, 32, 32]
-    else:
-        assert together == list(range(3, 103))
-
-
-@pytest.mark.parametrize("taken", [0, 1, 5, 13])
-def test_loader_state_round_trip(taken: int) -> None:
-    whole, stopped, resumed = loader(), loader(), loader()
-    for batches in (whole, stopped):
-        batches.set_epoch(4)
-    iterator = iter(stopped)
-    seen = [label for _ in range(taken) for label in next(iterator)[1].tolist()]
-    resumed.load_state_dict(stopped.state_dict())
-    resumed.set_epoch(4)
-    assert seen + labels_of(resumed) == labels_of(whole)
-    # The next pass is a whole one again, also after a pass that was broken off.
-    next(iter(resumed))
-    assert labels_of(resumed) == labels_of(whole)
-
-
-def test_loader_state_of_other_data() -> None:
-    state = loader().state_dict()
-    with pytest.raises(DataError, match="devices"):
-        loader(0, 2).load_state_dict(state)
-
-
-@pytest.mark.parametrize("fraction", [0.1, 0.15, 0.2, 0.3, 0.4])
-def test_hold_out_is_stratified_and_fixed(fraction: float) -> None:
-    labels = np.random.default_rng(1).integers(0, 10, 2000)
-    kept, held = hold_out(labels, fraction)
-    assert sorted([*kept, *held]) == list(range(2000))
-    assert np.bincount(labels[held]).tolist() == [round(fraction * n) for n in np.bincount(labels)]
-    assert all(np.array_equal(a, b) for a, b in zip(hold_out(labels, fraction), (kept, held), strict=True))
-
-
-def test_digits_splits() -> None:
-    data = SequentialImages("digits", batch_size=32)
-    data.setup("fit")
-    assert data.train["images"].shape == (1438, 64, 1)
-    assert data.train["images"].dtype == torch.uint8
-    assert len(data.test["labels"]) == 359
-    batch, labels = next(iter(data.train_dataloader()))
-    assert data.normalize(batch).shape == (32, 64, 1)
-    assert labels.dtype == torch.int64
-    pixels = data.normalize(data.train["images"])
-    assert abs(pixels.mean()) < 1e-4
-    assert abs(pixels.std() - 1) < 1e-3
-
-
-def test_images_are_decoded_exactly_and_once(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = SequentialImages("cifar10", path=folders["cifar10"], batch_size=4)
-    data.setup("fit")
-    expected = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8).reshape(-1, 3)
-    assert np.array_equal(data.train["images"][0].numpy(), expected)
-    assert data.train["labels"].tolist() == [index % 10 for index in range(60)]
-
-    def decode(*_: object) -> None:
-        raise AssertionError("decoded again")
-
-    monkeypatch.setattr(images, "decode", decode)
-    SequentialImages("cifar10", path=folders["cifar10"], batch_size=4).setup("fit")
-
-
-def test_cache_is_rebuilt(tmp_path: Path) -> None:
-    folder = write_parquet(tmp_path / "mnist", images.SOURCES["mnist"])
-    data = SequentialImages("mnist", path=folder, batch_size=4, cache_dir=tmp_path / "decoded")
-    data.setup("fit")
-    whole = data.train["images"].clone()
-    for file in (tmp_path / "decoded").iterdir():  # half-written
-        file.write_bytes(file.read_bytes()[:1000])
-    data.setup("fit")
-    assert torch.equal(data.train["images"], whole)
-    for content in ({"images": whole}, [1, 2], {**data.train, "images": whole[:, :9].clone()}):
-        for file in (tmp_path / "decoded").iterdir():  # of another program
-            torch.save(content, file)
-        data.setup("fit")
-        assert torch.equal(data.train["images"], whole)
-    os.utime(folder / "train.parquet", (1, 1))  # another file
-    data.setup("fit")
-    assert len(list((tmp_path / "decoded").iterdir())) == 3
-
-
-def test_pixel_order_of_permuted_mnist(folders: dict[str, Path]) -> None:
-    plain, permuted, again = (
-        SequentialImages("mnist", path=folders["mnist"], permute=permute, seed=seed, batch_size=4)
-        for permute, seed in ((False, 0), (True, 0), (True, 7))
-    )
-    assert plain.pixels.tolist() == list(range(784))
-    assert sorted(permuted.pixels) == list(range(784))
-    assert permuted.pixels[:5].tolist() == [350, 776, 554, 700, 688]
-    assert np.array_equal(permuted.pixels, again.pixels)
-    for data in (plain, permuted):
-        data.setup("fit")
-    batch = plain.train["images"][:3]
-    assert torch.equal(permuted.normalize(batch), plain.normalize(batch)[:, permuted.pixels])

@@ -1,0 +1,51 @@
+"""An LSTM with the calls of S4Model, to put beside it."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+LSTMState = tuple[Tensor, Tensor]
+
+
+class LSTMModel(nn.Module):
+    """Encoder, LSTM layers, pooling over time, decoder.
+
+    Args:
+        encoder: maps inputs (B, L, ...) to (B, L, d_model).
+        lstm: with `batch_first=True`.
+        decoder: maps (..., d_model) to outputs.
+        pooling: none, mean or last, as in S4Model.
+    """
+
+    def __init__(self, encoder: nn.Module, lstm: nn.LSTM, decoder: nn.Module, pooling: str) -> None:
+        super().__init__()
+        self.encoder, self.lstm, self.decoder, self.pooling = encoder, lstm, decoder, pooling
+
+    def forward(self, u: Tensor, *, lengths: Tensor | None = None, rate: float = 1.0) -> Tensor:
+        """(B, L, ...) to (B, L, ...) without pooling, else (B, ...). An LSTM knows no rate: it is ignored."""
+        x = self.encoder(u)
+        if lengths is None:
+            x, (last, _) = self.lstm(x)
+            length: Tensor | int = x.shape[1]
+        else:
+            packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+            packed, (last, _) = self.lstm(packed)
+            x, _ = pad_packed_sequence(packed, batch_first=True, total_length=u.shape[1])
+            length = lengths[:, None].to(x.device)
+        if self.pooling == "last":
+            x = last[-1]
+        elif self.pooling == "mean":
+            x = x.sum(1) / length
+        return self.decoder(x)
+
+    def step(self, u: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
+        """One step: u (B, ...), state of the layers (h, c), each (layers, B, d_model)."""
+        x, state = self.lstm(self.encoder(u[:, None]), state)
+        return self.decoder(x[:, 0]), state
+
+    def initial_state(self, batch_size: int) -> LSTMState:
+        """Zeros."""
+        zeros = next(self.lstm.parameters()).new_zeros(
+            self.lstm.num_layers, batch_size, self.lstm.hidden_size
+        )
+        return zeros, torch.zeros_like(zeros)
