@@ -88,9 +88,11 @@ def test_published_limits(published: dict[str, torch.Tensor]) -> None:
     assert listops.SPLITS == {"train": 96_000, "val": 2_000, "test": 2_000}
 
 
-def test_values() -> None:
-    data = generate(1, 600, limits=SMALL, workers=1)
+def test_values_and_tight_limits() -> None:
+    """Both bounds of the length are exclusive, all lengths between them come."""
+    data = generate(1, 600, limits=SMALL._replace(max_length=30), workers=1)
     assert [evaluate(tokens)[0] for tokens in expressions(data)] == data["labels"].tolist()
+    assert {len(tokens) for tokens in expressions(data)} == set(range(21, 30))
 
 
 def test_median_is_rounded_down() -> None:

@@ -154,6 +154,17 @@ def test_ink(size: int, pictures: list[Picture]) -> None:
         assert abs(image.sum() / 255 / expected - 1) < 0.25
 
 
+def test_brightness(size: int, pictures: list[Picture]) -> None:
+    """Long and short paths differ as published, by the median over their dashes."""
+    means = []
+    for chosen in (slice(2), slice(2, None)):
+        points = [(picture, path.mean(1)) for picture in pictures for path in picture.paths[chosen]]
+        found = [picture.image[tuple(np.rint(middle).astype(int).T)] for picture, middle in points]
+        means.append(np.median(np.concatenate(found)))
+    long, short = PUBLISHED[size][-1]
+    assert abs(means[0] / means[1] / (long / short) - 1) < 0.1
+
+
 @pytest.fixture(scope="module")
 def made() -> dict[str, torch.Tensor]:
     return generate(3, 32, 120, workers=1)
