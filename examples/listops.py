@@ -98,9 +98,8 @@ def read(file: Path) -> dict[str, "Tensor"]:
         OSError: if it cannot be read.
         ValueError: if it holds something else.
     """
-    numbers = bytearray(
-        b"\xff" * 256
-    )  # from a character to its token, where an operator is one character too
+    # From a character to its token, once operators are one character too; 255 for what is none.
+    numbers = bytearray(b"\xff" * 256)
     numbers[:_END] = range(_END)
     numbers[ord(END)] = _END
     for digit in range(10):
@@ -178,7 +177,10 @@ def _written(
     generator: np.random.Generator, levels: list[tuple[np.ndarray, np.ndarray]]
 ) -> tuple[np.ndarray, int]:
     """A tree with random operators and digits as tokens, and its value."""
-    lengths, values, operators = [], [], []  # by depth, the deepest first
+    # By depth, the deepest first.
+    lengths: list[np.ndarray] = []
+    values: list[np.ndarray] = []
+    operators: list[np.ndarray] = []
     for nested, arguments in reversed(levels):
         length, value = np.ones(len(nested), np.int64), generator.integers(10, size=len(nested))
         operator = generator.integers(len(OPERATORS), size=len(arguments))

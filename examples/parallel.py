@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
@@ -33,7 +33,7 @@ def run_blocks(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     blocks = [range(start, min(start + block, count)) for start in range(0, count, block)]
 
-    def progress(results: Iterator[Result]) -> Iterator[Result]:
+    def progress(results: Iterator[Result]) -> Iterable[Result]:
         hidden = not sys.stdout.isatty()
         return track(results, description, total=len(blocks), transient=True, disable=hidden)
 

@@ -214,16 +214,16 @@ def write_published(folder: Path, images: np.ndarray, labels: list[int]) -> Path
 def test_reads_published_folders(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32), dtype=np.uint8)
     folder = write_published(tmp_path, images, labels := [1, 0, 0, 1, 1])
-    data = read(folder, 32, workers=1)
+    data = read(folder, 32)
     assert torch.equal(data["images"], torch.from_numpy(images).view(5, 1024, 1))
     assert data["labels"].tolist() == labels
     with pytest.raises(ValueError, match=r"sample_0.png is 32x32, expected 64x64"):
-        read(folder, 64, workers=1)
+        read(folder, 64)
     (folder / pathfinder.FOLDER / "metadata/2.npy").write_text("imgs/2 sample_0.png 0 7\n")
     with pytest.raises(ValueError, match=r"2.npy: expected folder, name, number and label 0 or 1, got 'imgs"):
-        read(folder, 32, workers=1)
+        read(folder, 32)
     with pytest.raises(ValueError, match="has no curv_contour_length_14"):
-        read(tmp_path / "elsewhere", 32, workers=1)
+        read(tmp_path / "elsewhere", 32)
 
 
 def test_shows_images(tmp_path: Path) -> None:
