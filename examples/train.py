@@ -17,6 +17,7 @@ import yaml
 from data import DataError, SequenceData, first_line
 from images import SequentialImages
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
+from language import Characters
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
@@ -50,7 +51,7 @@ from s4.model import categorical
 
 RECIPES = Path(__file__).parent / "recipes"
 COMMANDS = ("fit", "validate", "test", "predict", "generate")
-TASKS: dict[str, type[SequenceData]] = {"images": SequentialImages}
+TASKS: dict[str, type[SequenceData]] = {"images": SequentialImages, "shakespeare": Characters}
 
 
 class ConfigError(Exception):
