@@ -1,26 +1,32 @@
 """Language models: a long text of tokens, cut into windows."""
 
+import functools
 import hashlib
 import urllib.request
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from data import Batch, DataError, SequenceData, Spec, first_line
+from parquet import parquet_files, rows
 from torch import Tensor
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+WIKITEXT, CONFIGURATION = "Salesforce/wikitext", "wikitext-103-v1"
+UNKNOWN, END = "<unk>", "<eos>"
 
 
 class Windows(SequenceData):
     """Windows of one text; the target of each position is the next token.
 
     The text is one tensor of tokens, made by `build`, with the parts for train, val and test one behind the
-    other. The windows of a training epoch tile its part, from another offset in each epoch. In evaluation every
-    token is predicted once, by a window that scores its last `stride` positions and has the rest as context;
-    the tokens at the end of a part that fill no `stride` are left out.
+    other. The windows of a training epoch tile its part, from another offset in each epoch. In evaluation
+    every token is predicted once, by a window that scores its last `stride` positions and has the rest as
+    context; the tokens at the end of a part that fill no `stride` are left out.
 
     Args:
         spec: of the tokens.
@@ -136,6 +142,102 @@ class Characters(Windows):
     def decode(self, tokens: Tensor) -> str:
         """Text of bytes; a replacement character for what is not UTF-8."""
         return bytes(tokens.tolist()).decode(errors="replace")
+
+
+class Words(Windows):
+    """WikiText-103 word by word, every line ended by <eos>, as in Transformer-XL's code.
+
+    Words are numbered from the most frequent one of the training text on, behind <unk>, which is 0 and stands
+    for all that have no number.
+
+    Args:
+        path: a folder with train.parquet, validation.parquet and test.parquet in the hub's schema (a column
+            `text` of lines); without it the hub is asked.
+        vocabulary: words that have a number; 267,735 are all in WikiText-103.
+        length: positions of a window.
+        stride: positions of an evaluation window that are scored; half of `length` if not given.
+        batch_size: training windows a step, on each device.
+        eval_batch_size: windows a step in validation and test.
+        cache_dir: where words are kept; without it ~/.cache/s4-examples.
+        seed: order of the training windows.
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        vocabulary: int = 267_735,
+        length: int = 8192,
+        stride: int | None = None,
+        batch_size: int = 1,
+        eval_batch_size: int = 1,
+        cache_dir: Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        if vocabulary < 2:
+            raise ValueError(f"data.vocabulary must be at least 2, got {vocabulary}")
+        self.vocabulary = vocabulary
+        spec = Spec("token", vocabulary, vocabulary, tokens=True)
+        super().__init__(spec, path, length, stride, batch_size, eval_batch_size, cache_dir, seed)
+
+    def content(self) -> dict[str, Any]:
+        """The text and the size of its vocabulary."""
+        return {"dataset": "wikitext103", "vocabulary": self.vocabulary}
+
+    def files(self, split: str) -> list[Path]:
+        """Checked parquet files of all parts."""
+        parts = ("train", "validation", "test") if self.path else ()
+        return [file for part in parts for file in parquet_files(self.path, part, ("text",))]
+
+    def build(self, split: str) -> dict[str, Tensor]:
+        """tokens int32 (n,); sizes int64 (3,) of the parts; words uint8, joined by line feeds."""
+        numbers: defaultdict[str, int] = defaultdict()
+        numbers.default_factory = numbers.__len__  # the next free one
+        unknown = numbers[UNKNOWN]
+        parts = []
+        for part in ("train", "validation", "test"):
+            with rows(
+                WIKITEXT, self.path, part, ("text",), "strings in column 'text'", CONFIGURATION
+            ) as table:
+                # As strings all words at once would take gigabytes.
+                encoded = [
+                    np.fromiter((numbers[word] for word in split_words(batch["text"])), np.int32)
+                    for batch in table.iter(10_000)
+                ]
+            parts.append(np.concatenate([*encoded, np.empty(0, np.int32)]))
+        counts = np.bincount(parts[0], minlength=len(numbers))
+        counts[unknown] = parts[0].size + 1
+        order = np.argsort(-counts, kind="stable")[: min(self.vocabulary, np.count_nonzero(counts))]
+        ranks = np.zeros(len(numbers), np.int32)
+        ranks[order] = np.arange(len(order))
+        words = np.array(list(numbers), object)[order]
+        return {
+            "tokens": torch.from_numpy(ranks[np.concatenate(parts)]),
+            "sizes": torch.tensor([len(part) for part in parts]),
+            "words": torch.frombuffer(bytearray("\n".join(words).encode()), dtype=torch.uint8),
+        }
+
+    @functools.cached_property
+    def words(self) -> list[str]:
+        """By number."""
+        return self.tensors["text"]["words"].numpy().tobytes().decode().split("\n")
+
+    def encode(self, text: str) -> Tensor:
+        """Numbers of its words."""
+        numbers = {word: number for number, word in enumerate(self.words)}
+        found = [numbers.get(word, 0) for word in split_words(text.split("\n"))]
+        # Only what a line feed follows is a whole line.
+        return torch.tensor(found[:-1] if len(found) > 1 else found)
+
+    def decode(self, tokens: Tensor) -> str:
+        """Words with blanks between them, and the lines they were."""
+        unused = [UNKNOWN] * (self.vocabulary - len(self.words))
+        found = np.array(self.words + unused, object)[tokens.numpy()]
+        return " ".join(found).replace(END, "\n")
+
+
+def split_words(lines: list[str]) -> list[str]:
+    """The words of lines, each with <eos> behind."""
+    return "".join(f"{line} {END} " for line in lines).split()
 
 
 def _shakespeare() -> bytes:

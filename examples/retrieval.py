@@ -1,4 +1,4 @@
-"""Pairs of papers that cite each other or a common one, or not: the Retrieval task of the Long Range Arena."""
+"""Pairs of papers, related by citation or not: the Retrieval task of the Long Range Arena."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,10 @@ from data import Batch, DataError, Ragged, SequenceData, Spec, first_line
 from text import check_labels, documents
 from torch import Tensor
 
-FILES = {split: f"new_aan_pairs.{name}.tsv" for split, name in (("train", "train"), ("val", "eval"), ("test", "test"))}
+FILES = {
+    split: f"new_aan_pairs.{name}.tsv"
+    for split, name in (("train", "train"), ("val", "eval"), ("test", "test"))
+}
 COLUMNS = ("label", "id1", "id2", "text1", "text2")
 RELEASE = "https://github.com/google-research/long-range-arena"
 
@@ -54,8 +57,8 @@ class PaperPairs(SequenceData):
         name = FILES[split]
         if self.path is None:
             raise DataError(
-                "retrieval has no download of its own: get lra_release.gz, the Long Range Arena's archive, as "
-                f"{RELEASE} says, unpack it and give the folder with {name} by data.path"
+                "retrieval has no download of its own: get the Long Range Arena's archive lra_release.gz "
+                f"as {RELEASE} says, unpack it and give the folder with {name} by data.path"
             )
         found = sorted(self.path.rglob(name))
         if len(found) != 1:
@@ -84,7 +87,7 @@ class PaperPairs(SequenceData):
             papers = documents(both.take(pyarrow.array(order)), "pairs of papers")
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise DataError(
-                f"cannot read {file}: {first_line(error)}; expected lines of {', '.join(COLUMNS)} between tabs"
+                f"cannot read {file}: {first_line(error)}; expected {', '.join(COLUMNS)} between tabs"
             ) from error
         labels = torch.from_numpy(np.where(np.isin(related, (0, 1)), related, -1).astype(np.int64))
         return {**papers, "labels": check_labels(labels, str(file))}

@@ -17,7 +17,7 @@ import yaml
 from data import DataError, SequenceData, first_line
 from images import SequentialImages
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
-from language import Characters
+from language import Characters, Words
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
@@ -31,6 +31,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from report import learning_curve, print_results, write_labels, write_values
+from retrieval import PaperPairs
 from rich.console import Console
 from rich.markup import escape
 from runs import (
@@ -45,13 +46,20 @@ from runs import (
 from safetensors.torch import save_file
 from storage import AtomicCheckpointIO, CheckpointError, load_checkpoint
 from task import SequenceTask
+from text import Reviews
 
 from s4 import S4Model
 from s4.model import categorical
 
 RECIPES = Path(__file__).parent / "recipes"
 COMMANDS = ("fit", "validate", "test", "predict", "generate")
-TASKS: dict[str, type[SequenceData]] = {"images": SequentialImages, "shakespeare": Characters}
+TASKS: dict[str, type[SequenceData]] = {
+    "images": SequentialImages,
+    "text": Reviews,
+    "retrieval": PaperPairs,
+    "shakespeare": Characters,
+    "wikitext103": Words,
+}
 
 
 class ConfigError(Exception):
@@ -111,7 +119,9 @@ class ExampleTrainer(Trainer):
         model.to(self.strategy.root_device).eval()
         tokens = datamodule.encode(prompt).to(self.strategy.root_device)[None].expand(samples, -1)
         generator = torch.Generator(tokens.device).manual_seed(torch.initial_seed() % 2**63)
-        sample = categorical(temperature, top_k=top_k, top_p=top_p, generator=generator)
+        sample = draw = categorical(temperature, top_k=top_k, top_p=top_p, generator=generator)
+        if adaptive := model.adaptive:
+            sample = lambda features: draw(adaptive.log_prob(features))  # noqa: E731
         new = model.model.generate(tokens, length, sample)
         texts = "\n\n".join(datamodule.decode(row) for row in torch.cat([tokens, new], 1).cpu())
         file = Path(self.default_root_dir) / "samples.txt"
