@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 
@@ -54,5 +53,4 @@ class AdaptiveEmbedding(nn.Module):
 
     def log_prob(self, y: Tensor) -> Tensor:
         """log p of all tokens (n, vocabulary), from features (n, d_model)."""
-        with torch.autocast(y.device.type, enabled=False):
-            return self.softmax.log_prob(y.float())
+        return self.softmax.log_prob(y)

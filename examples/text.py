@@ -70,6 +70,7 @@ class Reviews(SequenceData):
                 raise ValueError(f"column 'label' is {kind}")
             columns = table.with_format("arrow")[:]
             document = documents(columns["text"], "text")
+            check_filled(columns["label"], "label")
             labels = torch.from_numpy(columns["label"].to_numpy().astype(np.int64))
         return {**document, "labels": check_labels(labels, f"{self.path or HUB} {split}")}
 
@@ -108,8 +109,7 @@ def documents(column: "pyarrow.ChunkedArray", name: str) -> dict[str, Tensor]:
     """
     import pyarrow
 
-    if column.null_count:
-        raise ValueError(f"row {column.is_null().to_pylist().index(True)} has no {name}")
+    check_filled(column, name)
     # In arrow's memory the strings lie one behind the other already.
     strings = pyarrow.concat_arrays(column.cast(pyarrow.large_binary()).chunks or [column])
     _, ends, content = strings.buffers()
@@ -118,6 +118,12 @@ def documents(column: "pyarrow.ChunkedArray", name: str) -> dict[str, Tensor]:
     if not (filled := np.diff(offsets) > 0).all():
         raise ValueError(f"row {int(np.argmin(filled))} of {name} is empty")
     return {"bytes": torch.from_numpy(values.copy()), "offsets": torch.from_numpy(offsets - offsets[0])}
+
+
+def check_filled(column: "pyarrow.ChunkedArray", name: str) -> None:
+    """Raise ValueError if a row has no value."""
+    if column.null_count:
+        raise ValueError(f"row {column.is_null().to_pylist().index(True)} has no {name}")
 
 
 def check_labels(labels: Tensor, where: str) -> Tensor:
