@@ -18,7 +18,7 @@ import pyarrow.parquet
 import train
 from adaptive import AdaptiveEmbedding
 from data import Batch, DataError, SequenceData, Spec
-from example_files import WRITERS
+from example_files import TINY, WRITERS
 from language import Characters, Words
 from retrieval import PaperPairs
 from text import Reviews
@@ -350,11 +350,9 @@ def test_perplexity_is_e_to_the_mean_loss() -> None:
 def test_generate(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = yaml.safe_load((train.RECIPES / f"{recipe}.yaml").read_text())
     options = WRITERS[values["task"]](tmp_path / "data", values)
-    options += ["--model.d_model", "16", "--model.n_layers", "1", "--model.d_state", "2"]
-    train.run([recipe, *options, "--trainer.max_steps", "1", "--trainer.accelerator", "cpu"])
-    train.run(
-        ["generate", recipe, *options, "--prompt", "a b", "--length", "5", "--trainer.accelerator", "cpu"]
-    )
+    options = [*TINY, *options, "--data.batch_size", "2"]
+    train.run([recipe, *options, "--trainer.max_steps", "1"])
+    train.run(["generate", recipe, *options, "--prompt", "a b", "--length", "5"])
     written = (tmp_path / "runs" / recipe / "samples.txt").read_text()
     assert written.startswith("a b")
     assert len(written) > len("a b\n")
