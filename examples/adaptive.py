@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 
@@ -47,8 +48,9 @@ class AdaptiveEmbedding(nn.Module):
         return x * math.sqrt(x.shape[-1])
 
     def loss(self, y: Tensor, targets: Tensor) -> Tensor:
-        """Mean of -log p of targets (n,), from features (n, d_model)."""
-        out: Tensor = self.softmax(y, targets).loss
+        """Mean of -log p of targets (n,), from features (n, d_model), in the weights' dtype."""
+        with torch.autocast(y.device.type, enabled=False):
+            out: Tensor = self.softmax(y.to(self.softmax.head.weight.dtype), targets).loss
         return out
 
     def log_prob(self, y: Tensor) -> Tensor:

@@ -120,6 +120,8 @@ class ExampleTrainer(Trainer):
         datamodule.setup("predict")
         model.load_state_dict(load_checkpoint(Path(str(ckpt_path)))["state_dict"])
         model.to(self.strategy.root_device).eval()
+        if not prompt:
+            raise ConfigError("prompt must not be empty: generation goes on from something")
         tokens = datamodule.encode(prompt).to(self.strategy.root_device)[None].expand(samples, -1)
         generator = torch.Generator(tokens.device).manual_seed(torch.initial_seed() % 2**63)
         sample = draw = categorical(temperature, top_k=top_k, top_p=top_p, generator=generator)

@@ -18,7 +18,7 @@ import pyarrow.parquet
 import train
 from adaptive import AdaptiveEmbedding
 from data import Batch, DataError, SequenceData, Spec
-from example_files import TINY, WRITERS
+from example_files import TINY, WRITERS, fails
 from language import Characters, Words
 from retrieval import PaperPairs
 from text import Reviews
@@ -346,12 +346,25 @@ def test_perplexity_is_e_to_the_mean_loss() -> None:
     assert set(model.scores["val"]) == {"loss", "bits", "perplexity"}
 
 
+@pytest.mark.parametrize("cell", ["s4", "lstm"])
+def test_adaptive_softmax_in_bfloat16(cell: str) -> None:
+    spec = Spec("token", 20, 20, tokens=True)
+    model = train.SequenceTask(spec, cell=cell, d_model=16, n_layers=1, d_state=2, cutoffs=[5, 11])
+    tokens = torch.arange(20).view(1, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model._loss(model(Batch(tokens, tokens)), tokens)
+    loss.backward()
+    exact = model._loss(model(Batch(tokens, tokens)), tokens)
+    torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
+
+
 @pytest.mark.parametrize("recipe", ["shakespeare_small", "wikitext103_small"])
 def test_generate(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = yaml.safe_load((train.RECIPES / f"{recipe}.yaml").read_text())
     options = WRITERS[values["task"]](tmp_path / "data", values)
     options = [*TINY, *options, "--data.batch_size", "2"]
     train.run([recipe, *options, "--trainer.max_steps", "1"])
+    fails(capsys, 1, ["generate", recipe, *options, "--prompt", ""], "prompt must not be empty")
     train.run(["generate", recipe, *options, "--prompt", "a b", "--length", "5"])
     written = (tmp_path / "runs" / recipe / "samples.txt").read_text()
     assert written.startswith("a b")
