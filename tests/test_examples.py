@@ -8,6 +8,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
@@ -16,7 +17,7 @@ import images
 import runs
 import train
 from data import Spec
-from example_files import TINY, fails, step_losses, write_parquet
+from example_files import TINY, WRITERS, fails, step_losses, write_parquet
 from storage import CONTENT, CheckpointError, load_checkpoint
 
 pytestmark = [
@@ -36,10 +37,10 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_trains_two_steps(recipe: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = folders["cifar10" if "cifar" in recipe else "mnist"]
-    data = [] if recipe == "digits" else ["--data.path", str(folder)]
-    cli = train.run([recipe, *TINY, *data, "--data.batch_size", "8", "--trainer.max_steps", "2"])
+def test_recipe_trains_two_steps(recipe: str, tmp_path: Path) -> None:
+    values = yaml.safe_load((train.RECIPES / f"{recipe}.yaml").read_text())
+    options = WRITERS[values["task"]](tmp_path / "data", values)
+    cli = train.run([recipe, *TINY, *options, "--data.batch_size", "8", "--trainer.max_steps", "2"])
     assert cli.results["steps"] == 2
     folder = tmp_path / "runs" / recipe
     assert len(step_losses(folder)) == 2
@@ -49,8 +50,6 @@ def test_recipe_trains_two_steps(recipe: str, folders: dict[str, Path], tmp_path
 
 
 def test_recipes_have_the_values_of_the_paper() -> None:
-    import yaml
-
     recipe = yaml.safe_load((train.RECIPES / "scifar.yaml").read_text())
     model = recipe["model"]
     assert (model["n_layers"], model["d_model"], model["d_state"], model["dropout"]) == (6, 512, 64, 0.1)
