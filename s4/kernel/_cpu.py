@@ -6,13 +6,14 @@ nor Python, so one build serves every version of both.
 
 import ctypes
 import functools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_INTERFACE = 2  # of the library; raised with every change of its functions, there and here
+_INTERFACE = 3  # of the library; raised with every change of its functions, there and here
 _HINT = (
     "with a C++ compiler (g++ or clang++) on the path, "
     "run pip install --force-reinstall --no-cache-dir --no-deps s4-pytorch (in a clone: .)"
@@ -31,11 +32,19 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(files[0]))
         library.s4_level.restype = ctypes.c_char_p
         if library.s4_interface() == _INTERFACE:
+            library.s4_pool(_pool())
             return library
         reason = "it was built of another version"
     except (OSError, AttributeError) as error:  # AttributeError: a version with no such function
         reason = str(error)
     return f"cannot use {files[0].name}: {reason}; {_HINT}"
+
+
+def _pool() -> ctypes.c_void_p:
+    """How torch's OpenMP runtime, which it loads for all to see, starts its threads; null if it has another."""
+    if sys.platform != "linux":
+        return ctypes.c_void_p()
+    return ctypes.cast(getattr(ctypes.CDLL(None), "GOMP_parallel", None), ctypes.c_void_p)
 
 
 @functools.cache
