@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from s4 import conv, hippo, scan, ssm
-from s4._cache import Cache, usable
+from s4._cache import Cache, usable, watched
 from s4._checks import (
     check_features,
     check_flag,
@@ -18,7 +18,7 @@ from s4._checks import (
     check_option,
     check_state,
 )
-from s4.kernel import _ops, diag, dplr
+from s4.kernel import _cpu, _ops, diag, dplr
 from s4.kernel._choice import check_backend, has_fused_powers, transformed
 from s4.ssm import Propagator, System
 
@@ -196,10 +196,10 @@ class S4Layer(nn.Module):
         products: torch.dtype,
     ) -> Tensor | tuple[Tensor, Tensor]:
         L = u.shape[1]
-        x = conv.by_channel(u.to(self.D.dtype))
+        x = u.to(self.D.dtype)
         past = None
         if lengths is not None:
-            past = padding(lengths, L)[:, None]
+            past = padding(lengths, L)[..., None]
             x = x.masked_fill(past, 0)
         system = self._system(rate)
         propagator = Propagator(ssm.discretize(system, self.discretization))
@@ -209,15 +209,18 @@ class S4Layer(nn.Module):
         )
         if scans:
             y, last = scan.scan(x, propagator, self.D, state, products)
+            x = x.mT
         else:
+            x = conv.by_channel(x)
             k = self._kernel(system, propagator, L)
             ahead = k[0] + torch.nn.functional.pad(self.D[:, None], (0, L - 1))  # D is a tap at lag 0
             y = conv.two_sided(x, ahead, k[1]) if self.bidirectional else conv.causal(x, ahead)
             if state is not None:
                 y = y + propagator.continuation(state, L)
+            y = conv.by_time(y)
         if past is not None:
             y = y.masked_fill(past, 0)
-        y = conv.by_time(y).to(u.dtype)
+        y = y.to(u.dtype)
         if not return_state:
             return y
         if lengths is None and scans:
@@ -246,21 +249,24 @@ class S4Layer(nn.Module):
         """
         self._check_parameters(rate)
         self._check_causal("step")
-        check_features("u", u, self.D, "batch")
-        check_state("state", state, (u.shape[0], self.d_model, self.d_state), self.D)
-        dtype = self.D.dtype
-        keeps = not self.training and usable(self.D) and not transformed()
-        if keeps and has_fused_powers(self.D.device.type):
-            y, state = _ops.step(*self._recurrence_kept(rate), self.D, state, u.to(dtype))
+        D = self.D
+        check_features("u", u, D, "batch")
+        check_state("state", state, (u.shape[0], self.d_model, self.d_state), D)
+        v = u.to(D.dtype)
+        keeps = not self.training and usable(D) and not transformed()
+        if keeps and has_fused_powers(D.device.type):
+            step = _ops.step if watched(v, state) else _cpu.step  # what an operator costs is a third of a step
+            y, state = step(*self._recurrence_kept(rate), D, state, v)
             return y.to(u.dtype), state
         with _full_precision(u.device):
             recurrence = self._recurrence_kept(rate) if keeps else self._recurrence(rate)
-            y, state = ssm.step(recurrence, state, u.to(dtype))
-            return (y + self.D * u.to(dtype)).to(u.dtype), state
+            y, state = ssm.step(recurrence, state, v)
+            return (y + D * v).to(u.dtype), state
 
     def _recurrence(self, rate: float) -> ssm.Recurrence:
         """Discretised, in the precision of the parameters."""
-        return ssm.discretize(self._system(rate), self.discretization).to(self.D.dtype)
+        recurrence = ssm.discretize(self._system(rate), self.discretization)
+        return ssm.Recurrence(*(part.to(self.D.dtype).contiguous() for part in recurrence))
 
     def _recurrence_kept(self, rate: float) -> ssm.Recurrence:
         """The same, made anew only after a change."""

@@ -86,7 +86,7 @@ def test_fused_step_is_the_dense_one(variant: str, init: str, n: int, h: int, dt
             assert (y.dtype, moved.dtype) == (dtype, dtype)
             assert (y.shape, moved.shape) == (u.shape, x.shape)
             if batch:
-                close(y, want, 1e-12 if dtype == torch.float64 else 1e-5)
+                close(y, want, 1e-12 if dtype == torch.float64 else 1e-4)  # a sum that may cancel
                 close(moved, want_moved, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
