@@ -25,11 +25,12 @@ class Cache(Generic[T]):
         changes of `parameter.data` in place. Of inference tensors, without a version, nothing is kept there.
         """
         entry = self._entry
+        held: _cpu.Snapshot | list[Tensor]
         if tensors[0].device.type == "cpu":
-            if entry is not None and entry[0] == options and isinstance(entry[1], _cpu.Snapshot):
-                if entry[1].matches(tensors):
-                    return entry[2]
-            key, held = options, _cpu.Snapshot(tensors)
+            key: object = options
+            if entry is not None and entry[0] == key and _same(entry[1], tensors):
+                return entry[2]
+            held = _cpu.Snapshot(tensors)
         elif any(t.is_inference() for t in tensors):
             return make()
         else:
@@ -43,6 +44,10 @@ class Cache(Generic[T]):
 
     def __reduce__(self) -> tuple[type["Cache[T]"], tuple[()]]:
         return Cache, ()
+
+
+def _same(held: _cpu.Snapshot | list[Tensor], tensors: Sequence[Tensor]) -> bool:
+    return isinstance(held, _cpu.Snapshot) and held.matches(tensors)
 
 
 def usable(parameter: Tensor) -> bool:
@@ -59,5 +64,5 @@ def watched(*tensors: Tensor) -> bool:
     return (
         any(type(t) is not Tensor for t in tensors)
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
     )

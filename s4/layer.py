@@ -18,7 +18,7 @@ from s4._checks import (
     check_option,
     check_state,
 )
-from s4.kernel import _cpu, _ops, diag, dplr
+from s4.kernel import _cpu, _stepping, diag, dplr
 from s4.kernel._choice import check_backend, has_fused_powers, transformed
 from s4.ssm import Propagator, System
 
@@ -253,9 +253,16 @@ class S4Layer(nn.Module):
         check_features("u", u, D, "batch")
         check_state("state", state, (u.shape[0], self.d_model, self.d_state), D)
         v = u.to(D.dtype)
-        keeps = not self.training and usable(D) and not transformed()
-        if keeps and has_fused_powers(D.device.type):
-            step = _ops.step if watched(v, state) else _cpu.step  # what an operator costs is a third of a step
+        still = not self.training and not torch.is_grad_enabled() and not transformed()
+        fused = still and has_fused_powers(D.device.type)
+        if fused and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            y, state = _stepping.step_kept(self._of_system(), D, state, v, rate, self.discretization)
+            return y.to(u.dtype), state
+        keeps = still and usable(D)
+        if keeps and fused:
+            step = (
+                _stepping.step if watched(v, state) else _cpu.step
+            )  # what an operator costs is a third of a step
             y, state = step(*self._recurrence_kept(rate), D, state, v)
             return y.to(u.dtype), state
         with _full_precision(u.device):
@@ -265,13 +272,11 @@ class S4Layer(nn.Module):
 
     def _recurrence(self, rate: float) -> ssm.Recurrence:
         """Discretised, in the precision of the parameters."""
-        recurrence = ssm.discretize(self._system(rate), self.discretization)
-        return ssm.Recurrence(*(part.to(self.D.dtype).contiguous() for part in recurrence))
+        return ssm.discretize(self._system(rate), self.discretization).to(self.D.dtype)
 
     def _recurrence_kept(self, rate: float) -> ssm.Recurrence:
         """The same, made anew only after a change."""
-        parameters = [self.log_dt, self.log_A_real, self.A_imag, self.B, self.C]
-        parameters += [self.P] if self.variant == "dplr" else []
+        parameters = [p for p in self._of_system() if p is not None]
         options = rate, self.discretization
         return self._cache.get(parameters, options, lambda: self._recurrence(rate))
 
@@ -319,18 +324,11 @@ class S4Layer(nn.Module):
 
     def _system(self, rate: float) -> System:
         """Parameters in double precision, one system a channel."""
+        return ssm.system(*self._of_system(), rate)
 
-        def of_channels(p: Tensor) -> Tensor:
-            return p.repeat_interleave(self.d_model // self.n_ssm, dim=-2)
-
-        def in_pairs(p: Tensor) -> Tensor:  # view_as_complex refuses strides and offsets of flat parameters
-            return torch.complex(*p.double().unbind(-1))
-
-        Lambda = torch.complex(-torch.exp(self.log_A_real.double()), self.A_imag.double())
-        B, C = in_pairs(self.B), in_pairs(self.C)
-        P = in_pairs(self.P) if self.variant == "dplr" else B.new_zeros(0, *B.shape)
-        dt = rate * torch.exp(self.log_dt.double())
-        return System(of_channels(Lambda), of_channels(P), of_channels(B), C, dt)
+    def _of_system(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        P = self.P if self.variant == "dplr" else None
+        return self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, P
 
     def _kernel(self, system: System, propagator: Propagator, L: int) -> Tensor:
         if self.variant == "dplr":

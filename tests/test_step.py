@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 import s4.kernel
 from s4 import S4Layer
 from s4._cache import Cache
-from s4.kernel import _cpu, _ops
+from s4.kernel import _cpu, _stepping
 from s4.ssm import Recurrence
 
 FUSED = s4.kernel.backends()["cpu"] is True
@@ -165,11 +165,11 @@ def test_the_operator_is_sound_and_checks() -> None:
     layer = build("dplr", "legt", dtype=torch.float32)
     u, x = operands(layer)
     arguments = [t.detach() for t in (*layer._recurrence(1.0), layer.D, x, u)]
-    torch.library.opcheck(_ops.step, tuple(arguments))
+    torch.library.opcheck(_stepping.step, tuple(arguments))
     for i, wrong in enumerate(arguments):
         for bad in (wrong[..., :-1], wrong.double()):
             with pytest.raises((ValueError, RuntimeError)):
-                _ops.step(*arguments[:i], bad, *arguments[i + 1 :])
+                _stepping.step(*arguments[:i], bad, *arguments[i + 1 :])
 
 
 def new_parameter(layer: S4Layer) -> None:

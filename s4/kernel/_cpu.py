@@ -41,10 +41,9 @@ def _library() -> ctypes.CDLL | str:
 
 
 def _pool() -> ctypes.c_void_p:
-    """How torch's OpenMP runtime, which it loads for all to see, starts its threads; null if it has another."""
-    if sys.platform != "linux":
-        return ctypes.c_void_p()
-    return ctypes.cast(getattr(ctypes.CDLL(None), "GOMP_parallel", None), ctypes.c_void_p)
+    """How the OpenMP runtime that torch loads for all to see starts threads; null if there is none."""
+    found = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if sys.platform == "linux" else None
+    return ctypes.c_void_p() if found is None else ctypes.cast(found, ctypes.c_void_p)
 
 
 @functools.cache
@@ -164,7 +163,7 @@ def scan_backward(
 def step(
     a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, x: Tensor, u: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H) and the next state (B, H, N) of one step; shapes as in `_ops.step`, rank at most 2."""
+    """Outputs (B, H) and the next state (B, H, N) of one step; shapes as in `_stepping.step`, rank at most 2."""
     D, x, u = (t.resolve_neg().contiguous() for t in (D, x, u))
     y, moved = torch.empty_like(u), torch.empty_like(x)
     batch, H, N = x.shape
@@ -173,7 +172,7 @@ def step(
 
 
 class Snapshot:
-    """The numbers of some tensors, to compare with later: the hot path of a step, so all but that is ready."""
+    """The numbers of some tensors, to compare with at every step: what that takes is made ready."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._copies = [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
@@ -210,7 +209,7 @@ def _function(name: str, level: str, pointers: int, sizes: int) -> Callable[...,
     """A function of the library, which takes addresses, sizes and the number of threads."""
     function = getattr(_library(), f"s4_{name}_{level}")
     function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * sizes + [ctypes.c_int]
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _call(name: str, dtype: torch.dtype, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> None:

@@ -16,29 +16,41 @@ struct Scan {
     int64_t channels, batch, length, size, width;
     bool reverse;
 
+    // Numbers from one channel's rows to the next's: they start at other places of the caches, each at that of a line.
+    int64_t apart() const { return (batch * length + 31) / 16 * 16; }
     int64_t chunks() const { return std::max<int64_t>(1, (length + width - 1) / width); }
     bool ragged() const { return chunks() * width > length; }
     int64_t block() const { return std::min(chunks(), std::max<int64_t>(1, 256 / std::max<int64_t>(batch, 1))); }
+};
+
+// Memory that starts where a line of the caches does.
+template <class T>
+struct Buffer {
+    T* data;
+
+    explicit Buffer(int64_t count) : data(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64)))) {}
+    ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
+    Buffer(const Buffer&) = delete;
 };
 
 // A matrix in panels.
 template <class T>
 struct Packed {
     int64_t depth, columns;
-    std::unique_ptr<T[]> numbers;
+    Buffer<T> numbers;
 
     INLINE Packed(int64_t depth, int64_t columns)
-        : depth(depth), columns(columns), numbers(new T[depth * ((columns + kPanel<T> - 1) / kPanel<T> * kPanel<T>)]) {}
+        : depth(depth), columns(columns), numbers(depth * ((columns + kPanel<T> - 1) / kPanel<T> * kPanel<T>)) {}
 
     INLINE void fill(View<const T> from) {
-        for (int64_t j = 0; j < columns; j += kPanel<T>) pack_panel<T>(depth, j, columns, from, &numbers[j * depth]);
+        for (int64_t j = 0; j < columns; j += kPanel<T>) pack_panel<T>(depth, j, columns, from, &numbers.data[j * depth]);
     }
     // c = a times this, or c += that. Of a triangle, only rows up to (+1) or from (-1) the column are not zero.
     INLINE void times(int64_t rows, View<const T> a, View<T> c, bool add, int triangle = 0) const {
         for (int64_t j = 0; j < columns; j += kPanel<T>) {
             const int64_t from = triangle < 0 ? std::min(j, depth) : 0;
             const int64_t to = triangle > 0 ? std::min(j + kPanel<T>, depth) : depth;
-            tiles<T>(0, rows, a, from, to, &numbers[j * depth], c, j, std::min(kPanel<T>, columns - j), add);
+            tiles<T>(0, rows, a, from, to, &numbers.data[j * depth], c, j, std::min(kPanel<T>, columns - j), add);
         }
     }
     // c += a^T times this, a (depth, rows); of a triangle only what `times` reads.
@@ -46,7 +58,7 @@ struct Packed {
         for (int64_t j = 0; j < columns; j += kPanel<T>) {
             const int64_t begin = triangle < 0 ? std::min(j, rows) / kTile * kTile : 0;
             const int64_t end = triangle > 0 ? std::min(j + kPanel<T>, rows) : rows;
-            tiles<T>(begin, end, a.transposed(), 0, depth, &numbers[j * depth], c, j,
+            tiles<T>(begin, end, a.transposed(), 0, depth, &numbers.data[j * depth], c, j,
                      std::min(kPanel<T>, columns - j), true);
         }
     }
@@ -89,7 +101,7 @@ INLINE void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
 #endif
 }
 
-// `count` channels from the first on, to rows (count, batch, length).
+// `count` channels from the first on, to rows (batch, length) of each, `apart` numbers from one to the next.
 template <class T>
 INLINE void to_rows(const Scan<T>& s, Sequences<const T> from, int64_t first, int64_t count, T* rows) {
     constexpr int64_t lanes = kLanes<T>;
@@ -99,10 +111,9 @@ INLINE void to_rows(const Scan<T>& s, Sequences<const T> from, int64_t first, in
         const int64_t steps = s.length / lanes * lanes;
         for (int64_t l = 0; l < steps; l += lanes)
             for (int64_t i = 0; i < whole; i += lanes)
-                transpose(start + l * from.time + i, from.time, rows + (i * s.batch + b) * s.length + l,
-                          s.batch * s.length);
+                transpose(start + l * from.time + i, from.time, rows + i * s.apart() + b * s.length + l, s.apart());
         for (int64_t i = 0; i < count; ++i) {
-            T* row = rows + (i * s.batch + b) * s.length;
+            T* row = rows + i * s.apart() + b * s.length;
             for (int64_t l = i < whole ? steps : 0; l < s.length; ++l)
                 row[l] = start[l * from.time + i * from.channel];
         }
@@ -118,10 +129,9 @@ INLINE void from_rows(const Scan<T>& s, const T* rows, int64_t first, int64_t co
         const int64_t whole = count / lanes * lanes, steps = s.length / lanes * lanes;
         for (int64_t l = 0; l < steps; l += lanes)
             for (int64_t i = 0; i < whole; i += lanes)
-                transpose(rows + (i * s.batch + b) * s.length + l, s.batch * s.length, start + l * s.channels + i,
-                          s.channels);
+                transpose(rows + i * s.apart() + b * s.length + l, s.apart(), start + l * s.channels + i, s.channels);
         for (int64_t i = 0; i < count; ++i) {
-            const T* row = rows + (i * s.batch + b) * s.length;
+            const T* row = rows + i * s.apart() + b * s.length;
             for (int64_t l = i < whole ? steps : 0; l < s.length; ++l) start[l * s.channels + i] = row[l];
         }
     }
@@ -200,8 +210,8 @@ INLINE void scan_of(const Scan<T>& s, int64_t h, const T* u, T* y, T* last) {
     Packed<T> inward(W, N), outward(N, W), onward(N, N), within(W, W);
     inward.fill({s.inward + h * W * N, N, 1}), outward.fill({s.outward + h * W * N, 1, N});
     onward.fill({s.onward + h * N * N, N, 1}), within.fill(toeplitz(s.taps + h * (2 * W - 1), W));
-    const std::unique_ptr<T[]> space(new T[B * (block * (2 * W + N) + 2 * N)]);
-    T *rows = space.get(), *more = rows + B * block * W, *X = more + B * block * W, *x = X + B * block * N;
+    const Buffer<T> space(B * (block * (2 * W + N) + 2 * N));
+    T *rows = space.data, *more = rows + B * block * W, *X = more + B * block * W, *x = X + B * block * N;
     T* next = x + B * N;
     std::copy_n(s.x + h * B * N, B * N, x);
     for (int64_t done = 0; done < s.chunks(); done += block) {
@@ -238,8 +248,8 @@ INLINE void scan_backward(const Scan<T>& s, int64_t h, const ScanGradients<T>& g
     inward.fill(in), inward_t.fill(in.transposed()), onward.fill(on), onward_t.fill(on.transposed());
     outward_t.fill({s.outward + h * W * N, N, 1});
     within_t.fill(toeplitz(s.taps + h * (2 * W - 1), W).transposed());
-    const std::unique_ptr<T[]> space(new T[B * (c * N + block * (3 * W + N) + 2 * N) + W * W]);
-    T *X = space.get(), *rows = X + B * c * N, *more = rows + B * block * W, *most = more + B * block * W;
+    const Buffer<T> space(B * (c * N + block * (3 * W + N) + 2 * N) + W * W);
+    T *X = space.data, *rows = X + B * c * N, *more = rows + B * block * W, *most = more + B * block * W;
     T *Z = most + B * block * W, *x = Z + B * block * N, *next = x + B * N, *grad_within = next + B * N;
     std::fill(grad_within, grad_within + W * W, T(0));
     T *grad_in = g.inward + h * W * N, *grad_out = g.outward + h * N * W, *grad_on = g.onward + h * N * N;
@@ -284,6 +294,7 @@ INLINE void scan_backward(const Scan<T>& s, int64_t h, const ScanGradients<T>& g
         for (int64_t j = s.reverse ? 0 : i; j < (s.reverse ? i + 1 : W); ++j) taps[j - i] += grad_within[i * W + j];
 }
 
+// What comes out of a channel lies where the inputs of the one before were.
 #define SCAN(T, SUFFIX)                                                                                                \
     ENTRY(s4_scan_##SUFFIX)                                                                                            \
     (const T* u, const T* x, const T* taps, const T* inward, const T* outward, const T* onward, T* y, T* last,         \
@@ -291,12 +302,11 @@ INLINE void scan_backward(const Scan<T>& s, int64_t h, const ScanGradients<T>& g
      int64_t u_batch, int64_t u_time, int64_t u_channel, int threads) {                                                \
         const Scan<T> s{x, taps, inward, outward, onward, channels, batch, length, size, width, reverse != 0};         \
         return in_groups(channels, threads, [&](int64_t first, int64_t count) {                                        \
-            const int64_t each = batch * length;                                                                       \
-            const std::unique_ptr<T[]> rows(new T[2 * count * each]);                                                  \
-            T *inputs = rows.get(), *outputs = inputs + count * each;                                                  \
+            const Buffer<T> rows((count + 1) * s.apart());                                                             \
+            T *outputs = rows.data, *inputs = outputs + s.apart();                                                     \
             to_rows(s, {u, u_batch, u_time, u_channel}, first, count, inputs);                                         \
-            for (int64_t i = 0; i < count; ++i)                                                                        \
-                scan_of(s, first + i, inputs + i * each, outputs + i * each, last);                                    \
+            for (int64_t i = 0, at = 0; i < count; ++i, at += s.apart())                                               \
+                scan_of(s, first + i, inputs + at, outputs + at, last);                                                \
             from_rows(s, outputs, first, count, y);                                                                    \
         });                                                                                                            \
     }                                                                                                                  \
@@ -308,15 +318,14 @@ INLINE void scan_backward(const Scan<T>& s, int64_t h, const ScanGradients<T>& g
      int threads) {                                                                                                    \
         const Scan<T> s{x, taps, inward, outward, onward, channels, batch, length, size, width, reverse != 0};         \
         return in_groups(channels, threads, [&](int64_t first, int64_t count) {                                        \
-            const int64_t each = batch * length;                                                                       \
-            const std::unique_ptr<T[]> rows(new T[3 * count * each]);                                                  \
-            T *inputs = rows.get(), *outputs = inputs + count * each, *found = outputs + count * each;                 \
+            const Buffer<T> rows((2 * count + 1) * s.apart());                                                         \
+            T *found = rows.data, *inputs = found + s.apart(), *outputs = inputs + count * s.apart();                  \
             to_rows(s, {u, u_batch, u_time, u_channel}, first, count, inputs);                                         \
             to_rows(s, {grad_y, y_batch, y_time, y_channel}, first, count, outputs);                                   \
-            for (int64_t i = 0; i < count; ++i)                                                                        \
+            for (int64_t i = 0, at = 0; i < count; ++i, at += s.apart())                                               \
                 scan_backward(s, first + i,                                                                            \
-                              ScanGradients<T>{inputs + i * each, outputs + i * each, grad_last, found + i * each,     \
-                                               grad_x, grad_taps, grad_inward, grad_outward, grad_onward});            \
+                              ScanGradients<T>{inputs + at, outputs + at, grad_last, found + at, grad_x, grad_taps,    \
+                                               grad_inward, grad_outward, grad_onward});                               \
             from_rows(s, found, first, count, grad_u);                                                                 \
         });                                                                                                            \
     }

@@ -351,35 +351,3 @@ def plain_chunk(
 
 krylov.register_autograd(_krylov_gradients, setup_context=_save_krylov)
 chunk.register_autograd(_chunk_gradients, setup_context=_save_chunk)
-
-
-_library = torch.library.Library("s4", "FRAGMENT")  # thinner than custom_op: a step takes microseconds
-_library.define(
-    "step(Tensor a, Tensor F, Tensor G, Tensor B, Tensor C, Tensor D, Tensor x, Tensor u) -> (Tensor, Tensor)"
-)
-
-
-def _step(
-    a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, x: Tensor, u: Tensor
-) -> tuple[Tensor, Tensor]:
-    (H, N), rank, batch = a.shape, F.shape[0], u.shape[0]
-    operands = (a, F, G, B, C, D, x, u)
-    shapes = [(H, N), (rank, H, N), (rank, H, N), (H, N), (1, H, N), (H,), (batch, H, N), (batch, H)]
-    given = [t.shape for t in operands]
-    if given != shapes or len({t.dtype for t in operands}) > 1 or N % 2 or rank > 2:
-        raise ValueError(
-            f"need operands of shapes {shapes}, N even, rank at most 2, of one dtype, "
-            f"got {[*map(tuple, given)]}"
-        )
-    return _cpu.step(*(t.contiguous() for t in operands))
-
-
-_library.impl("step", _step, "CPU")
-step = torch.ops.s4.step.default  # (y, x) as `s4.ssm.step` gives them, with D u in y; it has no gradient
-
-
-@torch.library.register_fake("s4::step", lib=_library)  # type: ignore[untyped-decorator]
-def _(
-    a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, x: Tensor, u: Tensor
-) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape), x.new_empty(x.shape)
