@@ -163,7 +163,7 @@ def scan_backward(
 def step(
     a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, x: Tensor, u: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H) and the next state (B, H, N) of one step; shapes as in `_stepping.step`, rank at most 2."""
+    """Outputs (B, H) and the next state (B, H, N) of one step; shapes as in `_stepping.step`, rank <= 2."""
     D, x, u = (t.resolve_neg().contiguous() for t in (D, x, u))
     y, moved = torch.empty_like(u), torch.empty_like(x)
     batch, H, N = x.shape
