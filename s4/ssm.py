@@ -113,10 +113,11 @@ def bilinear_dplr(system: System) -> Recurrence:
     Lambda, P, B, C, dt = system
     D = 1 / (1 - Lambda * dt[:, None] / 2)  # the diagonal of (I - dt/2 diag(Lambda))^-1
     Q = P * torch.sqrt(dt / 2)[:, None]
-    G, DQ, dtB = Q.conj() * D, Q * D, B * dt[:, None]
+    Q_conj = Q.conj_physical()  # a lazy one is lost where a compiled graph calls an operator that comes here
+    G, DQ, dtB = Q_conj * D, Q * D, B * dt[:, None]
     # (I - dt/2 A)^-1 = D - D Q S^-1 Q* D, with S real: a sum over conjugate pairs is twice a real part.
     eye = torch.eye(P.shape[0], dtype=dt.dtype, device=dt.device)
-    S = eye + 2 * torch.einsum("rhn,shn->hrs", Q.conj(), DQ).real
+    S = eye + 2 * torch.einsum("rhn,shn->hrs", Q_conj, DQ).real
     F = -2 * torch.einsum("rhn,hrs->shn", DQ, torch.linalg.inv_ex(S).inverse.to(DQ.dtype))
     coupling = torch.einsum("rhn,hn->rh", G, dtB).real.to(F.dtype)
     Bbar = D * dtB + torch.einsum("rhn,rh->hn", F, coupling)
