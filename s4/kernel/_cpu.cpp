@@ -20,8 +20,8 @@
 
 namespace {
 
-// The thread pool that torch computes with: GOMP_parallel(body, data, threads, flags), or nullptr for threads of our own.
-// They would have to wait for a core until torch's have done spinning, in which those wait for their next work.
+// The thread pool that torch computes with: GOMP_parallel(body, data, threads, flags), or nullptr for threads of our
+// own. They would have to wait for a core until torch's have done spinning, in which those wait for their next work.
 std::atomic<void (*)(void (*)(void*), void*, unsigned, unsigned)> pool{nullptr};
 
 // Runs task(i) for i in [0, count) on up to `threads` threads; 0, or 1 if memory ran out and results are incomplete.

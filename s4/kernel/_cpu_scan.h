@@ -4,7 +4,7 @@
 //     x_(c+1) = u_c inward + x_c onward,    y_c = u_c Toep(taps) + x_c outward*,
 //
 // from the first chunk to the last, or reversed from the last to the first. Toep has the lag j - i in row i, column j;
-// only lags >= 0 are read, or reversed only those <= 0: half of its flops are saved.
+// taps at lags < 0, or reversed > 0, are 0, and most of those are not read: half of its flops are saved.
 //
 // Arrays are contiguous but for u and the gradient of y: u and y (B, L, H), x and what comes out after the last whole
 // chunk (H, B, N), taps (H, 2T-1), inward and outward (H, T, N), onward (H, N, N). A task takes a few channels, that
@@ -43,7 +43,8 @@ struct Packed {
         : depth(depth), columns(columns), numbers(depth * ((columns + kPanel<T> - 1) / kPanel<T> * kPanel<T>)) {}
 
     INLINE void fill(View<const T> from) {
-        for (int64_t j = 0; j < columns; j += kPanel<T>) pack_panel<T>(depth, j, columns, from, &numbers.data[j * depth]);
+        for (int64_t j = 0; j < columns; j += kPanel<T>)
+            pack_panel<T>(depth, j, columns, from, &numbers.data[j * depth]);
     }
     // c = a times this, or c += that. Of a triangle, only rows up to (+1) or from (-1) the column are not zero.
     INLINE void times(int64_t rows, View<const T> a, View<T> c, bool add, int triangle = 0) const {
