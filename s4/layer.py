@@ -260,9 +260,8 @@ class S4Layer(nn.Module):
             return y.to(u.dtype), state
         keeps = still and usable(D)
         if keeps and fused:
-            step = (
-                _stepping.step if watched(v, state) else _cpu.step
-            )  # what an operator costs is a third of a step
+            # To call an operator takes a third of the time of a step.
+            step = _stepping.step if watched(v, state) else _cpu.step
             y, state = step(*self._recurrence_kept(rate), D, state, v)
             return y.to(u.dtype), state
         with _full_precision(u.device):

@@ -569,3 +569,12 @@ def test_kept_numbers_are_those_of_the_layer() -> None:
             assert layer._recurrence_kept(1.0) is kept
         assert isinstance(kept, Recurrence)
         assert all(t.is_contiguous() and t.dtype == torch.float32 for t in kept)
+
+
+def test_snapshot_of_another_number_of_tensors() -> None:
+    """A layer may come to lie where one of another variant was, which has a parameter more."""
+    tensors = [torch.randn(3), torch.randn(2, 2)]
+    snapshot = _cpu.Snapshot(tensors)
+    assert snapshot.matches(tensors)
+    assert not snapshot.matches(tensors[:1])
+    assert not snapshot.matches([*tensors, torch.randn(1)])

@@ -183,6 +183,8 @@ class Snapshot:
 
     def matches(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are as many, of the same dtypes and shapes, contiguous, and bit by bit the same."""
+        if len(tensors) != self._count:
+            return False
         for t, (dtype, shape) in zip(tensors, self._kinds, strict=True):
             if t.dtype is not dtype or t.shape != shape or not t.is_contiguous() or t.is_neg():
                 return False
