@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from arena import ListOps, Pathfinder
 from data import DataError, SequenceData, first_line
 from images import SequentialImages
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
@@ -58,6 +59,8 @@ TASKS: dict[str, type[SequenceData]] = {
     "copying": Copying,
     "delay": Delay,
     "images": SequentialImages,
+    "listops": ListOps,
+    "pathfinder": Pathfinder,
     "text": Reviews,
     "retrieval": PaperPairs,
     "shakespeare": Characters,

@@ -117,11 +117,15 @@ def write_lines(folder: Path, recipe: dict[str, Any]) -> list[str]:
     return ["--data.path", str(folder), "--data.length", "16", *small]
 
 
+_FEW = ("--data.train_size", "16", "--data.val_size", "4", "--data.batch_size", "4")
+
 # For each task a function that writes a little of its data, and the options of the command line for them.
 WRITERS: dict[str, Callable[[Path, dict[str, Any]], list[str]]] = {
     "copying": lambda folder, recipe: ["--data.lag", "20", "--data.train_size", "50"],
     "delay": lambda folder, recipe: ["--data.lag", "20", "--data.length", "50", "--data.train_size", "50"],
     "images": write_images,
+    "listops": lambda folder, recipe: [*_FEW, "--model.n_ssm", "1"],
+    "pathfinder": lambda folder, recipe: [*_FEW, "--model.n_ssm", "1"],
     "text": write_reviews,
     "retrieval": write_pairs,
     "shakespeare": write_shakespeare,
