@@ -28,3 +28,15 @@ def write_parquet(folder: Path, source: images.Source, per_class: int = 6, seed:
             pyarrow.table({source.column: rows, "label": labels}), folder / f"{split}.parquet"
         )
     return folder
+
+
+def write_series(folder: Path, file: str = "ETTh1.csv", rows: int = 14_500, seed: int = 0) -> Path:
+    """A random walk of seven hourly channels, the last of them OT."""
+    values = np.random.default_rng(seed).normal(size=(rows, 7)).cumsum(0) + 20
+    dates = np.datetime64("2016-07-01T00") + np.arange(rows)
+    lines = ["date,HUFL,HULL,MUFL,MULL,LUFL,LULL,OT"]
+    for date, row in zip(dates, values, strict=True):
+        lines.append(f"{str(date).replace('T', ' ')}:00:00,{','.join(map(str, row))}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_text("\n".join(lines) + "\n")
+    return folder
