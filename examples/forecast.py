@@ -3,6 +3,7 @@
 import io
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,8 @@ from data import Batch, DataError, SequenceData, Spec, first_line
 from torch import Tensor
 
 ETT = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small"
-PERIODS = {"day": 1.0, "week": 7.0, "year": 365.25}  # in days
+DAYS = {"day": 1.0, "week": 7.0, "year": 365.25}
+Period = Literal["day", "week", "year"]
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ class Forecasting(SequenceData):
 
     From inputs and targets of a window its last known values are subtracted, and unknown values are zeros:
     a model that returns zeros says that nothing changes. Errors are the same as without the shift. Beside
-    the values, inputs have a channel that is 1 where values are unknown and, with `calendar`, sine and
-    cosine of the time of day, of the week and of the year, which are known of the future too.
+    the values, inputs have a channel that is 1 where values are unknown, and sine and cosine of the time
+    since each period of `calendar` began, which are known of the future too.
 
     Args:
         dataset: etth1, etth2 (hourly), ettm1 (every 15 minutes): loads and oil temperature of an electricity
@@ -78,7 +80,7 @@ class Forecasting(SequenceData):
         horizon: steps to predict.
         context: steps to predict them from.
         multivariate: predict all channels from all, else one channel from itself.
-        calendar: the time as an input.
+        calendar: periods of which the time is an input; none if not given.
         path: a folder with the CSV file as published: ETTh1.csv, ETTh2.csv, ETTm1.csv or WTH.csv; without
             it the first three are fetched from GitHub.
         batch_size: training windows a step, on each device.
@@ -95,7 +97,7 @@ class Forecasting(SequenceData):
         horizon: int = 24,
         context: int = 336,
         multivariate: bool = False,
-        calendar: bool = True,
+        calendar: list[Period] | None = None,
         path: Path | None = None,
         batch_size: int = 32,
         eval_batch_size: int = 256,
@@ -107,19 +109,18 @@ class Forecasting(SequenceData):
                 raise ValueError(f"data.{name} must be at least 1, got {steps}")
         self.dataset, self.source = dataset, SOURCES[dataset]
         self.horizon, self.context = horizon, context
-        self.multivariate, self.calendar = multivariate, calendar
+        self.multivariate, self.calendar = multivariate, calendar or []
         channels = (12 if dataset == "weather" else 7) if multivariate else 1
-        known = 2 * len(PERIODS) if calendar else 0
-        spec = Spec("value", channels + 1 + known, channels)
+        spec = Spec("value", channels + 1 + 2 * len(self.calendar), channels)
         super().__init__(spec, path, batch_size, eval_batch_size, cache_dir, seed)
 
     def content(self) -> dict[str, Any]:
-        """The series and its channels."""
-        return {"dataset": self.dataset, "multivariate": self.multivariate}
+        """The series, its channels and what else is known."""
+        return {"dataset": self.dataset, "multivariate": self.multivariate, "calendar": self.calendar}
 
     def options(self) -> dict[str, Any]:
-        """The window, and what a model sees of it."""
-        return {"horizon": self.horizon, "context": self.context, "calendar": self.calendar}
+        """The window."""
+        return {"horizon": self.horizon, "context": self.context}
 
     def files(self, split: str) -> list[Path]:
         """The CSV file, checked to be there."""
@@ -131,7 +132,7 @@ class Forecasting(SequenceData):
         return [file]
 
     def build(self, split: str) -> dict[str, Tensor]:
-        """values float32 (T, C), scaled; calendar float32 (T, 6); mean and std float64 (C,) of the scale."""
+        """values float32 (T, C), scaled; calendar float32 (T, 2 len(calendar))."""
         dates, values = self._read()
         ends = self.source.ends(len(values))
         if len(values) < ends[-1]:
@@ -140,9 +141,7 @@ class Forecasting(SequenceData):
         mean, std = values[: ends[0]].mean(0), values[: ends[0]].std(0)
         return {
             "values": torch.from_numpy((values - mean) / std).float(),
-            "calendar": calendar_features(dates),
-            "mean": torch.from_numpy(mean),
-            "std": torch.from_numpy(std),
+            "calendar": calendar_features(dates, self.calendar),
         }
 
     def setup(self, stage: str) -> None:
@@ -171,10 +170,9 @@ class Forecasting(SequenceData):
         values = values - values[:, self.context - 1, None]
         unknown = torch.zeros(*values.shape[:2], 1)
         unknown[:, self.context :] = 1
-        inputs = [values * (1 - unknown), unknown]
-        if self.calendar:
-            inputs.append(self._calendar.index_select(0, rows).transpose(1, 2))
-        return Batch(torch.cat(inputs, 2), values[:, self.context :])
+        calendar = self._calendar.index_select(0, rows).transpose(1, 2)
+        inputs = torch.cat([values * (1 - unknown), unknown, calendar], 2)
+        return Batch(inputs, values[:, self.context :])
 
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
         """Dates (T,) and float64 values (T, C) of the file, the target last."""
@@ -219,12 +217,12 @@ def window_starts(ends: tuple[int, int, int], context: int, horizon: int) -> dic
     }
 
 
-def calendar_features(dates: np.ndarray) -> Tensor:
-    """Dates (T,) to float32 (T, 6): sine and cosine of the time of day, of the week and of the year."""
+def calendar_features(dates: np.ndarray, periods: Sequence[Period]) -> Tensor:
+    """Dates (T,) to float32 (T, 2 len(periods)): sine and cosine of the time since a period's beginning."""
     # The first of January 2001 was a Monday.
     days = (dates - np.datetime64("2001-01-01", "m")) / np.timedelta64(1, "D")
-    turns = np.stack([days / period for period in PERIODS.values()], 1) * 2 * np.pi
-    return torch.from_numpy(np.stack([np.sin(turns), np.cos(turns)], 2).reshape(len(dates), -1)).float()
+    turns = np.outer(days, [2 * np.pi / DAYS[period] for period in periods])
+    return torch.from_numpy(np.stack([np.sin(turns), np.cos(turns)], 2)).flatten(1).float()
 
 
 def _download(source: Source) -> bytes:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from data import DataError, SequenceData, first_line
+from forecast import Forecasting
 from images import SequentialImages
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -50,7 +51,7 @@ from s4.model import categorical
 
 RECIPES = Path(__file__).parent / "recipes"
 COMMANDS = ("fit", "validate", "test", "predict", "generate")
-TASKS: dict[str, type[SequenceData]] = {"images": SequentialImages}
+TASKS: dict[str, type[SequenceData]] = {"images": SequentialImages, "forecast": Forecasting}
 
 
 class ConfigError(Exception):

@@ -66,7 +66,7 @@ def fails(capsys: Capture, code: int, arguments: list[str], *words: str) -> None
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_trains_two_steps(recipe: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = folders["cifar10" if "cifar" in recipe else "mnist"]
+    folder = folders["cifar10" if "cifar" in recipe else "etth1" if recipe == "forecast" else "mnist"]
     data = [] if recipe == "digits" else ["--data.path", str(folder)]
     cli = train.run([recipe, *TINY, *data, "--data.batch_size", "8", "--trainer.max_steps", "2"])
     assert cli.results["steps"] == 2

@@ -5,6 +5,7 @@ import datetime
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_series(tmp_path_factory.mktemp("series"))
 
 
-def opened(folder: Path, horizon: int = 5, context: int = 7, **options: bool) -> Forecasting:
+def opened(folder: Path, horizon: int = 5, context: int = 7, **options: Any) -> Forecasting:
     module = Forecasting("etth1", horizon, context, path=folder, batch_size=4, **options)
     module.prepare_data()
     module.setup("fit")
@@ -88,7 +89,7 @@ def test_windows_are_those_of_a_loop(folder: Path) -> None:
     series = column(folder, "OT")
     mean, std = statistics.fmean(series[:8640]), statistics.pstdev(series[:8640])
     scaled = [(value - mean) / std for value in series]
-    module = opened(folder)
+    module = opened(folder, calendar=["day"])
     for part in PARTS:
         rows = starts(module)[part]
         chosen = [rows[0], rows[-1], rows[3]]
@@ -101,6 +102,8 @@ def test_windows_are_those_of_a_loop(folder: Path) -> None:
             unknown = [scaled[start + 7 + step] - last for step in range(5)]
             assert batch.inputs[index, :, 0].tolist() == pytest.approx([*known, *[0] * 5], abs=1e-5)
             assert batch.inputs[index, :, 1].tolist() == [0] * 7 + [1] * 5
+            of_day = [math.sin(2 * math.pi * (start + step) / 24) for step in range(12)]
+            assert batch.inputs[index, :, 2].tolist() == pytest.approx(of_day, abs=1e-4)
             assert batch.targets[index, :, 0].tolist() == pytest.approx(unknown, abs=1e-5)
 
 
@@ -110,7 +113,7 @@ def test_inputs_do_not_depend_on_what_is_to_come(folder: Path, tmp_path: Path) -
     for row in range(start + 7, len(lines) - 1):
         lines[row + 1] = ",".join([lines[row + 1].split(",")[0], *["99"] * 7])
     (tmp_path / "ETTh1.csv").write_text("\n".join(lines) + "\n")
-    for options in ({}, {"multivariate": True}):
+    for options in ({"calendar": ["day", "year"]}, {"multivariate": True}):
         batches = [
             opened(path, **options).fetch("series", torch.tensor([start])) for path in (folder, tmp_path)
         ]
@@ -119,7 +122,7 @@ def test_inputs_do_not_depend_on_what_is_to_come(folder: Path, tmp_path: Path) -
 
 
 def test_multivariate_scales_each_channel(folder: Path) -> None:
-    module = opened(folder, multivariate=True, calendar=False)
+    module = opened(folder, multivariate=True)
     batch = module.fetch("series", torch.tensor([100]))
     assert (module.spec.d_input, module.spec.d_output) == (8, 7)
     assert batch.inputs.shape == (1, 12, 8)
@@ -132,7 +135,7 @@ def test_multivariate_scales_each_channel(folder: Path) -> None:
 def test_calendar() -> None:
     begin = datetime.datetime(2016, 7, 1)  # a Friday
     dates = [begin + datetime.timedelta(hours=7 * step) for step in range(200)]
-    features = calendar_features(np.array(dates, dtype="datetime64[m]"))
+    features = calendar_features(np.array(dates, dtype="datetime64[m]"), ["day", "week", "year"])
     for date, row in zip(dates, features.tolist(), strict=True):
         of_day = (date.hour + date.minute / 60) / 24
         of_week = (date.weekday() + of_day) / 7
