@@ -30,6 +30,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from memory import Copying, Delay
 from report import learning_curve, print_results, write_labels, write_values
 from rich.console import Console
 from rich.markup import escape
@@ -51,7 +52,12 @@ from s4.model import categorical
 
 RECIPES = Path(__file__).parent / "recipes"
 COMMANDS = ("fit", "validate", "test", "predict", "generate")
-TASKS: dict[str, type[SequenceData]] = {"images": SequentialImages, "forecast": Forecasting}
+TASKS: dict[str, type[SequenceData]] = {
+    "copying": Copying,
+    "delay": Delay,
+    "forecast": Forecasting,
+    "images": SequentialImages,
+}
 
 
 class ConfigError(Exception):
@@ -205,10 +211,11 @@ class ExampleCLI(LightningCLI):
         monitor, mode = self.model.monitor
         best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
         callbacks: list[Callback] = [best, LastCheckpoint(folder, self._get(self.config_init, "save_every"))]
+        # Plain numbers, as checkpoints hold nothing else.
         if patience := self._get(self.config_init, "patience"):
-            callbacks.append(EarlyStopping(monitor, mode=mode, patience=patience))
+            callbacks.append(EarlyStopping(monitor, mode=mode, patience=int(patience)))
         if decay := self._get(self.config_init, "ema"):
-            callbacks.append(EMAWeightAveraging(decay=decay))
+            callbacks.append(EMAWeightAveraging(decay=float(decay)))
         return callbacks
 
     def after_fit(self) -> None:
