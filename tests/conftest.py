@@ -32,13 +32,12 @@ def unchecked() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of files for each data set that is not embedded."""
+    """A folder of parquet files for each data set that is not embedded."""
     import images
-    from example_files import write_parquet, write_series
+    from example_files import write_parquet
 
     root = tmp_path_factory.mktemp("data")
-    parquet = {name: write_parquet(root / name, images.SOURCES[name]) for name in ("mnist", "cifar10")}
-    return {**parquet, "etth1": write_series(root / "etth1")}
+    return {name: write_parquet(root / name, images.SOURCES[name]) for name in ("mnist", "cifar10")}
 
 
 @pytest.fixture

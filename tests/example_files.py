@@ -2,7 +2,9 @@
 
 import csv
 import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import images
 import numpy as np
@@ -56,7 +58,66 @@ def write_parquet(folder: Path, source: images.Source, per_class: int = 6, seed:
     return folder
 
 
-def write_series(folder: Path, file: str = "ETTh1.csv", rows: int = 14_500, seed: int = 0) -> Path:
+def _write_table(file: Path, columns: dict[str, list[object]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+
+
+def write_images(folder: Path, recipe: dict[str, Any]) -> list[str]:
+    """The images of a recipe, or nothing for those that are embedded."""
+    if (dataset := recipe["data"]["dataset"]) == "digits":
+        return []
+    return ["--data.path", str(write_parquet(folder, images.SOURCES[dataset]))]
+
+
+def random_text(generator: np.random.Generator, letters: int) -> str:
+    """Some letters, blanks and ends of lines, one of them not ASCII."""
+    return "é" + "".join(generator.choice(list("abcdefgh \n"), letters))
+
+
+def write_reviews(folder: Path, recipe: dict[str, Any]) -> list[str]:
+    """Texts of many lengths with labels."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        texts = [random_text(generator, length) for length in generator.integers(1, 60, 40)]
+        _write_table(folder / f"{split}.parquet", {"text": texts, "label": [0, 1] * 20})
+    return ["--data.path", str(folder), "--data.length", "50"]
+
+
+def write_pairs(folder: Path, recipe: dict[str, Any]) -> list[str]:
+    """Papers in the form of the Long Range Arena."""
+    generator = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "eval", "test"):
+        with (folder / f"new_aan_pairs.{split}.tsv").open("w", newline="") as file:
+            rows = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_NONNUMERIC)
+            for row in range(20):
+                first, second = (random_text(generator, length) for length in generator.integers(1, 60, 2))
+                rows.writerow([float(row % 2), f"P{row}", f"Q{row}", first, second])
+    return ["--data.path", str(folder), "--data.length", "50"]
+
+
+def write_shakespeare(folder: Path, recipe: dict[str, Any]) -> list[str]:
+    """One text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "input.txt").write_text(random_text(np.random.default_rng(0), 2000))
+    return ["--data.path", str(folder / "input.txt"), "--data.length", "16"]
+
+
+def write_lines(folder: Path, recipe: dict[str, Any]) -> list[str]:
+    """Lines of words, some of them empty."""
+    generator = np.random.default_rng(0)
+    for split, lines in (("train", 60), ("validation", 20), ("test", 20)):
+        words = [" ".join(random_text(generator, 40).split()) + " \n" for _ in range(lines)]
+        _write_table(folder / f"{split}.parquet", {"text": ["", *words]})
+    small = ["--data.vocabulary", "50", "--model.cutoffs", "[10, 20]", "--model.d_model", "16"]
+    return ["--data.path", str(folder), "--data.length", "16", *small]
+
+
+def write_series(folder: Path, rows: int = 14_500, seed: int = 0) -> Path:
     """A random walk of seven hourly channels, the last of them OT."""
     values = np.random.default_rng(seed).normal(size=(rows, 7)).cumsum(0) + 20
     dates = np.datetime64("2016-07-01T00") + np.arange(rows)
@@ -64,5 +125,22 @@ def write_series(folder: Path, file: str = "ETTh1.csv", rows: int = 14_500, seed
     for date, row in zip(dates, values, strict=True):
         lines.append(f"{str(date).replace('T', ' ')}:00:00,{','.join(map(str, row))}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / file).write_text("\n".join(lines) + "\n")
+    (folder / "ETTh1.csv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+_FEW = ("--data.train_size", "16", "--data.val_size", "4", "--data.batch_size", "4")
+
+# For each task a function that writes a little of its data, and the options of the command line for them.
+WRITERS: dict[str, Callable[[Path, dict[str, Any]], list[str]]] = {
+    "copying": lambda folder, recipe: ["--data.lag", "20", "--data.train_size", "50"],
+    "delay": lambda folder, recipe: ["--data.lag", "20", "--data.length", "50", "--data.train_size", "50"],
+    "forecast": lambda folder, recipe: ["--data.path", str(write_series(folder))],
+    "images": write_images,
+    "listops": lambda folder, recipe: [*_FEW, "--model.n_ssm", "1"],
+    "pathfinder": lambda folder, recipe: [*_FEW, "--model.n_ssm", "1"],
+    "text": write_reviews,
+    "retrieval": write_pairs,
+    "shakespeare": write_shakespeare,
+    "wikitext103": write_lines,
+}
