@@ -25,7 +25,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
-    EMAWeightAveraging,
     ModelCheckpoint,
     Timer,
 )
@@ -41,6 +40,7 @@ from runs import (
     BarProgress,
     LastCheckpoint,
     LineProgress,
+    MovingAverage,
     ResumableCSVLogger,
     find_checkpoint,
     git_commit,
@@ -229,7 +229,7 @@ class ExampleCLI(LightningCLI):
         if patience := self._get(self.config_init, "patience"):
             callbacks.append(EarlyStopping(monitor, mode=mode, patience=int(patience)))
         if decay := self._get(self.config_init, "ema"):
-            callbacks.append(EMAWeightAveraging(decay=float(decay)))
+            callbacks.append(MovingAverage(decay=float(decay)))
         return callbacks
 
     def after_fit(self) -> None:
