@@ -13,8 +13,9 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from storage import CheckpointError
 
@@ -58,6 +59,17 @@ def git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or "unknown"
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+class MovingAverage(EMAWeightAveraging):
+    """Lightning's, but a test after training reads the average of a checkpoint, not the weights beside it."""
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on from both, when training resumes."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
 class ResumableCSVLogger(CSVLogger):

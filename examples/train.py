@@ -16,6 +16,7 @@ import torch
 import yaml
 from arena import ListOps, Pathfinder
 from data import DataError, SequenceData, first_line
+from forecast import Forecasting
 from images import SequentialImages
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
 from language import Characters, Words
@@ -24,7 +25,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
-    EMAWeightAveraging,
     ModelCheckpoint,
     Timer,
 )
@@ -40,6 +40,7 @@ from runs import (
     BarProgress,
     LastCheckpoint,
     LineProgress,
+    MovingAverage,
     ResumableCSVLogger,
     find_checkpoint,
     git_commit,
@@ -58,6 +59,7 @@ COMMANDS = ("fit", "validate", "test", "predict", "generate")
 TASKS: dict[str, type[SequenceData]] = {
     "copying": Copying,
     "delay": Delay,
+    "forecast": Forecasting,
     "images": SequentialImages,
     "listops": ListOps,
     "pathfinder": Pathfinder,
@@ -227,7 +229,7 @@ class ExampleCLI(LightningCLI):
         if patience := self._get(self.config_init, "patience"):
             callbacks.append(EarlyStopping(monitor, mode=mode, patience=int(patience)))
         if decay := self._get(self.config_init, "ema"):
-            callbacks.append(EMAWeightAveraging(decay=float(decay)))
+            callbacks.append(MovingAverage(decay=float(decay)))
         return callbacks
 
     def after_fit(self) -> None:

@@ -117,12 +117,25 @@ def write_lines(folder: Path, recipe: dict[str, Any]) -> list[str]:
     return ["--data.path", str(folder), "--data.length", "16", *small]
 
 
+def write_series(folder: Path, rows: int = 14_500, seed: int = 0) -> Path:
+    """A random walk of seven hourly channels, the last of them OT."""
+    values = np.random.default_rng(seed).normal(size=(rows, 7)).cumsum(0) + 20
+    dates = np.datetime64("2016-07-01T00") + np.arange(rows)
+    lines = ["date,HUFL,HULL,MUFL,MULL,LUFL,LULL,OT"]
+    for date, row in zip(dates, values, strict=True):
+        lines.append(f"{str(date).replace('T', ' ')}:00:00,{','.join(map(str, row))}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ETTh1.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
 _FEW = ("--data.train_size", "16", "--data.val_size", "4", "--data.batch_size", "4")
 
 # For each task a function that writes a little of its data, and the options of the command line for them.
 WRITERS: dict[str, Callable[[Path, dict[str, Any]], list[str]]] = {
     "copying": lambda folder, recipe: ["--data.lag", "20", "--data.train_size", "50"],
     "delay": lambda folder, recipe: ["--data.lag", "20", "--data.length", "50", "--data.train_size", "50"],
+    "forecast": lambda folder, recipe: ["--data.path", str(write_series(folder))],
     "images": write_images,
     "listops": lambda folder, recipe: [*_FEW, "--model.n_ssm", "1"],
     "pathfinder": lambda folder, recipe: [*_FEW, "--model.n_ssm", "1"],

@@ -191,6 +191,16 @@ def test_moving_average_of_the_weights(tmp_path: Path, monkeypatch: pytest.Monke
         torch.testing.assert_close(averaged[name], average, rtol=1e-4, atol=1e-6)
 
 
+def test_moving_average_is_what_is_tested(tmp_path: Path) -> None:
+    cli = train.run(["digits", *TINY, "--ema", "0.9", "--trainer.max_epochs", "1"])
+    folder = tmp_path / "runs" / "digits"
+    average = torch.load(folder / "best.ckpt", weights_only=True)["state_dict"]
+    tested = load_file(folder / "model.safetensors")
+    assert all(torch.equal(tested[name], weight) for name, weight in average.items())
+    again = train.run(["test", "digits", "--trainer.accelerator", "cpu"])
+    assert float(again.trainer.callback_metrics["test/loss"]) == cli.results["test loss"]
+
+
 def test_resume_with_a_moving_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["digits", *TINY, "--ema", "0.9", "--save_every", "2", "--trainer.max_steps", "5"]
     save = runs.LastCheckpoint._save
