@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from audio import SpokenWords
 from data import DataError, SequenceData, first_line
 from images import SequentialImages
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
@@ -51,7 +52,12 @@ from s4.model import categorical
 
 RECIPES = Path(__file__).parent / "recipes"
 COMMANDS = ("fit", "validate", "test", "predict", "generate")
-TASKS: dict[str, type[SequenceData]] = {"copying": Copying, "delay": Delay, "images": SequentialImages}
+TASKS: dict[str, type[SequenceData]] = {
+    "audio": SpokenWords,
+    "copying": Copying,
+    "delay": Delay,
+    "images": SequentialImages,
+}
 
 
 class ConfigError(Exception):
