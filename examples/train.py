@@ -211,10 +211,11 @@ class ExampleCLI(LightningCLI):
         monitor, mode = self.model.monitor
         best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
         callbacks: list[Callback] = [best, LastCheckpoint(folder, self._get(self.config_init, "save_every"))]
+        # Plain numbers, as checkpoints hold nothing else.
         if patience := self._get(self.config_init, "patience"):
-            callbacks.append(EarlyStopping(monitor, mode=mode, patience=patience))
+            callbacks.append(EarlyStopping(monitor, mode=mode, patience=int(patience)))
         if decay := self._get(self.config_init, "ema"):
-            callbacks.append(EMAWeightAveraging(decay=decay))
+            callbacks.append(EMAWeightAveraging(decay=float(decay)))
         return callbacks
 
     def after_fit(self) -> None:

@@ -1,6 +1,6 @@
-"""HiPPO state matrices and the normal, conjugate-symmetric forms that initialise S4 and S4D.
+"""HiPPO state matrices, the normal forms that initialise S4 and S4D, and the past that a state remembers.
 
-Every function is pure, works in float64 on the CPU and is deterministic across LAPACK builds.
+Every function is pure and computes in float64; matrices are made on the CPU, the same with every LAPACK.
 
 References:
     HiPPO: Gu, Dao, Ermon, Rudra, Ré, arXiv 2008.07669.
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from jaxtyping import Complex128, Float64
+from jaxtyping import Complex128, Float, Float64
 from torch import Tensor
 
 from s4._checks import check_integer, check_option
@@ -84,23 +84,137 @@ def diag(init: str, N: int) -> tuple[Complex128[Tensor, "n"], Complex128[Tensor,
         return _choose("init", init, _DIAGONALS)(_even(N))
 
 
+def basis(measure: str, N: int, lags: Float[Tensor, "*m"]) -> Float64[Tensor, "*m N"]:
+    """Functions p_n in which a HiPPO state writes down the past: u(t - s) ~ sum over n of x_n(t) p_n(s).
+
+    With L_n the Legendre polynomials of unit norm on [0, 1], L_n(z) = sqrt(2n+1) P_n(2z - 1):
+
+    - "legs": L_n(e^-s), orthonormal under the weight e^-s over s >= 0 (HTTYH section 3);
+    - "legt": L_n(1 - s), orthonormal on the window 0 <= s <= 1 (HiPPO theorem 1);
+    - "fout": 1, 0, sqrt2 cos 2 pi s, sqrt2 sin 2 pi s, sqrt2 cos 4 pi s, ... on the same (HTTYH theorem 7).
+
+    x_n is the input convolved with exp(s A) B, which is weight times p_n: exactly for "legs"; for the windows
+    approximately, as their A has to guess from the state what leaves the window.
+
+    Args:
+        measure: as in `transition`.
+        N: state size, even, at least 2.
+        lags: s, how long ago, in the system's own time, which is steps times dt. Any shape.
+
+    Returns:
+        The values (..., N), float64, differentiable in the lags.
+
+    Raises:
+        ValueError: unknown measure, N odd or below 2, or lags negative, NaN or beyond the window.
+        TypeError: lags no floating-point tensor.
+    """
+    function, window = _choose("measure", measure, _BASES)
+    _even(N)
+    _check_floating("lags", lags)
+    if not lags.is_meta and not bool(((lags >= 0) & (lags <= window)).all()):
+        reach = "be at least 0" if window == math.inf else f"lie in 0..{window:g}, the window of {measure!r}"
+        raise ValueError(f"lags must {reach}, got values from {lags.min():g} to {lags.max():g}")
+    return function(N, lags.double())
+
+
+def reconstruct(
+    measure: str, state: Float[Tensor, "*batch N"], lags: Float[Tensor, "*lags m"]
+) -> Float[Tensor, "*out m"]:
+    """The past that a HiPPO state remembers: u(t - s) from x(t), at each lag s (HiPPO section 2).
+
+    The state is that of the pair (A, B) of `transition` from zero on, in continuous time or discretised by
+    steps dt, where the input j steps before the last is at the lag (j + 1/2) dt, the middle of its step. The
+    state of a freshly initialised `S4Layer` goes through `from_modes` first:
+
+        _, state = layer(u, return_state=True)  # u (B, L, H)
+        lags = (torch.arange(100) + 0.5) * layer.log_dt.exp()[:, None]
+        past = reconstruct("legs", from_modes("legs", state), lags)  # (B, H, 100), about u[:, -1 - j] at j
+
+    "legs" gives the projection onto the N functions of `basis`, the best under the weight e^-s: sharp for the
+    recent past, ever coarser before. "legt" is exact for polynomials of degree below N, "fout" for waves with
+    up to N/2 - 1 whole periods in the window, once what came before them has died out. Of any wave e^(iwt),
+    the root mean square of what is missed is w / sqrt(N^2 + w^2) for "legs", under its weight, and for N well
+    above w about 2 (w/4)^N / N! for "legt", |1 - e^(iw)| / (pi sqrt(N)) for "fout". The Fourier series rings
+    where the ends of the window do not meet; all ring where the input jumps, also at its start.
+
+    Args:
+        measure: as in `transition`.
+        state: x(t), (..., N), N even.
+        lags: s, in steps times dt, (..., M), at least 0 and for windows at most 1. Leading dimensions
+            broadcast against those of the state: channels with a dt of their own have lags of their own.
+
+    Returns:
+        u(t - s), (..., M), in the dtype of the state; differentiable in both.
+
+    Raises:
+        ValueError: unknown measure, state or lags of wrong shape, lags negative, NaN or beyond the window.
+        TypeError: state or lags no floating-point tensor.
+    """
+    _check_floating("state", state, even=True)
+    _check_floating("lags", lags)
+    if lags.dim() == 0:
+        raise ValueError("lags must have shape (..., M), got a scalar")
+    try:
+        torch.broadcast_shapes(state.shape[:-1], lags.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"lags must have leading dimensions that broadcast with those of state {tuple(state.shape)}, "
+            f"got {tuple(lags.shape)}"
+        ) from None
+    values = basis(measure, state.shape[-1], lags)
+    return torch.einsum("...mn,...n->...m", values, state.double()).to(state.dtype)
+
+
+def from_modes(measure: str, state: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch N"]:
+    """State x of the pair of `transition` from the modes z of its form `dplr`: x = 2 Re(V z), V unitary.
+
+    It makes the state of an `S4Layer(variant="dplr", init=measure)` one for `reconstruct`. Training changes A
+    and B, and with them what the state means. For `variant="diag", init="legs"` it holds as N grows (S4D
+    theorem 3).
+
+    Args:
+        measure: as in `transition`.
+        state: the real, then the imaginary parts of the N/2 modes z, as `S4Layer` keeps it; (..., N).
+
+    Returns:
+        x (..., N) in the dtype of the state.
+
+    Raises:
+        ValueError: unknown measure, or state of odd or no size.
+        TypeError: state no floating-point tensor.
+    """
+    _choose("measure", measure, _TRANSITIONS)
+    _check_floating("state", state, even=True)
+    with torch.device("cpu"):
+        _, V = _modes(measure, state.shape[-1])
+    real, imag = state.double().chunk(2, -1)
+    V = V.to(state.device)
+    return (2 * (real @ V.real.T - imag @ V.imag.T)).to(state.dtype)
+
+
 def _dplr(measure: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
+    _, B = transition(measure, N)
+    Lambda, V = _modes(measure, N)
+    P = torch.einsum("jn,rj->rn", V.conj(), _LOW_RANK[measure](N).to(V.dtype))
+    return Lambda, P, (V.mH @ B.to(V.dtype)).real + 0j
+
+
+def _modes(measure: str, N: int) -> tuple[Tensor, Tensor]:
+    """Lambda (N/2,) and V (N, N/2), complex: the normal part of A as V diag(Lambda) V* and its conjugate."""
     A, B = transition(measure, N)
     P = _LOW_RANK[measure](N)
     if measure == "fout":
         # A + P P^T is already made of 2x2 rotations, the first of them zero: no eigensolver could pair
         # its two null vectors.
         frequency = 2 * math.pi * torch.arange(N // 2, dtype=torch.float64)
-        cosines = torch.stack([P[0], B])[:, 0::2].to(torch.complex128) / math.sqrt(2)
-        return 1j * frequency, cosines[:1], cosines[1]
+        pair = torch.tensor([[1.0], [-1j]], dtype=torch.complex128) / math.sqrt(2)
+        return 1j * frequency, torch.kron(torch.eye(N // 2, dtype=pair.dtype), pair)
     shift = -0.5 if measure == "legs" else 0.0
     skew = A + P.T @ P - shift * torch.eye(N, dtype=torch.float64)
     frequency, V = torch.linalg.eigh(-1j * skew)  # ascending, symmetric about 0
     frequency, V = frequency[N // 2 :], V[:, N // 2 :]
     phase = V.mH @ B.to(V.dtype)
-    V = V * (phase / phase.abs())
-    Lambda = torch.complex(torch.full_like(frequency, shift), frequency)
-    return Lambda, torch.einsum("jn,rj->rn", V.conj(), P.to(V.dtype)), (V.mH @ B.to(V.dtype)).real + 0j
+    return torch.complex(torch.full_like(frequency, shift), frequency), V * (phase / phase.abs())
 
 
 def _legs(N: int) -> tuple[Tensor, Tensor]:
@@ -132,6 +246,21 @@ def _endpoint(N: int) -> Tensor:
     b[0::2] = math.sqrt(2)
     b[0] = 1
     return b
+
+
+def _legendre(N: int, z: Tensor) -> Tensor:
+    """L_n(z) for n < N, orthonormal on [0, 1], by Bonnet's recurrence; (..., N)."""
+    x = 2 * z - 1
+    P = [torch.ones_like(x), x]
+    for n in range(2, N):
+        P.append(((2 * n - 1) * x * P[-1] - (n - 1) * P[-2]) / n)
+    return torch.stack(P, -1) * torch.sqrt(2 * torch.arange(N, dtype=z.dtype, device=z.device) + 1)
+
+
+def _fourier(N: int, s: Tensor) -> Tensor:
+    angle = 2 * math.pi * torch.arange(N // 2, dtype=s.dtype, device=s.device) * s[..., None]
+    pairs = torch.stack([torch.cos(angle), torch.sin(angle)], -1) * math.sqrt(2)
+    return torch.cat([torch.ones_like(pairs[..., 0, :1]), pairs.flatten(-2)[..., 1:]], -1)
 
 
 def _legt_low_rank(N: int) -> Tensor:
@@ -173,6 +302,13 @@ _DIAGONALS: dict[str, Callable[[int], tuple[Tensor, Tensor]]] = {
     "inv": _diag_inv,
 }
 
+# functions (N, lags) -> values, and how far back they reach
+_BASES: dict[str, tuple[Callable[[int, Tensor], Tensor], float]] = {
+    "legs": (lambda N, s: _legendre(N, torch.exp(-s)), math.inf),
+    "legt": (lambda N, s: _legendre(N, 1 - s), 1.0),
+    "fout": (_fourier, 1.0),
+}
+
 
 def _choose(name: str, value: str, table: dict[str, T]) -> T:
     check_option(name, value, table)
@@ -184,3 +320,11 @@ def _even(N: int) -> int:
     if N % 2:
         raise ValueError(f"N must be even, got {N}")
     return N
+
+
+def _check_floating(name: str, value: Tensor, even: bool = False) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    if even and (value.dim() == 0 or value.shape[-1] == 0 or value.shape[-1] % 2):
+        raise ValueError(f"{name} must have shape (..., N) with N even, got {tuple(value.shape)}")

@@ -201,6 +201,7 @@ def test_rate(rate: Any, match: str) -> None:
         refuses(EITHER, f"rate.*({match})", call)
 
 
+T1 = torch.ones(2)
 HIPPO = {
     "unknown measure": (lambda: hippo.transition("lagt", 4), "measure.*legs.*lagt"),
     "measures": (lambda: hippo.transition(["legs"], 4), r"measure.*\['legs'\]"),
@@ -212,6 +213,26 @@ HIPPO = {
     "odd N of diag": (lambda: hippo.diag("inv", 5), "N .*5"),
     "N zero": (lambda: hippo.transition("legt", 0), "N .*0"),
     "N negative": (lambda: hippo.diag("lin", -2), "N .*-2"),
+    "measure of basis": (lambda: hippo.basis("lin", 4, T1), "measure.*legs.*lin"),
+    "odd N of basis": (lambda: hippo.basis("legt", 5, T1), "N .*5"),
+    "lags a list": (lambda: hippo.basis("legs", 4, [0.5]), "lags .*list"),
+    "lags integers": (lambda: hippo.basis("legs", 4, torch.arange(3)), "lags .*int64"),
+    "lags negative": (lambda: hippo.basis("legs", 4, -T1), "lags .*at least 0.*-1"),
+    "lags nan": (lambda: hippo.basis("legs", 4, T1 * float("nan")), "lags .*nan"),
+    "lags beyond legt": (lambda: hippo.basis("legt", 4, 1.5 * T1), r"lags .*0\.\.1.*legt.*1\.5"),
+    "lags beyond fout": (lambda: hippo.reconstruct("fout", torch.zeros(4), 2 * T1), r"lags .*0\.\.1.*2"),
+    "lags a scalar": (lambda: hippo.reconstruct("legs", torch.zeros(4), T1[0]), "lags .*scalar"),
+    "lags of other channels": (
+        lambda: hippo.reconstruct("legs", torch.zeros(3, 4), torch.ones(2, 5)),
+        r"lags .*\(3, 4\).*\(2, 5\)",
+    ),
+    "measure of reconstruct": (lambda: hippo.reconstruct("inv", torch.zeros(4), T1), "measure.*legs.*inv"),
+    "state complex": (lambda: hippo.reconstruct("legs", torch.zeros(4) + 0j, T1), "state .*complex64"),
+    "state odd": (lambda: hippo.reconstruct("legs", torch.zeros(2, 3), T1), r"state .*even.*\(2, 3\)"),
+    "state a number": (lambda: hippo.from_modes("legs", 1.0), "state .*float"),
+    "state empty": (lambda: hippo.from_modes("legs", torch.zeros(2, 0)), r"state .*\(2, 0\)"),
+    "state scalar": (lambda: hippo.from_modes("legs", torch.tensor(1.0)), "state .*even"),
+    "measure of modes": (lambda: hippo.from_modes("lin", torch.zeros(4)), "measure.*legs.*lin"),
 }
 
 

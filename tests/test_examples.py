@@ -1,12 +1,7 @@
 """The examples: recipes, resume, and what is said when something is wrong."""
 
 import csv
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -21,8 +16,8 @@ import images
 import runs
 import train
 from data import Spec
-from example_files import write_parquet
-from storage import CONTENT, CheckpointError, atomic_save, load_checkpoint
+from example_files import TINY, fails, step_losses, write_parquet
+from storage import CONTENT, CheckpointError, load_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),
@@ -34,31 +29,7 @@ pytestmark = [
 LABELS = Spec("label", 1, 10)
 EXAMPLES = Path(train.__file__).parent
 RECIPES = sorted(path.stem for path in train.RECIPES.glob("*.yaml"))
-TINY = [
-    *("--model.d_model", "8", "--model.n_layers", "1", "--model.d_state", "4"),
-    *("--data.batch_size", "128", "--trainer.accelerator", "cpu", "--trainer.devices", "1"),
-    *("--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"),
-]
-
-
-def step_losses(folder: Path) -> dict[int, str]:
-    """Training loss by step, as the text in metrics.csv: compared bit for bit."""
-    with (folder / "metrics.csv").open(newline="") as rows:
-        return {int(row["step"]): row["train/loss"] for row in csv.DictReader(rows) if row["train/loss"]}
-
-
 Capture = pytest.CaptureFixture[str]
-
-
-def fails(capsys: Capture, code: int, arguments: list[str], *words: str) -> None:
-    """A command line that must end with `code` and one message with these words, without a traceback."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        train.run(arguments)
-    message = capsys.readouterr().err
-    assert ended.value.code == code
-    assert "Traceback" not in message
-    assert [word for word in words if word not in message] == [], message
 
 
 # Recipes and the command line
@@ -173,117 +144,6 @@ def test_schedule() -> None:
     assert factors[110] == pytest.approx(0)
     assert np.all(np.diff(factors[:11]) > 0)
     assert np.all(np.diff(factors[10:]) < 0)
-
-
-# Resume
-
-
-def test_killed_run_resumes_at_the_same_losses(tmp_path: Path) -> None:
-    options = ["digits", *TINY, "--data.batch_size", "64", "--model.dropout", "0.1"]
-    options += ["--trainer.max_steps", "60", "--save_every", "7"]
-    train.run([*options, "--run_dir", "whole"])
-    whole = step_losses(tmp_path / "whole")
-    assert len(whole) == 60
-
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), *sys.path]),
-    }
-    command = [sys.executable, str(EXAMPLES / "train.py"), *options, "--run_dir", "killed"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    metrics, deadline = tmp_path / "killed" / "metrics.csv", time.monotonic() + 60
-    # Past the first epoch of 20 steps, so that a finished epoch and a part of one are behind it.
-    while process.poll() is None and time.monotonic() < deadline:
-        if metrics.is_file() and metrics.read_bytes().count(b"\n") > 27:
-            break
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-
-    cli = train.run([*options, "--run_dir", "killed", "--ckpt_path", "last"])
-    assert cli.resume_step >= 21
-    assert step_losses(tmp_path / "killed") == whole
-
-
-@pytest.mark.parametrize("limit", ["max_epochs", "max_steps"])
-def test_resume_before_and_after_the_end_of_an_epoch(
-    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ["digits", *TINY, "--model.dropout", "0.1", "--save_every", "3"]
-    options += [f"--trainer.{limit}", "2" if limit == "max_epochs" else "20"]
-    save = runs.LastCheckpoint._save
-
-    def keep_each(self: runs.LastCheckpoint, trainer: train.Trainer) -> None:
-        save(self, trainer)
-        folder = tmp_path / f"at-{trainer.global_step}"
-        folder.mkdir()
-        for file in (tmp_path / "whole").glob("*.c*"):  # last.ckpt and, once there is a row, metrics.csv
-            shutil.copy(file, folder)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(runs.LastCheckpoint, "_save", keep_each)
-        train.run([*options, "--run_dir", "whole"])
-    whole = step_losses(tmp_path / "whole")
-    assert len(whole) == 20
-    saved = sorted(int(path.name.removeprefix("at-")) for path in tmp_path.glob("at-*"))
-    assert saved == [1, 3, 6, 9, 11, 12, 15, 18, 20]
-    for step in (9, 11):
-        folder = tmp_path / f"at-{step}"
-        train.run([*options, "--ckpt_path", str(folder / "last.ckpt")])
-        resumed = step_losses(folder)
-        # The row of the very step of the checkpoint was not yet written when it was copied.
-        assert resumed == {at: loss for at, loss in whole.items() if at != step - 1}
-
-
-def test_resume_needs_the_same_data(tmp_path: Path, capsys: Capture) -> None:
-    train.run(["digits", *TINY, "--trainer.max_steps", "2"])
-    options = ["digits", *TINY, "--trainer.max_steps", "4"]
-    for option, value, said in (
-        ("--data.batch_size", "8", "'batch_size': 8"),
-        ("--data.permute", "true", "'permute': True"),
-        ("--data.validation", "0.2", "'validation': 0.2"),
-    ):
-        fails(capsys, 1, [*options, option, value, "--ckpt_path", "last"], said)
-
-
-def test_resume_knows_a_moved_folder_from_other_images(tmp_path: Path, capsys: Capture) -> None:
-    folder = write_parquet(tmp_path / "mnist", images.SOURCES["mnist"])
-    moved = folder.rename(tmp_path / "moved")
-    other = write_parquet(tmp_path / "other", images.SOURCES["mnist"], seed=1)
-    options = ["smnist_small", *TINY, "--data.batch_size", "8"]
-    train.run([*options, "--data.path", str(moved), "--trainer.max_steps", "1"])
-    options += ["--trainer.max_steps", "2", "--ckpt_path", "last"]
-    back = moved.rename(folder)
-    os.utime(back / "train.parquet", (1, 1))
-    fails(capsys, 1, [*options, "--data.path", str(other)], "'digest'")
-    assert train.run([*options, "--data.path", str(back)]).resume_step == 1
-
-
-def test_failed_write_keeps_the_checkpoint(tmp_path: Path) -> None:
-    file = tmp_path / "last.ckpt"
-    content = dict.fromkeys(CONTENT, 0)
-    atomic_save(content, file)
-    with pytest.raises(Exception, match="pickle"):
-        atomic_save({"state_dict": {}, "bad": lambda: None}, file)
-    assert load_checkpoint(file) == content
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-def test_full_disk_is_an_os_error() -> None:
-    program = """
-import resource, signal, sys, torch
-from pathlib import Path
-from storage import atomic_save
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    atomic_save(torch.zeros(10**6), Path("large.pt"))
-except OSError:
-    sys.exit(7 if not any(Path().iterdir()) else 1)
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path])}
-    assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 7
 
 
 # Errors

@@ -1,0 +1,214 @@
+"""Training of the examples: exact resume, several processes, averages, accumulation, early stop."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
+
+import images
+import runs
+import train
+from example_files import TINY, fails, step_losses, write_parquet
+from safetensors.torch import load_file
+from storage import CONTENT, atomic_save, load_checkpoint
+
+pytestmark = [
+    pytest.mark.usefixtures("own_folder"),
+    pytest.mark.filterwarnings(
+        "ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning"
+    ),  # Lightning's jsonargparse
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # here on purpose
+]
+EXAMPLES = Path(train.__file__).parent
+Capture = pytest.CaptureFixture[str]
+
+
+def in_a_process(arguments: list[str]) -> subprocess.Popen[bytes]:
+    """A command line in a process of its own, with as many threads as this one."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), *sys.path]),
+    }
+    command = [sys.executable, str(EXAMPLES / "train.py"), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+
+def test_killed_run_resumes_at_the_same_losses(tmp_path: Path) -> None:
+    options = ["digits", *TINY, "--data.batch_size", "64", "--model.dropout", "0.1"]
+    options += ["--trainer.max_steps", "60", "--save_every", "7"]
+    train.run([*options, "--run_dir", "whole"])
+    whole = step_losses(tmp_path / "whole")
+    assert len(whole) == 60
+
+    process = in_a_process([*options, "--run_dir", "killed"])
+    metrics, deadline = tmp_path / "killed" / "metrics.csv", time.monotonic() + 60
+    # Past the first epoch of 20 steps, so that a finished epoch and a part of one are behind it.
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.is_file() and metrics.read_bytes().count(b"\n") > 27:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+
+    cli = train.run([*options, "--run_dir", "killed", "--ckpt_path", "last"])
+    assert cli.resume_step >= 21
+    assert step_losses(tmp_path / "killed") == whole
+
+
+@pytest.mark.parametrize("limit", ["max_epochs", "max_steps"])
+def test_resume_before_and_after_the_end_of_an_epoch(
+    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["digits", *TINY, "--model.dropout", "0.1", "--save_every", "3"]
+    options += [f"--trainer.{limit}", "2" if limit == "max_epochs" else "20"]
+    save = runs.LastCheckpoint._save
+
+    def keep_each(self: runs.LastCheckpoint, trainer: train.Trainer) -> None:
+        save(self, trainer)
+        folder = tmp_path / f"at-{trainer.global_step}"
+        folder.mkdir()
+        for file in (tmp_path / "whole").glob("*.c*"):  # last.ckpt and, once there is a row, metrics.csv
+            shutil.copy(file, folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.LastCheckpoint, "_save", keep_each)
+        train.run([*options, "--run_dir", "whole"])
+    whole = step_losses(tmp_path / "whole")
+    assert len(whole) == 20
+    saved = sorted(int(path.name.removeprefix("at-")) for path in tmp_path.glob("at-*"))
+    assert saved == [1, 3, 6, 9, 11, 12, 15, 18, 20]
+    for step in (9, 11):
+        folder = tmp_path / f"at-{step}"
+        train.run([*options, "--ckpt_path", str(folder / "last.ckpt")])
+        resumed = step_losses(folder)
+        # The row of the very step of the checkpoint was not yet written when it was copied.
+        assert resumed == {at: loss for at, loss in whole.items() if at != step - 1}
+
+
+def test_resume_needs_the_same_data(tmp_path: Path, capsys: Capture) -> None:
+    train.run(["digits", *TINY, "--trainer.max_steps", "2"])
+    options = ["digits", *TINY, "--trainer.max_steps", "4"]
+    for option, value, said in (
+        ("--data.batch_size", "8", "'batch_size': 8"),
+        ("--data.permute", "true", "'permute': True"),
+        ("--data.validation", "0.2", "'validation': 0.2"),
+    ):
+        fails(capsys, 1, [*options, option, value, "--ckpt_path", "last"], said)
+
+
+def test_resume_knows_a_moved_folder_from_other_images(tmp_path: Path, capsys: Capture) -> None:
+    folder = write_parquet(tmp_path / "mnist", images.SOURCES["mnist"])
+    moved = folder.rename(tmp_path / "moved")
+    other = write_parquet(tmp_path / "other", images.SOURCES["mnist"], seed=1)
+    options = ["smnist_small", *TINY, "--data.batch_size", "8"]
+    train.run([*options, "--data.path", str(moved), "--trainer.max_steps", "1"])
+    options += ["--trainer.max_steps", "2", "--ckpt_path", "last"]
+    back = moved.rename(folder)
+    os.utime(back / "train.parquet", (1, 1))
+    fails(capsys, 1, [*options, "--data.path", str(other)], "'digest'")
+    assert train.run([*options, "--data.path", str(back)]).resume_step == 1
+
+
+def test_failed_write_keeps_the_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+    content = dict.fromkeys(CONTENT, 0)
+    atomic_save(content, file)
+    with pytest.raises(Exception, match="pickle"):
+        atomic_save({"state_dict": {}, "bad": lambda: None}, file)
+    assert load_checkpoint(file) == content
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_full_disk_is_an_os_error() -> None:
+    program = """
+import resource, signal, sys, torch
+from pathlib import Path
+from storage import atomic_save
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    atomic_save(torch.zeros(10**6), Path("large.pt"))
+except OSError:
+    sys.exit(7 if not any(Path().iterdir()) else 1)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path])}
+    assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 7
+
+
+def test_two_processes_train_as_one_with_the_same_batch(tmp_path: Path) -> None:
+    options = ["digits", *TINY, "--trainer.max_steps", "3", "--model.dropout", "0"]
+    train.run([*options, "--data.batch_size", "64", "--run_dir", "one"])
+    two = [
+        "--data.batch_size",
+        "32",
+        "--trainer.devices",
+        "2",
+        "--trainer.strategy",
+        "ddp",
+        "--run_dir",
+        "two",
+    ]
+    assert in_a_process([*options, *two]).wait(120) == 0
+    one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_accumulated_batches_train_as_one(tmp_path: Path) -> None:
+    options = ["digits", *TINY, "--trainer.max_steps", "3", "--model.dropout", "0"]
+    train.run([*options, "--data.batch_size", "64", "--run_dir", "one"])
+    parts = ["--data.batch_size", "32", "--trainer.accumulate_grad_batches", "2", "--run_dir", "parts"]
+    train.run([*options, *parts])
+    one, parts = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "parts"))
+    for name, weight in one.items():
+        torch.testing.assert_close(parts[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_moving_average_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights: list[dict[str, torch.Tensor]] = []
+    step = train.SequenceTask.on_train_batch_end
+
+    def keep(self: train.SequenceTask, *arguments: object) -> None:
+        weights.append({name: weight.detach().clone() for name, weight in self.named_parameters()})
+        step(self, *arguments)
+
+    monkeypatch.setattr(train.SequenceTask, "on_train_batch_end", keep)
+    train.run(["digits", *TINY, "--ema", "0.5", "--trainer.max_steps", "6"])
+    averaged = load_file(tmp_path / "runs" / "digits" / "model.safetensors")
+    for name in weights[0]:
+        average = weights[0][name]
+        for later in weights[1:]:
+            average = 0.5 * average + 0.5 * later[name]
+        torch.testing.assert_close(averaged[name], average, rtol=1e-4, atol=1e-6)
+
+
+def test_resume_with_a_moving_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["digits", *TINY, "--ema", "0.9", "--save_every", "2", "--trainer.max_steps", "5"]
+    save = runs.LastCheckpoint._save
+
+    def keep(self: runs.LastCheckpoint, trainer: train.Trainer) -> None:
+        save(self, trainer)
+        if trainer.global_step == 2:
+            shutil.copytree("whole", "stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.LastCheckpoint, "_save", keep)
+        train.run([*options, "--run_dir", "whole"])
+    train.run([*options, "--run_dir", "stopped", "--ckpt_path", "last"])
+    whole, resumed = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_early_stop() -> None:
+    # Without learning nothing gets better after the first validation.
+    cli = train.run(["digits", *TINY, "--model.lr", "0", "--patience", "2", "--trainer.max_epochs", "9"])
+    assert cli.results["epochs"] == 3
