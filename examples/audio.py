@@ -70,8 +70,8 @@ class SpokenWords(SequenceData):
     """Which word a recording says, from its samples; tested at the full and at half the sampling rate.
 
     The half-rate test takes every second sample, without a filter before, and doubles the model's step: no
-    training happens at that rate (arXiv 2111.00396, section 4.3). Every recording is shifted and scaled to mean
-    0 and variance 1.
+    training happens at that rate (arXiv 2111.00396). Every recording is shifted and scaled to mean 0 and
+    variance 1.
 
     Args:
         dataset: fsdd (Free Spoken Digit Dataset, 8 kHz, recordings of different lengths) or speech_commands
@@ -179,7 +179,9 @@ class SpokenWords(SequenceData):
         import datasets  # only here: it takes a while to import
 
         source, recordings, labels = self.source, [], []
-        expected = f"WAV files of 16 bits, {source.rate} Hz, one channel in column 'audio', integers in 'label'"
+        expected = (
+            f"WAV files of 16 bits, {source.rate} Hz, one channel in column 'audio', integers in 'label'"
+        )
         with rows(
             source.hub, self.path, split, COLUMNS, expected, folder=source.folder, revision=source.revision
         ) as table:
@@ -241,7 +243,7 @@ def standardize(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def augment(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
-    """Standardised waveforms (B, L) as another microphone might have heard them, drawn from torch's generator.
+    """Standardised waveforms (B, L) as other microphones might have heard them; random by torch's generator.
 
     Of each: a random equaliser, whose gain at nine equally spaced frequencies is normal with a standard
     deviation of 3 dB, and falls by up to 18 dB to the highest frequency; white noise 15 to 40 dB below it;
