@@ -246,7 +246,7 @@ def augment(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
     """Standardised waveforms (B, L) as other microphones might have heard them; random by torch's generator.
 
     Of each: a random equaliser, whose gain at nine equally spaced frequencies is normal with a standard
-    deviation of 3 dB, and falls by up to 18 dB to the highest frequency; white noise 15 to 40 dB below it;
+    deviation of 4 dB, and falls by up to 24 dB to the highest frequency; white noise 10 to 40 dB below it;
     and a gain that is log-normal, with a standard deviation of 0.2.
     """
 
@@ -254,15 +254,15 @@ def augment(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
         return torch.rand(len(waveforms), 1, device=waveforms.device)
 
     spectrum = torch.fft.rfft(waveforms)
-    knots = 3 * torch.randn(len(waveforms), 1, 9, device=waveforms.device)
+    knots = 4 * torch.randn(len(waveforms), 1, 9, device=waveforms.device)
     decibels = torch.nn.functional.interpolate(
         knots, spectrum.shape[1], mode="linear", align_corners=True
     ).squeeze(1)
-    slope = torch.linspace(0, 18, spectrum.shape[1], device=waveforms.device)
+    slope = torch.linspace(0, 24, spectrum.shape[1], device=waveforms.device)
     heard = torch.fft.irfft(spectrum * 10 ** ((decibels - uniform() * slope) / 20), waveforms.shape[1])
     inside = torch.ones_like(heard) if lengths is None else _inside(heard, lengths)
     heard = standardize(heard * inside, lengths)
-    noise = 10 ** (-(15 + 25 * uniform()) / 20)
+    noise = 10 ** (-(10 + 30 * uniform()) / 20)
     gain = torch.exp(0.2 * torch.randn(len(heard), 1, device=heard.device))
     return gain * (heard + noise * torch.randn_like(heard)) * inside
 
