@@ -226,20 +226,41 @@ def test_augmentation(digits: tuple[Path, dict[str, list[np.ndarray]]]) -> None:
     assert torch.equal(plain, SpokenWords("fsdd", digits[0]).transform(raw, training=True).inputs)
 
 
-def test_augmented_noise_and_slope() -> None:
-    """What a tone does not hold is noise, 10 to 40 dB below; a high tone loses level to a low one."""
-    steps = torch.arange(4000)
-    low, high = (2**0.5 * torch.sin(2 * torch.pi * f * steps) for f in (0.05, 0.45))
-    heard = audio.augment(low.expand(400, -1), None)
-    level = heard @ low / 4000
+def tone(frequency: float) -> torch.Tensor:
+    """400 rows of 4,000 steps with variance 1."""
+    return (2**0.5 * torch.sin(2 * torch.pi * frequency * torch.arange(4000))).expand(400, -1)
+
+
+def test_augmented_noise_and_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tone does not hold is noise."""
+    monkeypatch.setattr(audio, "modulate", lambda waveforms: waveforms)
+    low = tone(0.05)
+    heard = audio.augment(low, None)
+    level = heard @ low[0] / 4000
     below = -10 * torch.log10((heard - level[:, None] * low).square().mean(1) / level.square())
-    assert 9 < below.min() < 12
+    assert 14 < below.min() < 17
     assert 38 < below.max() < 41
     assert 0.15 < level.log().std() < 0.25
-    both = audio.augment((low + high).expand(400, -1) / 2**0.5, None)
-    ratio = 20 * torch.log10((both @ low).abs() / (both @ high).abs())
-    # The mean of the slope: half of 24 dB, of which 0.8 lies between the tones.
-    assert abs(ratio.mean() - 0.8 * 12) < 1
+
+
+def test_equalizer_lowers_high_frequencies() -> None:
+    low, high = tone(0.05), tone(0.45)
+    heard = audio.equalize(low + high)
+    decibels = 20 * torch.log10((heard @ low[0]).abs() / (heard @ high[0]).abs())
+    assert abs(decibels.mean() - 0.8 * 9) < 1  # half of 18 dB, of which 0.8 lies between the tones
+
+
+def test_modulator_mirrors_and_shifts() -> None:
+    """Of a tone at f by one at g: both side tones g - f and g + f, half as strong as the modulator says."""
+    low = tone(0.05)
+    rest = audio.modulate(low) - low
+    spectrum = torch.fft.rfft(rest).abs()
+    peaks = spectrum.argmax(1) / 4000
+    assert ((peaks > 0.249) & (peaks <= 0.5)).all()
+    assert (spectrum[:, :900].square().sum(1) < 0.05 * spectrum.square().sum(1)).all()
+    strength = (2 * rest.square().mean(1)).sqrt()
+    assert 0.7 < strength.max() < 0.85
+    assert strength.min() < 0.1
 
 
 def test_subsampling_other_batches() -> None:
