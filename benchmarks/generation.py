@@ -187,15 +187,20 @@ class Decoding:
         advance: Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]],
         token: Tensor,
         held: Sequence[Tensor],
+        compiled: bool,
     ) -> None:
-        self.advance, self.token, self.held = advance, token, held
+        def newest(token: Tensor, held: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+            logits, after = advance(token, held)
+            return logits.argmax(-1), after
+
+        self.advance = torch.compile(newest, dynamic=False) if compiled else newest
+        self.token, self.held = token, held
         self.step: Callable[[], None] = self._step
         if token.is_cuda:
             self.step = self._captured().replay
 
     def _step(self) -> None:
-        logits, self.held = self.advance(self.token, self.held)
-        self.token = logits.argmax(-1)
+        self.token, self.held = self.advance(self.token, self.held)
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         token, held = self.token, self.held
@@ -207,8 +212,8 @@ class Decoding:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits, after = self.advance(token, held)
-            token.copy_(logits.argmax(-1))
+            newest, after = self.advance(token, held)
+            token.copy_(newest)
             for old, new in zip(held, after, strict=True):
                 if new is not old:  # a cache is written in place
                     old.copy_(new)
@@ -216,7 +221,9 @@ class Decoding:
         return graph
 
 
-def decoding(model: nn.Module, sizes: Sizes, batch: int, context: int, device: torch.device) -> Decoding:
+def decoding(
+    model: nn.Module, sizes: Sizes, batch: int, context: int, device: torch.device, compiled: bool = False
+) -> Decoding:
     """At the last position of a context: the past is random numbers, the token is computed in full."""
     token = torch.randint(sizes.vocabulary, (batch,), device=device)
 
@@ -226,9 +233,10 @@ def decoding(model: nn.Module, sizes: Sizes, batch: int, context: int, device: t
     if isinstance(model, Transformer):
         heads = sizes.d_model // HEAD_DIM
         cache = noise(sizes.n_layers, 2, batch, heads, context, HEAD_DIM)
-        return Decoding(lambda u, held: (model.step(u, held[0], context - 1), held), token, [cache])
+        return Decoding(lambda u, held: (model.step(u, held[0], context - 1), held), token, [cache], compiled)
     if isinstance(model, LSTM):
-        return Decoding(model.step, token, [noise(batch, sizes.d_model) for _ in range(2 * sizes.n_layers)])
+        held = [noise(batch, sizes.d_model) for _ in range(2 * sizes.n_layers)]
+        return Decoding(model.step, token, held, compiled)
     state = model.initial_state(batch)
     layers = [noise(*x.shape) for x in state.layers]
 
@@ -236,7 +244,7 @@ def decoding(model: nn.Module, sizes: Sizes, batch: int, context: int, device: t
         y, after = model.step(u, ModelState(tuple(held[:-2]), held[-2], held[-1]))
         return y, [*after.layers, after.total, after.length]
 
-    return Decoding(advance, token, [*layers, state.total, state.length + context])
+    return Decoding(advance, token, [*layers, state.total, state.length + context], compiled)
 
 
 def turn(run: Decoding, steps: int, device: torch.device) -> float:
@@ -257,13 +265,18 @@ def measure(
     device: torch.device,
     seconds: float,
     stop: float,
+    compiled: bool,
 ) -> list[Cell]:
     """All contenders at one size, taking turns, so that what else the machine does meets all of them."""
     runs, peaks, steps = {}, {}, {}
+    if compiled:
+        torch.compiler.reset()  # the graphs of other sizes
     for who, model in models.items():
         gc.collect()
         peak = Peak(device)
-        runs[who] = decoding(model, sizes, batch, context, device)
+        runs[who] = decoding(model, sizes, batch, context, device, compiled)
+        if compiled:
+            runs[who].step()
         first = turn(runs[who], 2, device)
         peaks[who] = peak.above_start()
         steps[who] = max(1, math.ceil(TURN / first))
@@ -356,6 +369,7 @@ def main(
     vocabulary: int = 256,
     expand: int = 4,
     cache_gib: float = 4.0,
+    compile: bool = False,
     name: str = "generation",
 ) -> None:
     """Time generation by S4, a Transformer and an LSTM; write benchmarks/results/NAME-DEVICE.json and .png.
@@ -373,6 +387,7 @@ def main(
         vocabulary: number of tokens.
         expand: hidden width of the Transformer's perceptrons over its width.
         cache_gib: the Transformer sits out where its cache would be larger.
+        compile: all contenders by torch.compile, each size by itself; peak memory is then the compiler's.
         name: of the files written.
     """
     if d_model % HEAD_DIM:
@@ -400,13 +415,14 @@ def main(
                 cache = 8 * n_layers * batch * context * d_model / 2**30
                 found = {w: m for w, m in models.items() if w != "Transformer" or cache <= cache_gib}
                 if time.monotonic() < stop:
-                    cells += measure(found, sizes, batch, context, where, seconds, stop)
+                    cells += measure(found, sizes, batch, context, where, seconds, stop, compile)
                 progress.advance(task)
     if not cells:
         raise SystemExit(f"nothing was measured in a budget of {budget:g} seconds: raise --budget")
     show(cells)
     result = provenance(device) | {
         "sizes": asdict(sizes),
+        "compiled": compile,
         "cells": [asdict(cell) | {"times_transformer": ratio(cells, cell)} for cell in cells],
     }
     RESULTS.mkdir(exist_ok=True)

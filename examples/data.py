@@ -93,6 +93,7 @@ class Loader:
         lengths: (n,) of all rows, to put rows of similar length into a batch when shuffled.
         shuffle: a new order each epoch, else the order of `rows`.
         drop_last: leave out the rows that do not fill a batch on every rank.
+        shift: when shuffled, move all rows of an epoch by one random number below this.
         content: what else must be equal in a run that goes on from a place in these data.
     """
 
@@ -107,13 +108,14 @@ class Loader:
         lengths: np.ndarray | None = None,
         shuffle: bool = False,
         drop_last: bool = False,
+        shift: int = 1,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         content: dict[str, Any] | None = None,
     ) -> None:
         self.fetch, self.rows, self.lengths = fetch, rows, lengths
-        self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
+        self.batch_size, self.shuffle, self.drop_last, self.shift = batch_size, shuffle, drop_last, shift
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.content = content or {}
         self.epoch = 0
@@ -140,6 +142,7 @@ class Loader:
             rows = generator.permutation(rows)
             if self.lengths is not None:
                 rows = self._by_length(rows, generator)
+            rows = rows + generator.integers(self.shift)
         if self.drop_last:
             rows = rows[: len(rows) - len(rows) % together]
         return torch.from_numpy(rows[self.rank :: self.world_size].astype(np.int64))
@@ -212,6 +215,7 @@ class SequenceData(pl.LightningDataModule):
 
     splits: tuple[str, ...] = ("train", "val", "test")  # what `build` can make
     version = 1  # raise when what `build` makes changes
+    shift = 1  # training rows move by a random number below this, another one each epoch
 
     def __init__(
         self,
@@ -328,6 +332,7 @@ class SequenceData(pl.LightningDataModule):
             lengths=lengths,
             shuffle=training,
             drop_last=training,
+            shift=self.shift,
             seed=self.seed,
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,

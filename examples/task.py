@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from adaptive import AdaptiveEmbedding
 from baselines import LSTMModel
 from data import Batch, Spec
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -44,6 +45,8 @@ class SequenceTask(pl.LightningModule):
         dropout: probability.
         tie_dropout: drop whole channels, the same at every step.
         mixer: glu or linear, what follows the activation.
+        cutoffs: of tokens in order of frequency, where an adaptive embedding and softmax divide them; if not
+            given, an embedding and a linear map.
         lr: peak learning rate.
         ssm_lr: peak learning rate of dt, A and B.
         weight_decay: of everything but the state space parameters, norms and biases.
@@ -72,6 +75,7 @@ class SequenceTask(pl.LightningModule):
         dropout: float = 0.0,
         tie_dropout: bool = False,
         mixer: Literal["glu", "linear"] = "glu",
+        cutoffs: list[int] | None = None,
         lr: float = 1e-2,
         ssm_lr: float = 1e-3,
         weight_decay: float = 0.05,
@@ -85,9 +89,15 @@ class SequenceTask(pl.LightningModule):
             raise ValueError(f"need n_layers >= 1 and warmup_steps >= 0, got {n_layers} and {warmup_steps}")
         self.spec, self.warmup_steps = spec, warmup_steps
         self.lr, self.ssm_lr, self.weight_decay = lr, ssm_lr, weight_decay
-        encoder = (nn.Embedding if spec.tokens else nn.Linear)(spec.d_input, d_model)
-        # Of a pair of sequences both are encoded by one model, and compared.
-        decoder: nn.Module = nn.Identity() if spec.pairs else nn.Linear(d_model, spec.d_output)
+        if cutoffs and spec.kind != "token":
+            raise ValueError(f"model.cutoffs is for models that predict tokens, not a {spec.kind}")
+        encoder: nn.Module = (
+            AdaptiveEmbedding(spec.d_input, d_model, cutoffs)
+            if cutoffs
+            else (nn.Embedding if spec.tokens else nn.Linear)(spec.d_input, d_model)
+        )
+        # Of a pair both sequences are encoded by one model, and compared; an adaptive softmax is in the loss.
+        decoder = nn.Identity() if spec.pairs or cutoffs else nn.Linear(d_model, spec.d_output)
         self.compare = (
             nn.Sequential(nn.Linear(4 * d_model, d_model), nn.GELU(), nn.Linear(d_model, spec.d_output))
             if spec.pairs
@@ -134,12 +144,21 @@ class SequenceTask(pl.LightningModule):
         self._step_began = 0.0
 
     @property
+    def adaptive(self) -> AdaptiveEmbedding | None:
+        """What turns outputs into probabilities, if there are cutoffs."""
+        encoder = self.model.encoder
+        return encoder if isinstance(encoder, AdaptiveEmbedding) else None
+
+    @property
     def monitor(self) -> tuple[str, Literal["min", "max"]]:
         """What is best, and whether more or less of it is better."""
         return ("val/accuracy", "max") if self.spec.kind == "label" else ("val/loss", "min")
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, d_output) of labels; or, of the last M positions, logits or values (B, M, d_output)."""
+        """Logits (B, d_output) of labels; or, of the last M positions, logits or values (B, M, d_output).
+
+        With cutoffs, features (B, M, d_model) instead of logits.
+        """
         u, lengths = batch.inputs, batch.lengths
         if self.compare is not None:
             u, lengths = u.flatten(0, 1), None if lengths is None else lengths.flatten()
@@ -154,7 +173,7 @@ class SequenceTask(pl.LightningModule):
         y = self(batch)
         loss = self._loss(y, batch.targets)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(y))
-        if self.spec.kind != "value":
+        if self.spec.kind != "value" and self.adaptive is None:
             self.log("train/accuracy", (y.argmax(-1) == batch.targets).float().mean(), batch_size=len(y))
         return loss
 
@@ -214,23 +233,25 @@ class SequenceTask(pl.LightningModule):
     def _loss(self, y: Tensor, targets: Tensor) -> Tensor:
         if self.spec.kind == "value":
             return nn.functional.mse_loss(y, targets)
+        if self.adaptive is not None:
+            return self.adaptive.loss(y.flatten(0, -2), targets.flatten())
         return nn.functional.cross_entropy(y.flatten(0, -2), targets.flatten())
 
     def _new_scores(self) -> nn.ModuleDict:
         scores: dict[str, Metric] = {"loss": MeanMetric()}
         if self.spec.kind == "value":
             scores |= {"mae": MeanAbsoluteError(), "r2": R2Score()}
-        else:
+        elif self.adaptive is None:
             scores["accuracy"] = MulticlassAccuracy(self.spec.d_output, average="micro")
         if self.spec.kind == "token":
-            scores["bits"] = MeanMetric()
+            scores |= {"bits": MeanMetric(), "perplexity": Perplexity()}
         return nn.ModuleDict(scores)
 
     def _score(self, stage: str, batch: Batch) -> None:
         y, targets = self(batch), batch.targets
         loss = self._loss(y, targets)
         for name, score in self.scores[stage].items():
-            if name == "loss":
+            if name in ("loss", "perplexity"):
                 score.update(loss, len(y))
             elif name == "bits":
                 score.update(loss / math.log(2), len(y))
@@ -240,3 +261,11 @@ class SequenceTask(pl.LightningModule):
                 score.update(y.flatten(), targets.flatten())
             shown = stage == "val" and f"val/{name}" == self.monitor[0]
             self.log(f"{stage}/{name}", score, prog_bar=shown, on_epoch=True, add_dataloader_idx=False)
+
+
+class Perplexity(MeanMetric):
+    """e to the mean loss of a token."""
+
+    def compute(self) -> Tensor:
+        """A scalar."""
+        return super().compute().exp()

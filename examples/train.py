@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 import yaml
+from arena import ListOps, Pathfinder
 from audio import SpokenWords
 from data import DataError, SequenceData, first_line
 from images import SequentialImages
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
+from language import Characters, Words
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
@@ -32,6 +34,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from memory import Copying, Delay
 from report import learning_curve, print_results, write_labels, write_values
+from retrieval import PaperPairs
 from rich.console import Console
 from rich.markup import escape
 from runs import (
@@ -46,6 +49,7 @@ from runs import (
 from safetensors.torch import save_file
 from storage import AtomicCheckpointIO, CheckpointError, load_checkpoint
 from task import SequenceTask
+from text import Reviews
 
 from s4 import S4Model
 from s4.model import categorical
@@ -57,6 +61,12 @@ TASKS: dict[str, type[SequenceData]] = {
     "copying": Copying,
     "delay": Delay,
     "images": SequentialImages,
+    "listops": ListOps,
+    "pathfinder": Pathfinder,
+    "retrieval": PaperPairs,
+    "shakespeare": Characters,
+    "text": Reviews,
+    "wikitext103": Words,
 }
 
 
@@ -115,9 +125,13 @@ class ExampleTrainer(Trainer):
         datamodule.setup("predict")
         model.load_state_dict(load_checkpoint(Path(str(ckpt_path)))["state_dict"])
         model.to(self.strategy.root_device).eval()
+        if not prompt:
+            raise ConfigError("prompt must not be empty: generation goes on from something")
         tokens = datamodule.encode(prompt).to(self.strategy.root_device)[None].expand(samples, -1)
         generator = torch.Generator(tokens.device).manual_seed(torch.initial_seed() % 2**63)
-        sample = categorical(temperature, top_k=top_k, top_p=top_p, generator=generator)
+        sample = draw = categorical(temperature, top_k=top_k, top_p=top_p, generator=generator)
+        if adaptive := model.adaptive:
+            sample = lambda features: draw(adaptive.log_prob(features))  # noqa: E731
         new = model.model.generate(tokens, length, sample)
         texts = "\n\n".join(datamodule.decode(row) for row in torch.cat([tokens, new], 1).cpu())
         file = Path(self.default_root_dir) / "samples.txt"

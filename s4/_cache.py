@@ -15,7 +15,7 @@ class Cache(Generic[T]):
     """One value, of one set of tensors. Copies and pickles of it are empty."""
 
     def __init__(self) -> None:
-        self._entry: tuple[object, Sequence[Tensor], T] | None = None
+        self._entry: tuple[object, _cpu.Snapshot | list[Tensor], T] | None = None
 
     def get(self, tensors: Sequence[Tensor], options: object, make: Callable[[], T]) -> T:
         """The value last made, if options and numbers are still the same, or else a new one.
@@ -24,28 +24,30 @@ class Cache(Generic[T]):
         unseen; elsewhere, where that would wait for the device, memory addresses and versions, which miss
         changes of `parameter.data` in place. Of inference tensors, without a version, nothing is kept there.
         """
-        on_cpu = tensors[0].device.type == "cpu"
-        if not on_cpu and any(t.is_inference() for t in tensors):
-            return make()
-        key = options if on_cpu else (options, *((t.data_ptr(), t._version, t.dtype) for t in tensors))
         entry = self._entry
-        if entry is not None and entry[0] == key and (not on_cpu or _unchanged(tensors, entry[1])):
-            return entry[2]
-        # Elsewhere the tensors are held, so that no other comes to lie at their address.
-        copies = [t.detach().clone() if on_cpu else t.detach() for t in tensors]
+        held: _cpu.Snapshot | list[Tensor]
+        if tensors[0].device.type == "cpu":
+            key: object = options
+            if entry is not None and entry[0] == key and _same(entry[1], tensors):
+                return entry[2]
+            held = _cpu.Snapshot(tensors)
+        elif any(t.is_inference() for t in tensors):
+            return make()
+        else:
+            key = options, *((t.data_ptr(), t._version, t.dtype) for t in tensors)
+            if entry is not None and entry[0] == key:
+                return entry[2]
+            held = [t.detach() for t in tensors]  # so that no other comes to lie at their address
         value = make()
-        self._entry = key, copies, value
+        self._entry = key, held, value
         return value
 
     def __reduce__(self) -> tuple[type["Cache[T]"], tuple[()]]:
         return Cache, ()
 
 
-def _unchanged(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
-    for t, copy in zip(tensors, copies, strict=True):
-        if t.dtype != copy.dtype or t.shape != copy.shape or not t.is_contiguous() or t.is_neg():
-            return False
-    return _cpu.same(tensors, copies)
+def _same(held: _cpu.Snapshot | list[Tensor], tensors: Sequence[Tensor]) -> bool:
+    return isinstance(held, _cpu.Snapshot) and held.matches(tensors)
 
 
 def usable(parameter: Tensor) -> bool:
@@ -55,3 +57,12 @@ def usable(parameter: Tensor) -> bool:
     if parameter.device.type == "cuda":
         return not torch.cuda.is_current_stream_capturing()
     return parameter.device.type == "cpu"
+
+
+def watched(*tensors: Tensor) -> bool:
+    """Whether anything follows operators from outside, and has to see one: subclasses, modes, a trace."""
+    return (
+        any(type(t) is not Tensor for t in tensors)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )

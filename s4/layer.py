@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from s4 import conv, hippo, scan, ssm
-from s4._cache import Cache, usable
+from s4._cache import Cache, usable, watched
 from s4._checks import (
     check_features,
     check_flag,
@@ -18,7 +18,7 @@ from s4._checks import (
     check_option,
     check_state,
 )
-from s4.kernel import _ops, diag, dplr
+from s4.kernel import _cpu, _stepping, diag, dplr
 from s4.kernel._choice import check_backend, has_fused_powers, transformed
 from s4.ssm import Propagator, System
 
@@ -196,10 +196,10 @@ class S4Layer(nn.Module):
         products: torch.dtype,
     ) -> Tensor | tuple[Tensor, Tensor]:
         L = u.shape[1]
-        x = conv.by_channel(u.to(self.D.dtype))
+        x = u.to(self.D.dtype)
         past = None
         if lengths is not None:
-            past = padding(lengths, L)[:, None]
+            past = padding(lengths, L)[..., None]
             x = x.masked_fill(past, 0)
         system = self._system(rate)
         propagator = Propagator(ssm.discretize(system, self.discretization))
@@ -209,15 +209,18 @@ class S4Layer(nn.Module):
         )
         if scans:
             y, last = scan.scan(x, propagator, self.D, state, products)
+            x = x.mT
         else:
+            x = conv.by_channel(x)
             k = self._kernel(system, propagator, L)
             ahead = k[0] + torch.nn.functional.pad(self.D[:, None], (0, L - 1))  # D is a tap at lag 0
             y = conv.two_sided(x, ahead, k[1]) if self.bidirectional else conv.causal(x, ahead)
             if state is not None:
                 y = y + propagator.continuation(state, L)
+            y = conv.by_time(y)
         if past is not None:
             y = y.masked_fill(past, 0)
-        y = conv.by_time(y).to(u.dtype)
+        y = y.to(u.dtype)
         if not return_state:
             return y
         if lengths is None and scans:
@@ -246,17 +249,25 @@ class S4Layer(nn.Module):
         """
         self._check_parameters(rate)
         self._check_causal("step")
-        check_features("u", u, self.D, "batch")
-        check_state("state", state, (u.shape[0], self.d_model, self.d_state), self.D)
-        dtype = self.D.dtype
-        keeps = not self.training and usable(self.D) and not transformed()
-        if keeps and has_fused_powers(self.D.device.type):
-            y, state = _ops.step(*self._recurrence_kept(rate), self.D, state, u.to(dtype))
+        D = self.D
+        check_features("u", u, D, "batch")
+        check_state("state", state, (u.shape[0], self.d_model, self.d_state), D)
+        v = u.to(D.dtype)
+        still = not self.training and not torch.is_grad_enabled() and not transformed()
+        fused = still and has_fused_powers(D.device.type)
+        if fused and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            y, state = _stepping.step_kept(self._of_system(), D, state, v, rate, self.discretization)
+            return y.to(u.dtype), state
+        keeps = still and usable(D)
+        if keeps and fused:
+            # To call an operator takes a third of the time of a step.
+            step = _stepping.step if watched(v, state) else _cpu.step
+            y, state = step(*self._recurrence_kept(rate), D, state, v)
             return y.to(u.dtype), state
         with _full_precision(u.device):
             recurrence = self._recurrence_kept(rate) if keeps else self._recurrence(rate)
-            y, state = ssm.step(recurrence, state, u.to(dtype))
-            return (y + self.D * u.to(dtype)).to(u.dtype), state
+            y, state = ssm.step(recurrence, state, v)
+            return (y + D * v).to(u.dtype), state
 
     def _recurrence(self, rate: float) -> ssm.Recurrence:
         """Discretised, in the precision of the parameters."""
@@ -264,8 +275,7 @@ class S4Layer(nn.Module):
 
     def _recurrence_kept(self, rate: float) -> ssm.Recurrence:
         """The same, made anew only after a change."""
-        parameters = [self.log_dt, self.log_A_real, self.A_imag, self.B, self.C]
-        parameters += [self.P] if self.variant == "dplr" else []
+        parameters = [p for p in self._of_system() if p is not None]
         options = rate, self.discretization
         return self._cache.get(parameters, options, lambda: self._recurrence(rate))
 
@@ -313,18 +323,11 @@ class S4Layer(nn.Module):
 
     def _system(self, rate: float) -> System:
         """Parameters in double precision, one system a channel."""
+        return ssm.system(*self._of_system(), rate)
 
-        def of_channels(p: Tensor) -> Tensor:
-            return p.repeat_interleave(self.d_model // self.n_ssm, dim=-2)
-
-        def in_pairs(p: Tensor) -> Tensor:  # view_as_complex refuses strides and offsets of flat parameters
-            return torch.complex(*p.double().unbind(-1))
-
-        Lambda = torch.complex(-torch.exp(self.log_A_real.double()), self.A_imag.double())
-        B, C = in_pairs(self.B), in_pairs(self.C)
-        P = in_pairs(self.P) if self.variant == "dplr" else B.new_zeros(0, *B.shape)
-        dt = rate * torch.exp(self.log_dt.double())
-        return System(of_channels(Lambda), of_channels(P), of_channels(B), C, dt)
+    def _of_system(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        P = self.P if self.variant == "dplr" else None
+        return self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, P
 
     def _kernel(self, system: System, propagator: Propagator, L: int) -> Tensor:
         if self.variant == "dplr":

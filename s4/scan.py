@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._C._functorch import maybe_current_level
 from torch.nn.functional import hardshrink, pad
 
+from s4.conv import by_channel, by_time
 from s4.kernel import _ops
 from s4.kernel._choice import has_fused_powers
 from s4.ssm import Propagator
@@ -88,12 +89,12 @@ def chunks(
 
 
 def scan(
-    u: Float[Tensor, "B H L"],
+    u: Float[Tensor, "B L H"],
     propagator: Propagator,
     D: Float[Tensor, "H"],
     x: Float[Tensor, "B H N"] | None = None,
     products: torch.dtype | None = None,
-) -> tuple[Float[Tensor, "B H L"], Float[Tensor, "B H N"]]:
+) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B H N"]]:
     """Outputs, and the state after the last input, from the state x or zero.
 
     Args:
@@ -103,27 +104,26 @@ def scan(
         x: the state before the first input.
         products: the dtype of the large products' factors, if not that of u. The recurrence keeps that of u.
     """
-    B, H, L = u.shape
+    B, L, H = u.shape
     N = propagator.recurrence.B.shape[-1]
     T = chunk_length(B, L, N)
     ahead, behind = chunks(propagator, D, T, u.dtype)
     x = u.new_zeros(H, B, N) if x is None else x.transpose(0, 1)
-    by_channel = u.transpose(0, 1)
     products = products or u.dtype
-    y, x = _Scan.apply(by_channel, x, *ahead, products, False)
+    y, x = _Scan.apply(u, x, *ahead, products, False)
     if behind is not None:
-        later, _ = _Scan.apply(by_channel, torch.zeros_like(x), *behind, products, True)
+        later, _ = _Scan.apply(u, torch.zeros_like(x), *behind, products, True)
         y = y + later
     whole = L // T * T
     if whole < L:
-        tail = by_channel[..., whole:] @ ahead.inward[:, T - L + whole :]
+        tail = u[:, whole:].permute(2, 0, 1) @ ahead.inward[:, T - L + whole :]
         rest = torch.full((B,), L - whole, device=u.device)
         x = propagator.advance(x.transpose(0, 1), rest, T - 1).transpose(0, 1) + tail
-    return y.transpose(0, 1), x.transpose(0, 1)
+    return y, x.transpose(0, 1)
 
 
 class _Scan(torch.autograd.Function):
-    """(H, B, L) inputs and (H, B, N) states to outputs, and the states after the last whole chunk.
+    """(B, L, H) inputs and (H, B, N) states to outputs, and the states after the last whole chunk.
 
     In reverse from the last chunk to the first; the last may be ragged. Keeps its inputs and no states, which
     would be N / T of the inputs to hold, and are made again from half of the forward pass.
@@ -142,7 +142,7 @@ class _Scan(torch.autograd.Function):
         products: torch.dtype,
         reverse: bool,
     ) -> tuple[Tensor, Tensor]:
-        tensors = (_in_rows(u), x, taps, inward, outward, onward)
+        tensors = (u, x, taps, inward, outward, onward)
         y, last = _run(_forward, _ops.scan, tensors, products, reverse)
         return y, last
 
@@ -153,8 +153,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_x: Tensor) -> tuple[Tensor | None, ...]:
-        u, *others = ctx.saved_tensors
-        inputs = (_in_rows(u), *others, _in_rows(grad_y), grad_x)
+        inputs = (*ctx.saved_tensors, grad_y, grad_x)
         return *_run(_backward, _ops.scan_backward, inputs, ctx.products, ctx.reverse), None, None
 
 
@@ -165,12 +164,17 @@ def _run(
     products: torch.dtype,
     reverse: bool,
 ) -> tuple[Tensor, ...]:
-    """By the fused code of the CPU where it serves: not in bfloat16, nor for a gradient of the gradient."""
+    """By the fused code of the CPU where it serves: not in bfloat16, nor for a gradient of the gradient.
+
+    Sequences, the first tensor and the gradient of the outputs, are (B, L, H) here, but (H, B, L) to `plain`.
+    """
     u = tensors[0]
     once = torch.compiler.is_compiling() or not torch.is_grad_enabled()
     if once and products == u.dtype and has_fused_powers(u.device.type):
         return fused(*tensors, reverse)
-    return _blockwise(plain, tensors, products, reverse)
+    in_rows = tuple(by_channel(t).transpose(0, 1) if i in (0, 6) else t for i, t in enumerate(tensors))
+    sequences, *others = _blockwise(plain, in_rows, products, reverse)
+    return by_time(sequences.transpose(0, 1)), *others
 
 
 def _blockwise(
@@ -202,13 +206,6 @@ def _blockwise(
 def _traced() -> bool:
     """Whether autograd, torch.func or torch.compile follow what is done: nothing is written in place then."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling() or maybe_current_level() is not None
-
-
-def _in_rows(u: Tensor) -> Tensor:
-    """(H, B, L) with sequences contiguous, by a matrix transpose, five times as fast as a copy by blocks."""
-    if u.stride(-1) == 1:
-        return u
-    return u.permute(1, 2, 0).flatten(0, 1).t().contiguous().unflatten(1, u.shape[1:])
 
 
 def _forward(

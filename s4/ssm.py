@@ -60,6 +60,31 @@ class System(NamedTuple):
     dt: Tensor
 
 
+def system(
+    log_dt: Float[Tensor, "H"],
+    log_A_real: Float[Tensor, "S n"],
+    A_imag: Float[Tensor, "S n"],
+    B: Float[Tensor, "S n 2"],
+    C: Float[Tensor, "c H n 2"],
+    P: Float[Tensor, "r S n 2"] | None,
+    rate: float,
+) -> System:
+    """The parameters of a layer in double precision; each of S systems serves H / S neighbouring channels."""
+    repeats = log_dt.shape[0] // log_A_real.shape[0]
+
+    def of_channels(p: Tensor) -> Tensor:
+        return p.repeat_interleave(repeats, dim=-2)
+
+    def in_pairs(p: Tensor) -> Tensor:  # view_as_complex refuses strides and offsets of flat parameters
+        return torch.complex(*p.double().unbind(-1))
+
+    Lambda = torch.complex(-torch.exp(log_A_real.double()), A_imag.double())
+    inputs = in_pairs(B)
+    low_rank = inputs.new_zeros(0, *inputs.shape) if P is None else in_pairs(P)
+    dt = rate * torch.exp(log_dt.double())
+    return System(of_channels(Lambda), of_channels(low_rank), of_channels(inputs), in_pairs(C), dt)
+
+
 class Recurrence(NamedTuple):
     """Discrete systems, one a channel: x = A x' + B u, y = C x, with x' the state before. All real.
 
@@ -74,8 +99,8 @@ class Recurrence(NamedTuple):
     C: Tensor
 
     def to(self, dtype: torch.dtype) -> "Recurrence":
-        """The same systems with all numbers rounded to dtype."""
-        return Recurrence(*(part.to(dtype) for part in self))
+        """The same systems with all numbers rounded to dtype, contiguous."""
+        return Recurrence(*(part.to(dtype).contiguous() for part in self))
 
 
 def discretize(system: System, method: str) -> Recurrence:
@@ -88,10 +113,11 @@ def bilinear_dplr(system: System) -> Recurrence:
     Lambda, P, B, C, dt = system
     D = 1 / (1 - Lambda * dt[:, None] / 2)  # the diagonal of (I - dt/2 diag(Lambda))^-1
     Q = P * torch.sqrt(dt / 2)[:, None]
-    G, DQ, dtB = Q.conj() * D, Q * D, B * dt[:, None]
+    Q_conj = Q.conj_physical()  # a lazy one is lost where a compiled graph calls an operator that comes here
+    G, DQ, dtB = Q_conj * D, Q * D, B * dt[:, None]
     # (I - dt/2 A)^-1 = D - D Q S^-1 Q* D, with S real: a sum over conjugate pairs is twice a real part.
     eye = torch.eye(P.shape[0], dtype=dt.dtype, device=dt.device)
-    S = eye + 2 * torch.einsum("rhn,shn->hrs", Q.conj(), DQ).real
+    S = eye + 2 * torch.einsum("rhn,shn->hrs", Q_conj, DQ).real
     F = -2 * torch.einsum("rhn,hrs->shn", DQ, torch.linalg.inv_ex(S).inverse.to(DQ.dtype))
     coupling = torch.einsum("rhn,hn->rh", G, dtB).real.to(F.dtype)
     Bbar = D * dtB + torch.einsum("rhn,rh->hn", F, coupling)

@@ -2,7 +2,10 @@
 
 import csv
 import io
+import wave
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import images
 import numpy as np
@@ -54,3 +57,101 @@ def write_parquet(folder: Path, source: images.Source, per_class: int = 6, seed:
             pyarrow.table({source.column: rows, "label": labels}), folder / f"{split}.parquet"
         )
     return folder
+
+
+def _write_table(file: Path, columns: dict[str, list[object]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+
+
+def write_images(folder: Path, recipe: dict[str, Any]) -> list[str]:
+    """The images of a recipe, or nothing for those that are embedded."""
+    if (dataset := recipe["data"]["dataset"]) == "digits":
+        return []
+    return ["--data.path", str(write_parquet(folder, images.SOURCES[dataset]))]
+
+
+def random_text(generator: np.random.Generator, letters: int) -> str:
+    """Some letters, blanks and ends of lines, one of them not ASCII."""
+    return "é" + "".join(generator.choice(list("abcdefgh \n"), letters))
+
+
+def write_reviews(folder: Path, recipe: dict[str, Any]) -> list[str]:
+    """Texts of many lengths with labels."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        texts = [random_text(generator, length) for length in generator.integers(1, 60, 40)]
+        _write_table(folder / f"{split}.parquet", {"text": texts, "label": [0, 1] * 20})
+    return ["--data.path", str(folder), "--data.length", "50"]
+
+
+def write_pairs(folder: Path, recipe: dict[str, Any]) -> list[str]:
+    """Papers in the form of the Long Range Arena."""
+    generator = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "eval", "test"):
+        with (folder / f"new_aan_pairs.{split}.tsv").open("w", newline="") as file:
+            rows = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_NONNUMERIC)
+            for row in range(20):
+                first, second = (random_text(generator, length) for length in generator.integers(1, 60, 2))
+                rows.writerow([float(row % 2), f"P{row}", f"Q{row}", first, second])
+    return ["--data.path", str(folder), "--data.length", "50"]
+
+
+def write_shakespeare(folder: Path, recipe: dict[str, Any]) -> list[str]:
+    """One text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "input.txt").write_text(random_text(np.random.default_rng(0), 2000))
+    return ["--data.path", str(folder / "input.txt"), "--data.length", "16"]
+
+
+def write_lines(folder: Path, recipe: dict[str, Any]) -> list[str]:
+    """Lines of words, some of them empty."""
+    generator = np.random.default_rng(0)
+    for split, lines in (("train", 60), ("validation", 20), ("test", 20)):
+        words = [" ".join(random_text(generator, 40).split()) + " \n" for _ in range(lines)]
+        _write_table(folder / f"{split}.parquet", {"text": ["", *words]})
+    small = ["--data.vocabulary", "50", "--model.cutoffs", "[10, 20]", "--model.d_model", "16"]
+    return ["--data.path", str(folder), "--data.length", "16", *small]
+
+
+_FEW = ("--data.train_size", "16", "--data.val_size", "4", "--data.batch_size", "4")
+
+
+# For each task a function that writes a little of its data, and the options of the command line for them.
+def write_words(folder: Path, recipe: dict[str, Any]) -> list[str]:
+    """Noise of up to 100 samples as WAV files, with the columns of the hub's data sets of speech."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    rate = {"fsdd": 8000, "speech_commands": 16000}[recipe["data"]["dataset"]]
+    for split in ("train", "validation", "test"):
+        rows = []
+        for length in generator.integers(50, 100, 60):
+            file = io.BytesIO()
+            with wave.open(file, "wb") as audio:
+                audio.setparams((1, 2, rate, 0, "NONE", ""))
+                audio.writeframes(generator.bytes(2 * length))
+            rows.append({"bytes": file.getvalue(), "path": None})
+        table = pyarrow.table({"audio": rows, "label": [row % 10 for row in range(60)]})
+        pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
+    return ["--data.path", str(folder)]
+
+
+WRITERS: dict[str, Callable[[Path, dict[str, Any]], list[str]]] = {
+    "audio": write_words,
+    "copying": lambda folder, recipe: ["--data.lag", "20", "--data.train_size", "50"],
+    "delay": lambda folder, recipe: ["--data.lag", "20", "--data.length", "50", "--data.train_size", "50"],
+    "images": write_images,
+    "listops": lambda folder, recipe: [*_FEW, "--model.n_ssm", "1"],
+    "pathfinder": lambda folder, recipe: [*_FEW, "--model.n_ssm", "1"],
+    "text": write_reviews,
+    "retrieval": write_pairs,
+    "shakespeare": write_shakespeare,
+    "wikitext103": write_lines,
+}

@@ -8,6 +8,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
@@ -16,7 +17,7 @@ import images
 import runs
 import train
 from data import Spec
-from example_files import TINY, fails, step_losses, write_parquet
+from example_files import TINY, WRITERS, fails, step_losses, write_parquet
 from storage import CONTENT, CheckpointError, load_checkpoint
 
 pytestmark = [
@@ -29,29 +30,44 @@ pytestmark = [
 LABELS = Spec("label", 1, 10)
 EXAMPLES = Path(train.__file__).parent
 RECIPES = sorted(path.stem for path in train.RECIPES.glob("*.yaml"))
-IMAGES = [name for name in RECIPES if "task: images" in (train.RECIPES / f"{name}.yaml").read_text()]
 Capture = pytest.CaptureFixture[str]
 
 
 # Recipes and the command line
 
 
-@pytest.mark.parametrize("recipe", IMAGES)
-def test_recipe_trains_two_steps(recipe: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = folders["cifar10" if "cifar" in recipe else "mnist"]
-    data = [] if recipe == "digits" else ["--data.path", str(folder)]
-    cli = train.run([recipe, *TINY, *data, "--data.batch_size", "8", "--trainer.max_steps", "2"])
-    assert cli.results["steps"] == 2
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_trains_resumes_and_tests(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = yaml.safe_load((train.RECIPES / f"{recipe}.yaml").read_text())
+    options = [*TINY, "--data.batch_size", "8", *WRITERS[values["task"]](tmp_path / "data", values)]
+    limits = ["--trainer.max_steps", "3", "--trainer.max_epochs", "-1", "--save_every", "1"]
+    save = runs.LastCheckpoint._save
+
+    def keep_the_first(self: runs.LastCheckpoint, trainer: train.Trainer) -> None:
+        save(self, trainer)
+        if trainer.global_step == 1:
+            shutil.copytree(self.file.parent, "stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.LastCheckpoint, "_save", keep_the_first)
+        cli = train.run([recipe, *options, *limits])
     folder = tmp_path / "runs" / recipe
-    assert len(step_losses(folder)) == 2
+    losses = step_losses(folder)
+    assert cli.results["steps"] == len(losses) == 3
     kept = {path.name for path in folder.iterdir()}
-    assert {"last.ckpt", "config.yaml", "metrics.csv", "results.json", "learning_curve.png"} <= kept
+    assert {"last.ckpt", "config.yaml", "metrics.csv", "results.json", "model.safetensors"} <= kept
     assert all(torch.isfinite(parameter).all() for parameter in cli.model.parameters())
+
+    train.run([recipe, *options, *limits, "--ckpt_path", "stopped/last.ckpt"])
+    assert {step: loss for step, loss in step_losses(tmp_path / "stopped").items() if step} == {
+        step: loss for step, loss in losses.items() if step
+    }
+    train.run(["test", recipe, *options])
 
 
 def test_recipes_have_the_values_of_the_paper() -> None:
-    import yaml
-
     recipe = yaml.safe_load((train.RECIPES / "scifar.yaml").read_text())
     model = recipe["model"]
     assert (model["n_layers"], model["d_model"], model["d_state"], model["dropout"]) == (6, 512, 64, 0.1)

@@ -144,7 +144,7 @@ def test_they_are_sound_operators() -> None:
     inputs = [*values[:3], values[3][:, 0].clone(), values[4], D.detach()]
     maps = _ops.chunk(*inputs, 5, torch.float64)
     torch.library.opcheck(_ops.chunk_backward, ([torch.randn_like(m) for m in maps], inputs))
-    u, state = torch.randn(2, 3, 17, dtype=torch.float64), torch.randn(2, 3, 6, dtype=torch.float64)
+    u, state = torch.randn(3, 17, 2, dtype=torch.float64), torch.randn(2, 3, 6, dtype=torch.float64)
     operands_of_scan = (u, state, maps[0][0], maps[1], maps[2][0], maps[3])
     for reverse in (False, True):
         torch.library.opcheck(_ops.scan, (*operands_of_scan, reverse))

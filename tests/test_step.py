@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 import s4.kernel
 from s4 import S4Layer
 from s4._cache import Cache
-from s4.kernel import _cpu, _ops
+from s4.kernel import _cpu, _stepping
 from s4.ssm import Recurrence
 
 FUSED = s4.kernel.backends()["cpu"] is True
@@ -86,7 +86,7 @@ def test_fused_step_is_the_dense_one(variant: str, init: str, n: int, h: int, dt
             assert (y.dtype, moved.dtype) == (dtype, dtype)
             assert (y.shape, moved.shape) == (u.shape, x.shape)
             if batch:
-                close(y, want, 1e-12 if dtype == torch.float64 else 1e-5)
+                close(y, want, 1e-12 if dtype == torch.float64 else 1e-4)  # a sum that may cancel
                 close(moved, want_moved, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
@@ -165,11 +165,33 @@ def test_the_operator_is_sound_and_checks() -> None:
     layer = build("dplr", "legt", dtype=torch.float32)
     u, x = operands(layer)
     arguments = [t.detach() for t in (*layer._recurrence(1.0), layer.D, x, u)]
-    torch.library.opcheck(_ops.step, tuple(arguments))
+    torch.library.opcheck(_stepping.step, tuple(arguments))
     for i, wrong in enumerate(arguments):
         for bad in (wrong[..., :-1], wrong.double()):
             with pytest.raises((ValueError, RuntimeError)):
-                _ops.step(*arguments[:i], bad, *arguments[i + 1 :])
+                _stepping.step(*arguments[:i], bad, *arguments[i + 1 :])
+
+
+@fused
+@pytest.mark.parametrize(("variant", "init"), SYSTEMS)
+@pytest.mark.usefixtures("still")
+def test_the_operator_that_keeps_is_sound(variant: str, init: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And serves more layers than it keeps."""
+    layer = build(variant, init)
+    u, x = operands(layer)
+    method = layer.discretization
+    values = [None if p is None else p.detach() for p in layer._of_system()]
+    torch.library.opcheck(_stepping.step_kept, (values, layer.D.detach(), x, u, 0.5, method))
+    monkeypatch.setattr(_stepping, "_KEPT", 2)
+    layers = [build(variant, init) for _ in range(4)]
+    for layer in layers * 2:
+        got = _stepping.step_kept(layer._of_system(), layer.D, x, u, 1.0, method)
+        for g, w in zip(got, truth(layer, u, x), strict=True):
+            close(g, w, 1e-12)
+    assert len(_stepping._kept) == 2
+    layer.C.mul_(2)
+    got = _stepping.step_kept(layer._of_system(), layer.D, x, u, 1.0, method)
+    close(got[0], truth(layer, u, x)[0], 1e-12)
 
 
 def new_parameter(layer: S4Layer) -> None:
@@ -469,10 +491,14 @@ COMPILE = """
 import torch
 from torch._dynamo.utils import counters
 from s4 import S4Layer
+from s4.kernel import _stepping
 torch.manual_seed(0)
+made, discretize = [], _stepping.discretize
+_stepping.discretize = lambda *system: made.append(None) or discretize(*system)
 for variant in ("dplr", "diag"):
     for training in (False, True):
         torch.compiler.reset()
+        made.clear()
         counters.clear()
         layer = S4Layer(4, 10, variant=variant).train(training)
         step = torch.compile(layer.step, fullgraph=True, backend="aot_eager")
@@ -489,7 +515,7 @@ for variant in ("dplr", "diag"):
                 if training:
                     y.sum().backward()
                     x, want_x = x.detach(), want_x.detach()
-        print(counters["stats"]["unique_graphs"])
+        print(counters["stats"]["unique_graphs"], len(made))
     layer.eval()
     class Step(torch.nn.Module):
         def __init__(self):
@@ -523,7 +549,8 @@ with torch.no_grad():
 
 
 def test_one_graph_serves_all_steps() -> None:
-    assert run(COMPILE).split() == ["1"] * 4
+    """In eval it discretises at first and after a change, in training the graph itself does."""
+    assert run(COMPILE).split() == ["1", "2" if FUSED else "0", "1", "0"] * 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the resident set from /proc")
@@ -542,3 +569,12 @@ def test_kept_numbers_are_those_of_the_layer() -> None:
             assert layer._recurrence_kept(1.0) is kept
         assert isinstance(kept, Recurrence)
         assert all(t.is_contiguous() and t.dtype == torch.float32 for t in kept)
+
+
+def test_snapshot_of_another_number_of_tensors() -> None:
+    """A layer may come to lie where one of another variant was, which has a parameter more."""
+    tensors = [torch.randn(3), torch.randn(2, 2)]
+    snapshot = _cpu.Snapshot(tensors)
+    assert snapshot.matches(tensors)
+    assert not snapshot.matches(tensors[:1])
+    assert not snapshot.matches([*tensors, torch.randn(1)])

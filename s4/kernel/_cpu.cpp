@@ -11,12 +11,18 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
+
+// The thread pool that torch computes with: GOMP_parallel(body, data, threads, flags), or nullptr for threads of our
+// own. They would have to wait for a core until torch's have done spinning, in which those wait for their next work.
+std::atomic<void (*)(void (*)(void*), void*, unsigned, unsigned)> pool{nullptr};
 
 // Runs task(i) for i in [0, count) on up to `threads` threads; 0, or 1 if memory ran out and results are incomplete.
 template <class Task>
@@ -30,10 +36,15 @@ int parallel(int64_t count, int threads, const Task& task) {
             failed = 1, next = count;
         }
     };
+    const int64_t team = std::min<int64_t>(threads, count);
+    if (const auto shared = pool.load(); shared && team > 1) {
+        shared([](void* data) { (*static_cast<decltype(work)*>(data))(); }, &work, unsigned(team), 0);
+        return failed;
+    }
     std::vector<std::thread> helpers;
     try {
-        helpers.reserve(std::max(threads, 1));
-        for (int64_t t = 1; t < std::min<int64_t>(threads, count); ++t) helpers.emplace_back(work);
+        helpers.reserve(std::max<int64_t>(team, 1));
+        for (int64_t t = 1; t < team; ++t) helpers.emplace_back(work);
     } catch (...) {  // fewer threads than asked for do all the work
     }
     work();
@@ -74,7 +85,10 @@ extern "C" const char* s4_level() {
 }
 
 // Of these functions, as _cpu.py calls them.
-extern "C" int s4_interface() { return 2; }
+extern "C" int s4_interface() { return 3; }
+
+// Sets the pool, that of the OpenMP runtime which the process already has: this library links none.
+extern "C" void s4_pool(void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned)) { pool = gomp_parallel; }
 
 // Whether `count` blocks of memory hold the same bytes as the next `count`.
 extern "C" int s4_same(const void* const* blocks, const int64_t* sizes, int64_t count) {

@@ -6,13 +6,14 @@ nor Python, so one build serves every version of both.
 
 import ctypes
 import functools
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_INTERFACE = 2  # of the library; raised with every change of its functions, there and here
+_INTERFACE = 3  # of the library; raised with every change of its functions, there and here
 _HINT = (
     "with a C++ compiler (g++ or clang++) on the path, "
     "run pip install --force-reinstall --no-cache-dir --no-deps s4-pytorch (in a clone: .)"
@@ -31,11 +32,18 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(files[0]))
         library.s4_level.restype = ctypes.c_char_p
         if library.s4_interface() == _INTERFACE:
+            library.s4_pool(_pool())
             return library
         reason = "it was built of another version"
     except (OSError, AttributeError) as error:  # AttributeError: a version with no such function
         reason = str(error)
     return f"cannot use {files[0].name}: {reason}; {_HINT}"
+
+
+def _pool() -> ctypes.c_void_p:
+    """How the OpenMP runtime that torch loads for all to see starts threads; null if there is none."""
+    found = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if sys.platform == "linux" else None
+    return ctypes.c_void_p() if found is None else ctypes.cast(found, ctypes.c_void_p)
 
 
 @functools.cache
@@ -127,9 +135,9 @@ def chunk_backward(
 def scan(
     u: Tensor, x: Tensor, taps: Tensor, inward: Tensor, outward: Tensor, onward: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (H, B, L) and the state after the last whole chunk (H, B, N); shapes as in `_ops.scan`."""
+    """Outputs (B, L, H) and the state after the last whole chunk (H, B, N); shapes as in `_ops.scan`."""
     y, last = u.new_empty(u.shape), torch.empty_like(x)
-    sizes = [*_chunked(u, inward, reverse), *u.stride()[:2]]
+    sizes = [*_chunked(u, inward, reverse), *u.stride()]
     _call("scan", u.dtype, [u, x, taps, inward, outward, onward, y, last], sizes)
     return y, last
 
@@ -147,7 +155,7 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (u, x, taps, inward, outward, onward)
     gu, gx, gtaps, gin, gout, gon = grads = tuple(t.new_empty(t.shape) for t in inputs)
-    sizes = [*_chunked(u, inward, reverse), *u.stride()[:2], *grad_y.stride()[:2]]
+    sizes = [*_chunked(u, inward, reverse), *u.stride(), *grad_y.stride()]
     _call("scan_backward", u.dtype, [*inputs, grad_y, grad_last, *grads], sizes)
     return gu, gx, gtaps, gin, gout, gon
 
@@ -155,28 +163,42 @@ def scan_backward(
 def step(
     a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, x: Tensor, u: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H) and the next state (B, H, N) of one step; shapes as in `_ops.step`."""
-    a, F, G, B, C, D, x, u = operands = [t.contiguous() for t in (a, F, G, B, C, D, x, u)]
+    """Outputs (B, H) and the next state (B, H, N) of one step; shapes as in `_stepping.step`, rank <= 2."""
+    D, x, u = (t.resolve_neg().contiguous() for t in (D, x, u))
     y, moved = torch.empty_like(u), torch.empty_like(x)
     batch, H, N = x.shape
-    _call("step", u.dtype, [*operands, y, moved], [batch, H, N // 2, F.shape[0]])
+    _call("step", u.dtype, [a, F, G, B, C, D, x, u, y, moved], [batch, H, N // 2, F.shape[0]])
     return y, moved
 
 
-def same(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
-    """Whether contiguous tensors still hold, bit by bit, what was copied from them."""
-    library = _library()
-    if isinstance(library, str):
-        return all(map(torch.equal, tensors, copies))
-    count = len(tensors)
-    pointers = (ctypes.c_void_p * (2 * count))(*(t.data_ptr() for t in (*tensors, *copies)))
-    sizes = (ctypes.c_int64 * count)(*(t.nbytes for t in copies))
-    return bool(library.s4_same(pointers, sizes, ctypes.c_int64(count)))
+class Snapshot:
+    """The numbers of some tensors, to compare with at every step: what that takes is made ready."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._copies = [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
+        self._kinds = [(t.dtype, t.shape) for t in tensors]
+        self._addresses = [t.data_ptr() for t in self._copies]
+        self._count = len(tensors)
+        self._sizes = (ctypes.c_int64 * self._count)(*(t.nbytes for t in self._copies))
+
+    def matches(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are as many, of the same dtypes and shapes, contiguous, and bit by bit the same."""
+        if len(tensors) != self._count:
+            return False
+        for t, (dtype, shape) in zip(tensors, self._kinds, strict=True):
+            if t.dtype is not dtype or t.shape != shape or not t.is_contiguous() or t.is_neg():
+                return False
+        library = _library()
+        if isinstance(library, str):
+            return all(map(torch.equal, tensors, self._copies))
+        addresses = (ctypes.c_void_p * (2 * self._count))(*[t.data_ptr() for t in tensors], *self._addresses)
+        return bool(library.s4_same(addresses, self._sizes, ctypes.c_int64(self._count)))
 
 
 def _chunked(u: Tensor, inward: Tensor, reverse: bool) -> list[int]:
     """Channels, batch, length, state size, chunk length, direction."""
-    return [*u.shape, inward.shape[2], inward.shape[1], int(reverse)]
+    B, L, H = u.shape
+    return [H, B, L, inward.shape[2], inward.shape[1], int(reverse)]
 
 
 def _system(a: Tensor, F: Tensor) -> list[int]:
@@ -184,11 +206,19 @@ def _system(a: Tensor, F: Tensor) -> list[int]:
     return [a.shape[0], a.shape[1] // 2, F.shape[0]]
 
 
-def _call(name: str, dtype: torch.dtype, tensors: list[Tensor | None], sizes: list[int]) -> None:
+@functools.cache
+def _function(name: str, level: str, pointers: int, sizes: int) -> Callable[..., int]:
+    """A function of the library, which takes addresses, sizes and the number of threads."""
+    function = getattr(_library(), f"s4_{name}_{level}")
+    function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * sizes + [ctypes.c_int]
+    return function
+
+
+def _call(name: str, dtype: torch.dtype, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> None:
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(library)
-    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-    function = getattr(library, f"s4_{name}_{_SUFFIX[dtype]}_{level()}")
-    if function(*pointers, *map(ctypes.c_int64, sizes), ctypes.c_int(torch.get_num_threads())):
-        raise MemoryError(f"backend 'cpu' ran out of memory in {name} of shape {sizes}")
+    function = _function(f"{name}_{_SUFFIX[dtype]}", level(), len(tensors), len(sizes))
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
+    if function(*addresses, *sizes, torch.get_num_threads()):
+        raise MemoryError(f"backend 'cpu' ran out of memory in {name} of shape {list(sizes)}")

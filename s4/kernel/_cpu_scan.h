@@ -4,41 +4,54 @@
 //     x_(c+1) = u_c inward + x_c onward,    y_c = u_c Toep(taps) + x_c outward*,
 //
 // from the first chunk to the last, or reversed from the last to the first. Toep has the lag j - i in row i, column j;
-// only lags >= 0 are read, or reversed only those <= 0: half of its flops are saved.
+// taps at lags < 0, or reversed > 0, are 0, and most of those are not read: half of its flops are saved.
 //
-// Arrays are contiguous but for the first strides of u and the gradient of y: u and y (H, B, L), x and what comes out after the last whole chunk (H, B, N), taps (H, 2T-1),
-// inward and outward (H, T, N), onward (H, N, N).
+// Arrays are contiguous but for u and the gradient of y: u and y (B, L, H), x and what comes out after the last whole
+// chunk (H, B, N), taps (H, 2T-1), inward and outward (H, T, N), onward (H, N, N). A task takes a few channels, that
+// fill cache lines, brings their sequences side by side, scans one after the other and brings the outputs back.
 
 template <class T>
 struct Scan {
-    const T *u, *x, *taps, *inward, *outward, *onward;
+    const T *x, *taps, *inward, *outward, *onward;
     int64_t channels, batch, length, size, width;
     bool reverse;
-    int64_t u_channel, u_batch;  // strides
 
+    // Numbers from one channel's rows to the next's: they start at other places of the caches, each at that of a line.
+    int64_t apart() const { return (batch * length + 31) / 16 * 16; }
     int64_t chunks() const { return std::max<int64_t>(1, (length + width - 1) / width); }
     bool ragged() const { return chunks() * width > length; }
     int64_t block() const { return std::min(chunks(), std::max<int64_t>(1, 256 / std::max<int64_t>(batch, 1))); }
+};
+
+// Memory that starts where a line of the caches does.
+template <class T>
+struct Buffer {
+    T* data;
+
+    explicit Buffer(int64_t count) : data(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64)))) {}
+    ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
+    Buffer(const Buffer&) = delete;
 };
 
 // A matrix in panels.
 template <class T>
 struct Packed {
     int64_t depth, columns;
-    std::unique_ptr<T[]> numbers;
+    Buffer<T> numbers;
 
     INLINE Packed(int64_t depth, int64_t columns)
-        : depth(depth), columns(columns), numbers(new T[depth * ((columns + kPanel<T> - 1) / kPanel<T> * kPanel<T>)]) {}
+        : depth(depth), columns(columns), numbers(depth * ((columns + kPanel<T> - 1) / kPanel<T> * kPanel<T>)) {}
 
     INLINE void fill(View<const T> from) {
-        for (int64_t j = 0; j < columns; j += kPanel<T>) pack_panel<T>(depth, j, columns, from, &numbers[j * depth]);
+        for (int64_t j = 0; j < columns; j += kPanel<T>)
+            pack_panel<T>(depth, j, columns, from, &numbers.data[j * depth]);
     }
     // c = a times this, or c += that. Of a triangle, only rows up to (+1) or from (-1) the column are not zero.
     INLINE void times(int64_t rows, View<const T> a, View<T> c, bool add, int triangle = 0) const {
         for (int64_t j = 0; j < columns; j += kPanel<T>) {
             const int64_t from = triangle < 0 ? std::min(j, depth) : 0;
             const int64_t to = triangle > 0 ? std::min(j + kPanel<T>, depth) : depth;
-            tiles<T>(0, rows, a, from, to, &numbers[j * depth], c, j, std::min(kPanel<T>, columns - j), add);
+            tiles<T>(0, rows, a, from, to, &numbers.data[j * depth], c, j, std::min(kPanel<T>, columns - j), add);
         }
     }
     // c += a^T times this, a (depth, rows); of a triangle only what `times` reads.
@@ -46,26 +59,108 @@ struct Packed {
         for (int64_t j = 0; j < columns; j += kPanel<T>) {
             const int64_t begin = triangle < 0 ? std::min(j, rows) / kTile * kTile : 0;
             const int64_t end = triangle > 0 ? std::min(j + kPanel<T>, rows) : rows;
-            tiles<T>(begin, end, a.transposed(), 0, depth, &numbers[j * depth], c, j,
+            tiles<T>(begin, end, a.transposed(), 0, depth, &numbers.data[j * depth], c, j,
                      std::min(kPanel<T>, columns - j), true);
         }
     }
 };
 
-// Chunks [first, first + count) of all sequences, `stride` apart, are rows (B count, T) as they lie: none is ragged.
+// (batch, time, channels), with any strides.
 template <class T>
-INLINE bool in_rows(const Scan<T>& s, int64_t stride, int64_t first, int64_t count) {
-    return (first + count) * s.width <= s.length && (s.batch == 1 || stride == count * s.width);
+struct Sequences {
+    T* data;
+    int64_t batch, time, channel;
+};
+
+// A square of kLanes rows, transposed.
+template <class T>
+INLINE void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
+    constexpr int lanes = kLanes<T>;
+#if defined(__clang__)
+    for (int i = 0; i < lanes; ++i)
+        for (int j = 0; j < lanes; ++j) to[j * to_row + i] = from[i * from_row + j];
+#else
+    using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    typedef Index Indices __attribute__((vector_size(S4_BYTES)));
+    Vec<T> rows[lanes];
+    for (int i = 0; i < lanes; ++i) std::memcpy(&rows[i], from + i * from_row, sizeof rows[i]);
+#pragma GCC unroll 4
+    for (int apart = 1; apart < lanes; apart *= 2) {  // swaps one bit of the row's number with one of the column's
+        Indices low{}, high{};
+        for (int l = 0; l < lanes; ++l) {
+            low[l] = l & apart ? lanes + (l ^ apart) : l;
+            high[l] = l & apart ? lanes + l : l ^ apart;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {
+            if (i & apart) continue;
+            const Vec<T> a = rows[i], b = rows[i + apart];
+            rows[i] = __builtin_shuffle(a, b, low), rows[i + apart] = __builtin_shuffle(a, b, high);
+        }
+    }
+    for (int i = 0; i < lanes; ++i) std::memcpy(to + i * to_row, &rows[i], sizeof rows[i]);
+#endif
 }
 
-// Those rows, where they lie, or else gathered with zeros past the end.
+// `count` channels from the first on, to rows (batch, length) of each, `apart` numbers from one to the next.
 template <class T>
-INLINE const T* gather(const Scan<T>& s, const T* from, int64_t stride, int64_t first, int64_t count, T* rows) {
-    if (in_rows(s, stride, first, count)) return from + first * s.width;
+INLINE void to_rows(const Scan<T>& s, Sequences<const T> from, int64_t first, int64_t count, T* rows) {
+    constexpr int64_t lanes = kLanes<T>;
+    for (int64_t b = 0; b < s.batch; ++b) {
+        const T* start = from.data + b * from.batch + first * from.channel;
+        const int64_t whole = from.channel == 1 ? count / lanes * lanes : 0;
+        const int64_t steps = s.length / lanes * lanes;
+        for (int64_t l = 0; l < steps; l += lanes)
+            for (int64_t i = 0; i < whole; i += lanes)
+                transpose(start + l * from.time + i, from.time, rows + i * s.apart() + b * s.length + l, s.apart());
+        for (int64_t i = 0; i < count; ++i) {
+            T* row = rows + i * s.apart() + b * s.length;
+            for (int64_t l = i < whole ? steps : 0; l < s.length; ++l)
+                row[l] = start[l * from.time + i * from.channel];
+        }
+    }
+}
+
+// The inverse, to a contiguous array.
+template <class T>
+INLINE void from_rows(const Scan<T>& s, const T* rows, int64_t first, int64_t count, T* to) {
+    constexpr int64_t lanes = kLanes<T>;
+    for (int64_t b = 0; b < s.batch; ++b) {
+        T* start = to + b * s.length * s.channels + first;
+        const int64_t whole = count / lanes * lanes, steps = s.length / lanes * lanes;
+        for (int64_t l = 0; l < steps; l += lanes)
+            for (int64_t i = 0; i < whole; i += lanes)
+                transpose(rows + i * s.apart() + b * s.length + l, s.apart(), start + l * s.channels + i, s.channels);
+        for (int64_t i = 0; i < count; ++i) {
+            const T* row = rows + i * s.apart() + b * s.length;
+            for (int64_t l = i < whole ? steps : 0; l < s.length; ++l) start[l * s.channels + i] = row[l];
+        }
+    }
+}
+
+// Runs task(first, count) over groups of channels that fill a cache line, or smaller ones if there are many threads.
+template <class Task>
+int in_groups(int64_t channels, int threads, const Task& task) {
+    const int64_t each = (channels + std::max(threads, 1) - 1) / std::max(threads, 1);
+    const int64_t group = std::min<int64_t>(std::max<int64_t>(each, 4), 16);
+    return parallel((channels + group - 1) / group, threads,
+                    [&](int64_t i) { task(i * group, std::min(group, channels - i * group)); });
+}
+
+// Chunks [first, first + count) of the rows (B, L) of a channel are rows (B count, T) as they lie: none is ragged.
+template <class T>
+INLINE bool in_rows(const Scan<T>& s, int64_t first, int64_t count) {
+    return (first + count) * s.width <= s.length && (s.batch == 1 || s.length == count * s.width);
+}
+
+// Those rows, copied together unless they are already, the ragged one filled up with zeros.
+template <class T>
+INLINE const T* gather(const Scan<T>& s, const T* from, int64_t first, int64_t count, T* rows) {
+    if (in_rows(s, first, count)) return from + first * s.width;
     for (int64_t b = 0; b < s.batch; ++b) {
         const int64_t start = first * s.width, taken = std::min(count * s.width, s.length - start);
         T* to = rows + b * count * s.width;
-        std::copy_n(from + b * stride + start, taken, to);
+        std::copy_n(from + b * s.length + start, taken, to);
         std::fill(to + taken, to + count * s.width, T(0));
     }
     return rows;
@@ -74,12 +169,12 @@ INLINE const T* gather(const Scan<T>& s, const T* from, int64_t stride, int64_t 
 // Where to write rows that `scatter` then brings to their place, if they are not there yet.
 template <class T>
 INLINE T* place(const Scan<T>& s, T* to, int64_t first, int64_t count, T* rows) {
-    return in_rows(s, s.length, first, count) ? to + first * s.width : rows;
+    return in_rows(s, first, count) ? to + first * s.width : rows;
 }
 
 template <class T>
 INLINE void scatter(const Scan<T>& s, const T* rows, int64_t first, int64_t count, T* to) {
-    if (in_rows(s, s.length, first, count)) return;
+    if (in_rows(s, first, count)) return;
     for (int64_t b = 0; b < s.batch; ++b) {
         const int64_t start = first * s.width, taken = std::min(count * s.width, s.length - start);
         std::copy_n(rows + b * count * s.width, taken, to + b * s.length + start);
@@ -109,52 +204,53 @@ INLINE View<const T> toeplitz(const T* taps, int64_t width) {
     return {taps + width - 1, -1, 1};
 }
 
+// u and y are rows (B, L) of the channel.
 template <class T>
-INLINE void scan_of(const Scan<T>& s, int64_t h, T* y, T* last) {
-    const int64_t B = s.batch, L = s.length, N = s.size, W = s.width, block = s.block();
+INLINE void scan_of(const Scan<T>& s, int64_t h, const T* u, T* y, T* last) {
+    const int64_t B = s.batch, N = s.size, W = s.width, block = s.block();
     Packed<T> inward(W, N), outward(N, W), onward(N, N), within(W, W);
     inward.fill({s.inward + h * W * N, N, 1}), outward.fill({s.outward + h * W * N, 1, N});
     onward.fill({s.onward + h * N * N, N, 1}), within.fill(toeplitz(s.taps + h * (2 * W - 1), W));
-    const std::unique_ptr<T[]> space(new T[B * (block * (2 * W + N) + 2 * N)]);
-    T *rows = space.get(), *more = rows + B * block * W, *X = more + B * block * W, *x = X + B * block * N;
+    const Buffer<T> space(B * (block * (2 * W + N) + 2 * N));
+    T *rows = space.data, *more = rows + B * block * W, *X = more + B * block * W, *x = X + B * block * N;
     T* next = x + B * N;
     std::copy_n(s.x + h * B * N, B * N, x);
     for (int64_t done = 0; done < s.chunks(); done += block) {
         const int64_t count = std::min(block, s.chunks() - done);
         const int64_t first = s.reverse ? s.chunks() - done - count : done;
         const bool ends = !s.reverse && s.ragged() && first + count == s.chunks();
-        const T* U = gather(s, s.u + h * s.u_channel, s.u_batch, first, count, rows);
-        T* Y = place(s, y + h * B * L, first, count, more);
+        const T* U = gather(s, u, first, count, rows);
+        T* Y = place(s, y, first, count, more);
         inward.times(B * count, View<const T>{U, W, 1}, View<T>{X, N, 1}, false);
         recur(onward, B, count, s.reverse, X, x, next);
         if (ends)  // the state before a ragged chunk
             for (int64_t b = 0; b < B; ++b) std::copy_n(X + (b * count + count - 1) * N, N, x + b * N);
         within.times(B * count, View<const T>{U, W, 1}, View<T>{Y, W, 1}, false, s.reverse ? -1 : 1);
         outward.times(B * count, View<const T>{X, N, 1}, View<T>{Y, W, 1}, true);
-        scatter(s, Y, first, count, y + h * B * L);
+        scatter(s, Y, first, count, y);
     }
     std::copy_n(x, B * N, last + h * B * N);
 }
 
-// In the order of the forward's arguments; `y` and `last` are the gradients of what it gave.
+// Of one channel's rows (B, L) of inputs, and gradients of outputs `y` and inputs `u`; all else in the order of the
+// forward's arguments, `last` the gradient of what it gave.
 template <class T>
 struct ScanGradients {
-    const T *y, *last;
+    const T *inputs, *y, *last;
     T *u, *x, *taps, *inward, *outward, *onward;
-    int64_t y_channel, y_batch;  // strides
 };
 
 template <class T>
 INLINE void scan_backward(const Scan<T>& s, int64_t h, const ScanGradients<T>& g) {
-    const int64_t B = s.batch, L = s.length, N = s.size, W = s.width, block = s.block(), c = s.chunks();
+    const int64_t B = s.batch, N = s.size, W = s.width, block = s.block(), c = s.chunks();
     const int triangle = s.reverse ? -1 : 1;
     Packed<T> inward(W, N), onward(N, N), inward_t(N, W), outward_t(W, N), onward_t(N, N), within_t(W, W);
     const View<const T> in{s.inward + h * W * N, N, 1}, on{s.onward + h * N * N, N, 1};
     inward.fill(in), inward_t.fill(in.transposed()), onward.fill(on), onward_t.fill(on.transposed());
     outward_t.fill({s.outward + h * W * N, N, 1});
     within_t.fill(toeplitz(s.taps + h * (2 * W - 1), W).transposed());
-    const std::unique_ptr<T[]> space(new T[B * (c * N + block * (3 * W + N) + 2 * N) + W * W]);
-    T *X = space.get(), *rows = X + B * c * N, *more = rows + B * block * W, *most = more + B * block * W;
+    const Buffer<T> space(B * (c * N + block * (3 * W + N) + 2 * N) + W * W);
+    T *X = space.data, *rows = X + B * c * N, *more = rows + B * block * W, *most = more + B * block * W;
     T *Z = most + B * block * W, *x = Z + B * block * N, *next = x + B * N, *grad_within = next + B * N;
     std::fill(grad_within, grad_within + W * W, T(0));
     T *grad_in = g.inward + h * W * N, *grad_out = g.outward + h * N * W, *grad_on = g.onward + h * N * N;
@@ -164,7 +260,7 @@ INLINE void scan_backward(const Scan<T>& s, int64_t h, const ScanGradients<T>& g
     std::copy_n(s.x + h * B * N, B * N, x);
     for (int64_t done = 0; done < c; done += block) {  // states before each chunk, block by block
         const int64_t count = std::min(block, c - done), first = s.reverse ? c - done - count : done;
-        const T* U = gather(s, s.u + h * s.u_channel, s.u_batch, first, count, rows);
+        const T* U = gather(s, g.inputs, first, count, rows);
         inward.times(B * count, View<const T>{U, W, 1}, View<T>{X + B * first * N, N, 1}, false);
         recur(onward, B, count, s.reverse, X + B * first * N, x, next);
     }
@@ -174,9 +270,9 @@ INLINE void scan_backward(const Scan<T>& s, int64_t h, const ScanGradients<T>& g
     for (int64_t done = 0; done < c; done += block) {
         const int64_t before = (c - 1) / block * block - done;  // the same blocks, the last first
         const int64_t size = std::min(block, c - before), first = s.reverse ? c - before - size : before;
-        const T* U = gather(s, s.u + h * s.u_channel, s.u_batch, first, size, rows);
-        const T* G = gather(s, g.y + h * g.y_channel, g.y_batch, first, size, more);
-        T* R = place(s, g.u + h * B * L, first, size, most);
+        const T* U = gather(s, g.inputs, first, size, rows);
+        const T* G = gather(s, g.y, first, size, more);
+        T* R = place(s, g.u, first, size, most);
         outward_t.times(B * size, View<const T>{G, W, 1}, View<T>{Z, N, 1}, false);
         if (ragged && first + size == c)
             for (int64_t b = 0; b < B; ++b)
@@ -184,7 +280,7 @@ INLINE void scan_backward(const Scan<T>& s, int64_t h, const ScanGradients<T>& g
         recur(onward_t, B, size, !s.reverse, Z, x, next);  // gradients of the state after each chunk
         within_t.times(B * size, View<const T>{G, W, 1}, View<T>{R, W, 1}, false, -triangle);
         inward_t.times(B * size, View<const T>{Z, N, 1}, View<T>{R, W, 1}, true);
-        scatter(s, R, first, size, g.u + h * B * L);
+        scatter(s, R, first, size, g.u);
         Packed<T> of_outputs(B * size, W), of_states(B * size, N);
         of_outputs.fill({G, W, 1}), of_states.fill({Z, N, 1});
         of_outputs.transposed_times(W, {U, W, 1}, {grad_within, W, 1}, triangle);
@@ -199,25 +295,40 @@ INLINE void scan_backward(const Scan<T>& s, int64_t h, const ScanGradients<T>& g
         for (int64_t j = s.reverse ? 0 : i; j < (s.reverse ? i + 1 : W); ++j) taps[j - i] += grad_within[i * W + j];
 }
 
+// What comes out of a channel lies where the inputs of the one before were.
 #define SCAN(T, SUFFIX)                                                                                                \
     ENTRY(s4_scan_##SUFFIX)                                                                                            \
     (const T* u, const T* x, const T* taps, const T* inward, const T* outward, const T* onward, T* y, T* last,         \
      int64_t channels, int64_t batch, int64_t length, int64_t size, int64_t width, int64_t reverse,                    \
-     int64_t u_channel, int64_t u_batch, int threads) {                                                                \
-        const Scan<T> s{u,     x,      taps, inward, outward,      onward,    channels,                                \
-                        batch, length, size, width,  reverse != 0, u_channel, u_batch};                                \
-        return parallel(channels, threads, [&](int64_t h) { scan_of(s, h, y, last); });                                \
+     int64_t u_batch, int64_t u_time, int64_t u_channel, int threads) {                                                \
+        const Scan<T> s{x, taps, inward, outward, onward, channels, batch, length, size, width, reverse != 0};         \
+        return in_groups(channels, threads, [&](int64_t first, int64_t count) {                                        \
+            const Buffer<T> rows((count + 1) * s.apart());                                                             \
+            T *outputs = rows.data, *inputs = outputs + s.apart();                                                     \
+            to_rows(s, {u, u_batch, u_time, u_channel}, first, count, inputs);                                         \
+            for (int64_t i = 0, at = 0; i < count; ++i, at += s.apart())                                               \
+                scan_of(s, first + i, inputs + at, outputs + at, last);                                                \
+            from_rows(s, outputs, first, count, y);                                                                    \
+        });                                                                                                            \
     }                                                                                                                  \
     ENTRY(s4_scan_backward_##SUFFIX)                                                                                   \
     (const T* u, const T* x, const T* taps, const T* inward, const T* outward, const T* onward, const T* grad_y,       \
      const T* grad_last, T* grad_u, T* grad_x, T* grad_taps, T* grad_inward, T* grad_outward, T* grad_onward,          \
      int64_t channels, int64_t batch, int64_t length, int64_t size, int64_t width, int64_t reverse,                    \
-     int64_t u_channel, int64_t u_batch, int64_t y_channel, int64_t y_batch, int threads) {                            \
-        const Scan<T> s{u,     x,      taps, inward, outward,      onward,    channels,                                \
-                        batch, length, size, width,  reverse != 0, u_channel, u_batch};                                \
-        const ScanGradients<T> g{grad_y,    grad_last,   grad_u,       grad_x,                                         \
-                                 grad_taps, grad_inward, grad_outward, grad_onward, y_channel, y_batch};                                \
-        return parallel(channels, threads, [&](int64_t h) { scan_backward(s, h, g); });                                \
+     int64_t u_batch, int64_t u_time, int64_t u_channel, int64_t y_batch, int64_t y_time, int64_t y_channel,           \
+     int threads) {                                                                                                    \
+        const Scan<T> s{x, taps, inward, outward, onward, channels, batch, length, size, width, reverse != 0};         \
+        return in_groups(channels, threads, [&](int64_t first, int64_t count) {                                        \
+            const Buffer<T> rows((2 * count + 1) * s.apart());                                                         \
+            T *found = rows.data, *inputs = found + s.apart(), *outputs = inputs + count * s.apart();                  \
+            to_rows(s, {u, u_batch, u_time, u_channel}, first, count, inputs);                                         \
+            to_rows(s, {grad_y, y_batch, y_time, y_channel}, first, count, outputs);                                   \
+            for (int64_t i = 0, at = 0; i < count; ++i, at += s.apart())                                               \
+                scan_backward(s, first + i,                                                                            \
+                              ScanGradients<T>{inputs + at, outputs + at, grad_last, found + at, grad_x, grad_taps,    \
+                                               grad_inward, grad_outward, grad_onward});                               \
+            from_rows(s, found, first, count, grad_u);                                                                 \
+        });                                                                                                            \
     }
 
 SCAN(float, f32)

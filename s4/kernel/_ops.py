@@ -43,15 +43,14 @@ def _check_gradient(grad: Tensor, shape: tuple[int, ...], dtype: torch.dtype, de
         )
 
 
-def _rows(t: Tensor) -> Tensor:
-    """As `_plain`, with strides of their own in all but the last dimension."""
-    t = t.resolve_conj().resolve_neg()
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+def _numbers(t: Tensor) -> Tensor:
+    """The numbers themselves in memory, no lazy conjugation or negation, at any strides."""
+    return t.resolve_conj().resolve_neg()
 
 
 def _plain(t: Tensor) -> Tensor:
-    """The numbers themselves in memory, no lazy conjugation or negation, contiguous."""
-    return t.resolve_conj().resolve_neg().contiguous()
+    """As `_numbers`, contiguous."""
+    return _numbers(t).contiguous()
 
 
 @torch.library.custom_op("s4::cauchy", mutates_args=())
@@ -244,8 +243,8 @@ def _(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
 
 def _check_scan(u: Tensor, *others: Tensor) -> None:
     """Raise unless x, taps, inward, outward, onward and, where given, gradients of y and x fit u."""
-    (H, B, L), (T, N) = u.shape, others[2].shape[1:]
-    shapes = ((H, B, N), (H, 2 * T - 1), (H, T, N), (H, T, N), (H, N, N), (H, B, L), (H, B, N))[: len(others)]
+    (B, L, H), (T, N) = u.shape, others[2].shape[1:]
+    shapes = ((H, B, N), (H, 2 * T - 1), (H, T, N), (H, T, N), (H, N, N), (B, L, H), (H, B, N))[: len(others)]
     alike = all(t.dtype == u.dtype and t.device.type == "cpu" for t in (u, *others))
     if tuple(tuple(t.shape) for t in others) != shapes or not alike:
         given = [tuple(t.shape) for t in others]
@@ -256,10 +255,10 @@ def _check_scan(u: Tensor, *others: Tensor) -> None:
 def scan(
     u: Tensor, x: Tensor, taps: Tensor, inward: Tensor, outward: Tensor, onward: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """The chunked scan of `s4.scan`, which gives it its gradient: (H, B, L) outputs, (H, B, N) states."""
+    """The chunked scan of `s4.scan`, which gives it its gradient: (B, L, H) outputs, (H, B, N) states."""
     _check_scan(u, x, taps, inward, outward, onward)
     return _cpu.scan(
-        _rows(u), _plain(x), _plain(taps), _plain(inward), _plain(outward), _plain(onward), reverse
+        _numbers(u), _plain(x), _plain(taps), _plain(inward), _plain(outward), _plain(onward), reverse
     )
 
 
@@ -278,7 +277,7 @@ def scan_backward(
     """Gradients of the tensors that `scan` took."""
     _check_scan(u, x, taps, inward, outward, onward, grad_y, grad_last)
     maps = _plain(taps), _plain(inward), _plain(outward), _plain(onward)
-    return _cpu.scan_backward(_rows(u), _plain(x), *maps, _rows(grad_y), _plain(grad_last), reverse)
+    return _cpu.scan_backward(_numbers(u), _plain(x), *maps, _numbers(grad_y), _plain(grad_last), reverse)
 
 
 @scan.register_fake
@@ -352,34 +351,3 @@ def plain_chunk(
 
 krylov.register_autograd(_krylov_gradients, setup_context=_save_krylov)
 chunk.register_autograd(_chunk_gradients, setup_context=_save_chunk)
-
-
-_library = torch.library.Library("s4", "FRAGMENT")  # thinner than custom_op: a step takes microseconds
-_library.define(
-    "step(Tensor a, Tensor F, Tensor G, Tensor B, Tensor C, Tensor D, Tensor x, Tensor u) -> (Tensor, Tensor)"
-)
-
-
-def _step(
-    a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, x: Tensor, u: Tensor
-) -> tuple[Tensor, Tensor]:
-    (H, N), rank, batch = a.shape, F.shape[0], u.shape[0]
-    operands = (a, F, G, B, C, D, x, u)
-    shapes = [(H, N), (rank, H, N), (rank, H, N), (H, N), (1, H, N), (H,), (batch, H, N), (batch, H)]
-    given = [t.shape for t in operands]
-    if given != shapes or len({t.dtype for t in operands}) > 1 or N % 2:
-        raise ValueError(
-            f"need operands of shapes {shapes}, N even, of one dtype, got {[*map(tuple, given)]}"
-        )
-    return _cpu.step(*operands)
-
-
-_library.impl("step", _step, "CPU")
-step = torch.ops.s4.step.default  # (y, x) as `s4.ssm.step` gives them, with D u in y; it has no gradient
-
-
-@torch.library.register_fake("s4::step", lib=_library)  # type: ignore[untyped-decorator]
-def _(
-    a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, x: Tensor, u: Tensor
-) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape), x.new_empty(x.shape)
