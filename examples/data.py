@@ -69,7 +69,9 @@ class Ragged:
 
     def gather(self, rows: Tensor, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """Values (B, L, ...) of some rows (B,), at most `limit` each, zeros behind them; lengths (B,)."""
-        lengths = self.lengths[rows].clamp(max=limit)
+        lengths = self.lengths[rows]
+        if limit is not None:
+            lengths = lengths.clamp(max=limit)
         steps = torch.arange(int(lengths.max()) if len(rows) else 0)
         padding = steps >= lengths[:, None]
         index = (self.offsets[:-1][rows][:, None] + steps).masked_fill_(padding, 0)

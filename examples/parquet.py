@@ -47,7 +47,14 @@ def parquet_files(path: Path, split: str, columns: tuple[str, ...]) -> list[Path
 
 @contextmanager
 def rows(
-    hub: str, path: Path | None, split: str, columns: tuple[str, ...], expected: str, name: str | None = None
+    hub: str,
+    path: Path | None,
+    split: str,
+    columns: tuple[str, ...],
+    expected: str,
+    name: str | None = None,
+    folder: str | None = None,
+    revision: str | None = None,
 ) -> Iterator[Any]:
     """The rows of a split as a `datasets.Dataset`; what goes wrong with them is a `DataError`.
 
@@ -58,6 +65,8 @@ def rows(
         columns: that must be there.
         expected: what a row should hold, for the message.
         name: of the hub's configuration.
+        folder: of the files on the hub.
+        revision: of the hub's repository.
     """
     import datasets
 
@@ -69,7 +78,7 @@ def rows(
                 files = [str(file) for file in parquet_files(path, split, columns)]
                 yield datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=scratch)
             else:
-                yield datasets.load_dataset(hub, name, split=split)
+                yield datasets.load_dataset(hub, name, data_dir=folder, revision=revision, split=split)
     except (*UNREADABLE, TypeError, datasets.exceptions.DatasetsError) as error:
         where = path or hub
         raise DataError(

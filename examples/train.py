@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from arena import ListOps, Pathfinder
+from audio import SpokenWords
 from data import DataError, SequenceData, first_line
 from forecast import Forecasting
 from images import SequentialImages
@@ -57,15 +58,16 @@ from s4.model import categorical
 RECIPES = Path(__file__).parent / "recipes"
 COMMANDS = ("fit", "validate", "test", "predict", "generate")
 TASKS: dict[str, type[SequenceData]] = {
+    "audio": SpokenWords,
     "copying": Copying,
     "delay": Delay,
     "forecast": Forecasting,
     "images": SequentialImages,
     "listops": ListOps,
     "pathfinder": Pathfinder,
-    "text": Reviews,
     "retrieval": PaperPairs,
     "shakespeare": Characters,
+    "text": Reviews,
     "wikitext103": Words,
 }
 

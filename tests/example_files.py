@@ -2,6 +2,7 @@
 
 import csv
 import io
+import wave
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,31 @@ def write_series(folder: Path, rows: int = 14_500, seed: int = 0) -> Path:
 
 _FEW = ("--data.train_size", "16", "--data.val_size", "4", "--data.batch_size", "4")
 
+
 # For each task a function that writes a little of its data, and the options of the command line for them.
+def write_words(folder: Path, recipe: dict[str, Any]) -> list[str]:
+    """Noise of up to 100 samples as WAV files, with the columns of the hub's data sets of speech."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    rate = {"fsdd": 8000, "speech_commands": 16000}[recipe["data"]["dataset"]]
+    for split in ("train", "validation", "test"):
+        rows = []
+        for length in generator.integers(50, 100, 60):
+            file = io.BytesIO()
+            with wave.open(file, "wb") as audio:
+                audio.setparams((1, 2, rate, 0, "NONE", ""))
+                audio.writeframes(generator.bytes(2 * length))
+            rows.append({"bytes": file.getvalue(), "path": None})
+        table = pyarrow.table({"audio": rows, "label": [row % 10 for row in range(60)]})
+        pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
+    return ["--data.path", str(folder)]
+
+
 WRITERS: dict[str, Callable[[Path, dict[str, Any]], list[str]]] = {
+    "audio": write_words,
     "copying": lambda folder, recipe: ["--data.lag", "20", "--data.train_size", "50"],
     "delay": lambda folder, recipe: ["--data.lag", "20", "--data.length", "50", "--data.train_size", "50"],
     "forecast": lambda folder, recipe: ["--data.path", str(write_series(folder))],

@@ -167,7 +167,7 @@ def test_schedule() -> None:
 
 
 def test_unknown_recipe(capsys: Capture) -> None:
-    fails(capsys, 2, ["speech"], "unknown recipe 'speech'", *RECIPES)
+    fails(capsys, 2, ["unheard"], "unknown recipe 'unheard'", *RECIPES)
 
 
 @pytest.mark.parametrize(
