@@ -51,7 +51,8 @@ class AdaptiveEmbedding(nn.Module):
         """Mean of -log p of targets (n,), from features (n, d_model), in the weights' dtype."""
         with torch.autocast(y.device.type, enabled=False):
             out: Tensor = self.softmax(y.to(self.softmax.head.weight.dtype), targets).loss
-        return out
+        # Weights of tokens that are not there have a gradient too: DistributedDataParallel waits for it.
+        return out + 0 * sum(weight.sum() for weight in self.softmax.parameters())
 
     def log_prob(self, y: Tensor) -> Tensor:
         """log p of all tokens (n, vocabulary), from features (n, d_model)."""

@@ -1,10 +1,7 @@
 """An LSTM with the calls of S4Model, to put beside it."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-
-LSTMState = tuple[Tensor, Tensor]
 
 
 class LSTMModel(nn.Module):
@@ -37,15 +34,3 @@ class LSTMModel(nn.Module):
         elif self.pooling == "mean":
             x = x.sum(1) / length
         return self.decoder(x)
-
-    def step(self, u: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
-        """One step: u (B, ...), state of the layers (h, c), each (layers, B, d_model)."""
-        x, state = self.lstm(self.encoder(u[:, None]), state)
-        return self.decoder(x[:, 0]), state
-
-    def initial_state(self, batch_size: int) -> LSTMState:
-        """Zeros."""
-        zeros = next(self.lstm.parameters()).new_zeros(
-            self.lstm.num_layers, batch_size, self.lstm.hidden_size
-        )
-        return zeros, torch.zeros_like(zeros)

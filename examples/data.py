@@ -291,13 +291,32 @@ class SequenceData(pl.LightningDataModule):
         """Open the cached splits and divide the rows."""
         self.tensors = {split: self._open(split) for split in self.splits}
         self.parts = self.partition()
-        if (number := len(self.parts["train"][1])) < self.batch_size:
+        devices = self.trainer.world_size if self.trainer else 1
+        if (number := len(self.parts["train"][1])) < self.batch_size * devices:
             raise DataError(
-                f"{self._name()} has {number} training sequences, "
-                f"fewer than one batch of data.batch_size={self.batch_size}"
+                f"{self._name()} has {number} training sequences, fewer than one batch of "
+                f"data.batch_size={self.batch_size} on {devices} device{'s' * (devices > 1)}"
             )
         if not len(self.parts["val"][1]):
             raise DataError(f"{self._name()} has no sequences for validation beside {number} for training")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides about inputs and targets; Lightning keeps it in checkpoints."""
+        return {**self.content(), **self.options()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to test weights on other data than they were trained for.
+
+        Raises:
+            DataError: if the checkpoint was written with other options.
+        """
+        own = self.state_dict()
+        if differing := [name for name, was in state_dict.items() if own.get(name) != was]:
+            was, now = ({name: side.get(name) for name in differing} for side in (state_dict, own))
+            raise DataError(
+                f"the checkpoint was written with data options {was}, this run has {now}; give the same, or "
+                "use the config.yaml of its run as the recipe"
+            )
 
     def train_dataloader(self) -> Loader:
         """Shuffled training batches."""
@@ -373,19 +392,19 @@ def cached(file: Path, build: Callable[[], dict[str, Tensor]]) -> dict[str, Any]
         pass
     try:
         file.parent.mkdir(parents=True, exist_ok=True)  # before the building, which may take a while
-        tensors = {name: tensor.contiguous() for name, tensor in build().items()}
-        digest = hashlib.sha256()
-        for tensor in tensors.values():
-            digest.update(tensor.numpy())
-        # Of the content alone: a folder may move.
-        whole = {**tensors, "digest": digest.hexdigest()[:16]}
+    except OSError as error:
+        raise _unwritable(file, error) from error
+    tensors = {name: tensor.contiguous() for name, tensor in build().items()}
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(tensor.numpy())
+    # Of the content alone: a folder may move.
+    whole = {**tensors, "digest": digest.hexdigest()[:16]}
+    try:
         atomic_save({**whole, "layout": _layout(whole)}, file)
         return {**torch.load(file, mmap=True, weights_only=True), **{"digest": whole["digest"]}}
     except OSError as error:
-        raise DataError(
-            f"cannot keep tensors in data.cache_dir {file.parent}: {first_line(error)}; "
-            "expected a folder that can be written, with room for them"
-        ) from error
+        raise _unwritable(file, error) from error
 
 
 def hold_out(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -406,6 +425,13 @@ def default_cache() -> Path:
 def first_line(error: Exception) -> str:
     """What an error of a library says, in short."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _unwritable(file: Path, error: OSError) -> DataError:
+    return DataError(
+        f"cannot keep tensors in data.cache_dir {file.parent}: {first_line(error)}; "
+        "expected a folder that can be written, with room for them"
+    )
 
 
 def _layout(content: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def run_blocks(
 
     Args:
         function: importable by name, or a `functools.partial` of such a function, as workers are processes of
-            their own. They import its module: one that needs no torch at the top starts seconds earlier.
+            their own. They import its module and the main script.
         count: rows in all.
         block: rows of a block.
         workers: processes, None for one a core; 1 does everything in this process.
@@ -37,7 +37,8 @@ def run_blocks(
         hidden = not sys.stdout.isatty()
         return track(results, description, total=len(blocks), transient=True, disable=hidden)
 
-    workers = min(workers or os.cpu_count() or 1, len(blocks))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(workers or cores or 1, len(blocks))
     if workers <= 1:
         yield from progress(map(function, blocks))
     else:

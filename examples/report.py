@@ -24,7 +24,8 @@ def learning_curve(folder: Path) -> Path | None:
                     series[name].append((int(row["step"]), float(value)))
     if not series:
         return None
-    second = "accuracy" if "train/accuracy" in series else "r2"
+    logged = {name.split("/")[1] for name in series}
+    second = next((name for name in ("accuracy", "r2", "bits") if name in logged), "loss")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, quantity in zip(axes, ("loss", second), strict=True):
         for stage, style in (

@@ -120,8 +120,13 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save within the epoch, never at its very end: a place Lightning does not always resume from."""
-        due = batch_idx == 0 or trainer.global_step % self.every_n_steps == 0
+        """Save within the epoch, never at its very end: a place Lightning does not always resume from.
+
+        Nor between the batches that make up one step, as their gradients are in no checkpoint.
+        """
+        parts = trainer.accumulate_grad_batches
+        stepped = (batch_idx + 1) % parts == 0
+        due = stepped and (batch_idx + 1 == parts or trainer.global_step % self.every_n_steps == 0)
         if due and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._save(trainer)
 

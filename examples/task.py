@@ -190,13 +190,18 @@ class SequenceTask(pl.LightningModule):
         y = self(batch)
         return batch.targets, y.softmax(-1) if self.spec.kind == "label" else y
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Start the clock of this step."""
+    def on_train_epoch_start(self) -> None:
+        """Start the clock."""
+        self._step_began = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        """Start it again: validation is no training."""
         self._step_began = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log training speed over all devices."""
-        seconds = time.perf_counter() - self._step_began
+        """Log training speed over all devices, from the end of one step to that of the next."""
+        began, self._step_began = self._step_began, time.perf_counter()
+        seconds = self._step_began - began
         self.log("samples/s", len(batch.targets) * self.trainer.world_size / seconds, prog_bar=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

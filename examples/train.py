@@ -88,7 +88,9 @@ class SaveConfig(SaveConfigCallback):
         """The resolved configuration: itself a recipe that repeats the run."""
         folder = Path(self.config.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, folder / "config.yaml", overwrite=True)
+        config = self.config.clone()
+        config.ckpt_path = None  # of a resumed run, which is not to be gone on with
+        self.parser.save(config, folder / "config.yaml", overwrite=True)
 
 
 class ExampleTrainer(Trainer):
@@ -250,7 +252,7 @@ class ExampleCLI(LightningCLI):
         weights = {name: weight.contiguous() for name, weight in self.model.state_dict().items()}
         save_file(weights, folder / "model.safetensors", {"recipe": self.recipe, "commit": git_commit()})
         self.results = {
-            "task": self.recipe,
+            "recipe": self.recipe,
             **{name.replace("/", " "): value for name, value in scores.items()},
             "weights": kept,
             "epochs": epochs,
@@ -281,6 +283,8 @@ class ExampleCLI(LightningCLI):
         if model.spec.kind == "token":
             raise ConfigError("predict is for labels and values; generate samples from a model of tokens")
         batches = self.trainer.predict(model, datamodule, ckpt_path=ckpt_path) or []
+        if not self.trainer.is_global_zero:  # every process has predicted all
+            return
         targets, predicted = (torch.cat(part) for part in zip(*batches, strict=True))
         folder = self._get(self.config, "run_dir")
         shown: dict[str, Any] = {"sequences": len(targets)}
@@ -332,7 +336,8 @@ def run(arguments: list[str]) -> ExampleCLI:
         names = ", ".join(path.stem for path in sorted(RECIPES.glob("*.yaml")))
         console.print(f"unknown recipe {rest[0]!r}: expected one of {names}, or the path of a YAML file")
         raise SystemExit(2)
-    ExampleCLI.recipe = recipe.stem
+    # The configuration of a run is in a folder that has the name of its recipe, unless it was given another.
+    ExampleCLI.recipe = recipe.parent.name if recipe.stem == "config" else recipe.stem
     try:
         return ExampleCLI(
             SequenceTask,

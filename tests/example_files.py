@@ -133,7 +133,6 @@ def write_series(folder: Path, rows: int = 14_500, seed: int = 0) -> Path:
 _FEW = ("--data.train_size", "16", "--data.val_size", "4", "--data.batch_size", "4")
 
 
-# For each task a function that writes a little of its data, and the options of the command line for them.
 def write_words(folder: Path, recipe: dict[str, Any]) -> list[str]:
     """Noise of up to 100 samples as WAV files, with the columns of the hub's data sets of speech."""
     import pyarrow
@@ -155,6 +154,7 @@ def write_words(folder: Path, recipe: dict[str, Any]) -> list[str]:
     return ["--data.path", str(folder)]
 
 
+# For each task a function that writes a little of its data, and the options of the command line for them.
 WRITERS: dict[str, Callable[[Path, dict[str, Any]], list[str]]] = {
     "audio": write_words,
     "copying": lambda folder, recipe: ["--data.lag", "20", "--data.train_size", "50"],

@@ -94,6 +94,49 @@ def test_resume_before_and_after_the_end_of_an_epoch(
         assert resumed == {at: loss for at, loss in whole.items() if at != step - 1}
 
 
+def test_resume_between_the_batches_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is saved while a part of the gradients of a step is there."""
+    options = ["digits", *TINY, "--save_every", "2", "--trainer.accumulate_grad_batches", "2"]
+    options += ["--trainer.max_steps", "5"]
+    save = runs.LastCheckpoint._save
+
+    def keep_each(self: runs.LastCheckpoint, trainer: train.Trainer) -> None:
+        save(self, trainer)
+        shutil.copytree("whole", f"at-{trainer.global_step}")  # which raises for a second at the same step
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.LastCheckpoint, "_save", keep_each)
+        train.run([*options, "--run_dir", "whole"])
+    train.run([*options, "--run_dir", "at-2", "--ckpt_path", "last"])
+    whole, resumed = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "at-2"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_configuration_of_a_resumed_run_is_a_recipe(tmp_path: Path) -> None:
+    options = ["digits", *TINY, "--trainer.max_steps", "2"]
+    train.run(options)
+    train.run([*options, "--ckpt_path", "last"])
+    cli = train.run(["runs/digits/config.yaml"])
+    assert cli.resume_step == 0
+    assert cli.results["recipe"] == "digits"
+    assert cli.results["files"] == "runs/digits-2"
+
+
+def test_weights_are_tested_on_the_data_they_are_for(capsys: Capture) -> None:
+    options = [
+        "copying",
+        *TINY,
+        "--data.train_size",
+        "40",
+        "--data.batch_size",
+        "8",
+        "--trainer.max_steps",
+        "1",
+    ]
+    train.run([*options, "--data.lag", "20"])
+    fails(capsys, 1, ["test", "copying", "--data.train_size", "40"], "'lag': 20", "'lag': 1000")
+
+
 def test_resume_needs_the_same_data(tmp_path: Path, capsys: Capture) -> None:
     train.run(["digits", *TINY, "--trainer.max_steps", "2"])
     options = ["digits", *TINY, "--trainer.max_steps", "4"]
