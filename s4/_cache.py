@@ -64,5 +64,6 @@ def watched(*tensors: Tensor) -> bool:
     return (
         any(type(t) is not Tensor for t in tensors)
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
         or torch._C._get_tracing_state() is not None
     )

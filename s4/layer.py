@@ -48,7 +48,7 @@ class S4Layer(nn.Module):
         bidirectional: also convolve backwards, with an output row C of its own. No state, no step.
         mode: how `forward` processes a sequence: "fft", by FFT convolution; "scan", by matrix products over
             chunks, under autocast to bfloat16 the larger ones in that, within 2% of the largest output; or
-            "auto", at present "fft".
+            "auto", by the shape the faster one on a CPU, elsewhere "fft".
         backend: who computes the kernel: "auto", or the Cauchy or Vandermonde sums of one of
             `s4.kernel.backends()`.
         device: of the parameters.
@@ -254,15 +254,20 @@ class S4Layer(nn.Module):
         check_state("state", state, (u.shape[0], self.d_model, self.d_state), D)
         v = u.to(D.dtype)
         still = not self.training and not torch.is_grad_enabled() and not transformed()
-        fused = still and has_fused_powers(D.device.type)
-        if fused and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        fused = still and has_fused_powers(D.device.type) and (self.variant == "diag" or len(self.P) <= 2)
+        plain = type(D) in (Tensor, torch.nn.Parameter)
+        if fused and plain and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             y, state = _stepping.step_kept(self._of_system(), D, state, v, rate, self.discretization)
             return y.to(u.dtype), state
-        keeps = still and usable(D)
+        keeps = still and usable(D) and not watched(v, state)
         if keeps and fused:
-            # To call an operator takes a third of the time of a step.
-            step = _stepping.step if watched(v, state) else _cpu.step
-            y, state = step(*self._recurrence_kept(rate), D, state, v)
+            if len(D) != self.d_model:
+                raise ValueError(f"D must have shape ({self.d_model},), got {tuple(D.shape)}")
+            # Without an operator, whose call takes a third of the time of a step.
+            y, state = _cpu.step(*self._recurrence_kept(rate), D, state, v)
+            return y.to(u.dtype), state
+        if fused and usable(D):
+            y, state = _stepping.step(*self._recurrence(rate), D, state, v)
             return y.to(u.dtype), state
         with _full_precision(u.device):
             recurrence = self._recurrence_kept(rate) if keeps else self._recurrence(rate)
@@ -277,7 +282,13 @@ class S4Layer(nn.Module):
         """The same, made anew only after a change."""
         parameters = [p for p in self._of_system() if p is not None]
         options = rate, self.discretization
-        return self._cache.get(parameters, options, lambda: self._recurrence(rate))
+
+        def make() -> ssm.Recurrence:
+            recurrence = self._recurrence(rate)
+            _stepping.check_shapes(recurrence, self.d_model, self.d_state)
+            return recurrence
+
+        return self._cache.get(parameters, options, make)
 
     def initial_state(self, batch_size: int) -> Tensor:
         """The state before any input: zeros (B, H, N)."""

@@ -113,7 +113,8 @@ def bilinear_dplr(system: System) -> Recurrence:
     Lambda, P, B, C, dt = system
     D = 1 / (1 - Lambda * dt[:, None] / 2)  # the diagonal of (I - dt/2 diag(Lambda))^-1
     Q = P * torch.sqrt(dt / 2)[:, None]
-    Q_conj = Q.conj_physical()  # a lazy one is lost where a compiled graph calls an operator that comes here
+    # A lazy conjugate is lost where a compiled graph calls an operator that comes here.
+    Q_conj = torch.complex(Q.real, -Q.imag)
     G, DQ, dtB = Q_conj * D, Q * D, B * dt[:, None]
     # (I - dt/2 A)^-1 = D - D Q S^-1 Q* D, with S real: a sum over conjugate pairs is twice a real part.
     eye = torch.eye(P.shape[0], dtype=dt.dtype, device=dt.device)

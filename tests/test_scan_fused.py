@@ -48,7 +48,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
         library.s4_pool(_cpu._pool())
 
 
-def operands(L: int, H: int, dtype: torch.dtype) -> list[Tensor]:
+def operands(L: int, H: int, dtype: torch.dtype, B: int = B) -> list[Tensor]:
     shapes = (B, L, H), (H, B, N), (H, 2 * T - 1), (H, T, N), (H, T, N), (H, N, N)
     return [torch.randn(shape, dtype=torch.float64).div(4).to(dtype) for shape in shapes]
 
@@ -118,6 +118,14 @@ def test_sequences_may_lie_in_any_way(H: int, layout: str) -> None:
 def test_on_threads() -> None:
     for H in (2, 13, 50):
         check(operands(29, H, torch.float64), torch.randn(B, 29, H, dtype=torch.float64), False, 1e-12)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.usefixtures("unchecked")
+def test_more_sequences_than_are_taken_at_once(reverse: bool) -> None:
+    """So that blocks of chunks follow each other, with states in between."""
+    tensors = operands(37, 3, torch.float64, B=100)
+    check(tensors, torch.randn(100, 37, 3, dtype=torch.float64), reverse, 1e-11)
 
 
 @pytest.mark.usefixtures("level")

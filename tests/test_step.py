@@ -12,6 +12,8 @@ import torch
 from oracle import close
 from test_process import run
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import s4.kernel
@@ -578,3 +580,39 @@ def test_snapshot_of_another_number_of_tensors() -> None:
     assert snapshot.matches(tensors)
     assert not snapshot.matches(tensors[:1])
     assert not snapshot.matches([*tensors, torch.randn(1)])
+
+
+@pytest.mark.usefixtures("still", "unchecked")
+@pytest.mark.parametrize(("name", "shape"), [("D", (1,)), ("C", (1, 2, 5, 2)), ("log_dt", (2,))])
+def test_parameters_of_another_shape(name: str, shape: tuple[int, ...]) -> None:
+    """What C++ would read beyond its end is refused."""
+    layer = S4Layer(4, 10).eval()
+    setattr(layer, name, nn.Parameter(torch.randn(shape)))
+    u = torch.randn(3, layer.D.shape[0])
+    with pytest.raises((ValueError, RuntimeError)):
+        layer.step(u, torch.zeros(3, 4, 10))
+
+
+@pytest.mark.usefixtures("still")
+def test_a_higher_rank_than_the_fused_code_has() -> None:
+    layer = S4Layer(4, 10, dtype=torch.float64).eval()
+    layer.P = nn.Parameter(0.3 * torch.randn(3, 1, 5, 2, dtype=torch.float64))
+    A, B, C, D = layer.dense()
+    u, x = torch.randn(2, 4, dtype=torch.float64), torch.randn(2, 4, 10, dtype=torch.float64)
+    moved = torch.einsum("hnm,bhm->bhn", A, x) + B * u[..., None]
+    y, got = layer.step(u, x)
+    close(got, moved, 1e-12)
+    close(y, torch.einsum("hn,bhn->bh", C, moved) + D * u, 1e-12)
+
+
+@pytest.mark.usefixtures("still")
+def test_nothing_is_kept_of_what_is_followed() -> None:
+    """Fake tensors have no numbers to keep; a graph that was traced has an operator in it."""
+    layer = S4Layer(4, 10).eval()
+    u, x = torch.randn(3, 4), torch.randn(3, 4, 10)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        layer.step(mode.from_tensor(u), mode.from_tensor(x))
+    want = layer.step(u, x)
+    graph = make_fx(lambda u, x: layer.step(u, x), pre_dispatch=True)(u, x)
+    for got, expected in zip(graph(u, x), want, strict=True):
+        close(got, expected, 1e-6)

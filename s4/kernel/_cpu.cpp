@@ -1,4 +1,5 @@
-// The fused CPU code: Cauchy and Vandermonde sums (_cpu_sums.h), powers of structured matrices (_cpu_krylov.h).
+// The fused CPU code: Cauchy and Vandermonde sums (_cpu_sums.h), powers of structured matrices (_cpu_krylov.h), the
+// chunked scan (_cpu_scan.h), the step (_cpu_step.h).
 //
 // A plain C interface on raw pointers, so that building needs neither torch nor Python and no ABI ties the result to a
 // version of either. One binary holds the code for several instruction sets; `s4_level` names the best that runs here.
@@ -38,7 +39,8 @@ int parallel(int64_t count, int threads, const Task& task) {
     };
     const int64_t team = std::min<int64_t>(threads, count);
     if (const auto shared = pool.load(); shared && team > 1) {
-        shared([](void* data) { (*static_cast<decltype(work)*>(data))(); }, &work, unsigned(team), 0);
+        // All of the pool, as torch asks for it: a smaller team ends the threads that the next larger one starts anew.
+        shared([](void* data) { (*static_cast<decltype(work)*>(data))(); }, &work, unsigned(threads), 0);
         return failed;
     }
     std::vector<std::thread> helpers;

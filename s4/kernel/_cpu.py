@@ -6,6 +6,7 @@ nor Python, so one build serves every version of both.
 
 import ctypes
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ def _library() -> ctypes.CDLL | str:
         library.s4_level.restype = ctypes.c_char_p
         if library.s4_interface() == _INTERFACE:
             library.s4_pool(_pool())
+            if hasattr(os, "register_at_fork"):  # a child has the pool, but not its threads
+                os.register_at_fork(after_in_child=lambda: library.s4_pool(ctypes.c_void_p()))
             return library
         reason = "it was built of another version"
     except (OSError, AttributeError) as error:  # AttributeError: a version with no such function
@@ -182,7 +185,10 @@ class Snapshot:
         self._sizes = (ctypes.c_int64 * self._count)(*(t.nbytes for t in self._copies))
 
     def matches(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are as many, of the same dtypes and shapes, contiguous, and bit by bit the same."""
+        """Whether these are as many, of the same dtypes and shapes, contiguous, and hold the same numbers.
+
+        Bit by bit; where the library is missing a nan never is the same.
+        """
         if len(tensors) != self._count:
             return False
         for t, (dtype, shape) in zip(tensors, self._kinds, strict=True):

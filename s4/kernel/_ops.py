@@ -1,4 +1,4 @@
-"""Sums and powers as PyTorch operators: what torch.compile, torch.export and autograd see of the backends.
+"""Sums, powers and the scan as PyTorch operators: what torch.compile, torch.export and autograd see of them.
 
 Of the sums, canonical shapes, contiguous where a backend sees them: v (G, q, n), z (1 or G, l), w and x
 (G, n), sums (G, q, l). A backend is a module with `status(device)`, `cauchy`, `cauchy_backward`,

@@ -18,8 +18,16 @@ _library.define(
     "step_kept(Tensor?[] system, Tensor D, Tensor x, Tensor u, float rate, str discretization)"
     " -> (Tensor, Tensor)"
 )
-_KEPT = 256  # systems
-_kept: OrderedDict[int, Cache[Recurrence]] = OrderedDict()  # by the address of their first parameter
+_KEPT = 256  # systems, also of layers that are no more, until others take their place
+_kept: OrderedDict[object, Cache[Recurrence]] = OrderedDict()  # by addresses of parameters, and options
+
+
+def check_shapes(recurrence: Recurrence, H: int, N: int) -> None:
+    """Raise ValueError unless the systems are of H channels of N states: what C++ reads is all there."""
+    rank = recurrence.F.shape[0]
+    shapes = [(H, N), (rank, H, N), (rank, H, N), (H, N), (1, H, N)]
+    if (given := [tuple(part.shape) for part in recurrence]) != shapes:
+        raise ValueError(f"parameters must be those of {H} channels of {N} states, {shapes}, got {given}")
 
 
 def _step(
@@ -42,14 +50,15 @@ def _step_kept(
 ) -> tuple[Tensor, Tensor]:
     log_dt, log_A_real, A_imag, B, C, P = parameters
     tensors = [t for t in parameters if t is not None]
-    address = tensors[0].data_ptr()
-    cache = _kept.pop(address, None) or Cache()
+    key = *(t.data_ptr() for t in tensors), rate, discretization
+    cache = _kept.setdefault(key, Cache())
     recurrence = cache.get(
         tensors,
         (rate, discretization),
         lambda: discretize(system(log_dt, log_A_real, A_imag, B, C, P, rate), discretization).to(D.dtype),  # type: ignore[arg-type]
     )
-    _kept[address] = cache  # as the newest
+    _kept[key] = cache
+    _kept.move_to_end(key)
     while len(_kept) > _KEPT:
         _kept.popitem(last=False)
     return _step(*recurrence, D, x, u)
