@@ -16,7 +16,7 @@ import data
 import images
 import runs
 import train
-from data import Spec
+from data import Batch, Spec
 from example_files import TINY, WRITERS, fails, step_losses, write_parquet
 from storage import CONTENT, CheckpointError, load_checkpoint
 
@@ -139,6 +139,17 @@ def test_final_norm_of_pre_norm_stacks(norm: str) -> None:
         for prenorm in (True, False)
     ]
     assert kinds == [torch.nn.RMSNorm if norm == "rms" else torch.nn.LayerNorm, type(None)]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_lstm_of_padded_sequences(pooling: str) -> None:
+    """Each row of a batch gives what it gives alone."""
+    task = train.SequenceTask(Spec("label", 3, 5), cell="lstm", d_model=6, n_layers=2, pooling=pooling)
+    u, lengths = torch.randn(3, 9, 3), torch.tensor([9, 1, 4])
+    together = task(Batch(u, torch.zeros(3), lengths))
+    for row, length in enumerate(lengths.tolist()):
+        alone = task(Batch(u[row : row + 1, :length], torch.zeros(1)))
+        torch.testing.assert_close(together[row : row + 1], alone)
 
 
 def test_lines_while_testing(capsys: Capture) -> None:
