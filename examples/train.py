@@ -133,9 +133,11 @@ class ExampleTrainer(Trainer):
             raise ConfigError("prompt must not be empty: generation goes on from something")
         tokens = datamodule.encode(prompt).to(self.strategy.root_device)[None].expand(samples, -1)
         generator = torch.Generator(tokens.device).manual_seed(torch.initial_seed() % 2**63)
-        sample = draw = categorical(temperature, top_k=top_k, top_p=top_p, generator=generator)
-        if adaptive := model.adaptive:
-            sample = lambda features: draw(adaptive.log_prob(features))  # noqa: E731
+        draw = categorical(temperature, top_k=top_k, top_p=top_p, generator=generator)
+
+        def sample(y: torch.Tensor) -> torch.Tensor:
+            return draw(model.adaptive.log_prob(y) if model.adaptive else y)
+
         new = model.model.generate(tokens, length, sample)
         texts = "\n\n".join(datamodule.decode(row) for row in torch.cat([tokens, new], 1).cpu())
         file = Path(self.default_root_dir) / "samples.txt"

@@ -152,6 +152,19 @@ def test_lstm_of_padded_sequences(pooling: str) -> None:
         torch.testing.assert_close(together[row : row + 1], alone)
 
 
+def test_lengths_and_rate_reach_the_model() -> None:
+    """Each row of a padded batch gives what it gives alone, at the rate of the batch."""
+    task = train.SequenceTask(Spec("label", 1, 5), d_model=4, n_layers=1, d_state=4, dt_min=0.1, dt_max=1.0)
+    u, lengths = torch.randn(2, 9, 1), torch.tensor([9, 4])
+    for rate in (1.0, 2.0):
+        got = task(Batch(u, torch.zeros(2), lengths, rate))
+        for row, length in enumerate(lengths.tolist()):
+            alone = task.model(u[row : row + 1, :length], rate=rate)
+            torch.testing.assert_close(got[row : row + 1], alone)
+    once, twice = (task(Batch(u, torch.zeros(2), lengths, rate)) for rate in (1.0, 2.0))
+    assert (once - twice).abs().max() > 1e-2
+
+
 def test_lines_while_testing(capsys: Capture) -> None:
     line = runs.LineProgress(seconds=0)
     trainer = type("Trainer", (), {"num_test_batches": [3]})()
