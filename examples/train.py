@@ -213,8 +213,9 @@ class ExampleCLI(LightningCLI):
         if self.subcommand == "fit" and config["logger"] is None:
             config["logger"] = [
                 ResumableCSVLogger(folder, self.resume_step),
+                # Absolute, as its thread may write while jsonargparse has gone to another folder.
                 TensorBoardLogger(
-                    folder, name="", version="tensorboard", purge_step=self.resume_step or None
+                    folder.absolute(), name="", version="tensorboard", purge_step=self.resume_step or None
                 ),
             ]
         elif self.subcommand != "fit":
