@@ -78,7 +78,8 @@ class SpokenWords(SequenceData):
             (version 0.02, 35 words, 16 kHz, 1 second).
         path: a folder with train.parquet, test.parquet and, for speech_commands, validation.parquet in the
             hub's schema; without it the hub is asked.
-        augment: train with random modulation, equalisation, noise and gain, see `augment`.
+        augment: train at a random speed from 0.87 to 1.15, with random modulation, equalisation, noise and
+            gain, see `resample` and `augment`.
         batch_size: training recordings a step, on each device.
         eval_batch_size: recordings a step in validation and test.
         validation: fraction of the training recordings of each word held out for validation; speech_commands
@@ -164,10 +165,12 @@ class SpokenWords(SequenceData):
 
     def transform(self, batch: Batch, training: bool) -> Batch:
         """float32 (B, L, 1), normalised and, in training, augmented."""
-        waveforms = standardize(batch.inputs.float(), batch.lengths)
+        waveforms, lengths = standardize(batch.inputs.float(), batch.lengths), batch.lengths
         if training and self.augment:
-            waveforms = augment(waveforms, batch.lengths)
-        return batch._replace(inputs=waveforms[..., None])
+            # One speed a batch, drawn on the CPU, as it decides about shapes.
+            waveforms, lengths = resample(waveforms, lengths, 2 ** (0.4 * torch.rand(()).item() - 0.2))
+            waveforms = augment(waveforms, lengths)
+        return batch._replace(inputs=waveforms[..., None], lengths=lengths)
 
     def test_dataloader(self) -> list[Loader]:
         """The test recordings as they are, and every second sample of them."""
@@ -240,6 +243,18 @@ def standardize(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
         centred = (waveforms - (waveforms * inside).sum(1, keepdim=True) / number) * inside
         variance = centred.square().sum(1, keepdim=True) / number
     return centred / variance.sqrt().clamp_min(1e-8)
+
+
+def resample(waveforms: Tensor, lengths: Tensor | None, speed: float) -> tuple[Tensor, Tensor | None]:
+    """Waveforms (B, L) played `speed` times as fast, and as high: (B, about L / speed), and their lengths.
+
+    Limited to the band that both have, by Fourier transforms of the whole row.
+    """
+    before = waveforms.shape[1]
+    after = max(1, round(before / speed))
+    heard = torch.fft.irfft(torch.fft.rfft(waveforms), after) * (after / before)
+    # Every sample of the old row inside: the longest of the lengths stays that of the row.
+    return heard, None if lengths is None else (lengths * after + before - 1) // before
 
 
 def augment(waveforms: Tensor, lengths: Tensor | None) -> Tensor:

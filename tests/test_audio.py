@@ -212,23 +212,41 @@ def test_augmentation(digits: tuple[Path, dict[str, list[np.ndarray]]]) -> None:
     raw = module.fetch("train", torch.tensor([1, 1, 2]))
     plain = module.transform(raw, training=False).inputs
     torch.manual_seed(3)
-    first = module.transform(raw, training=True).inputs
+    first = module.transform(raw, training=True)
     torch.manual_seed(3)
-    again = module.transform(raw, training=True).inputs
-    assert first.shape == plain.shape == (*raw.inputs.shape, 1)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, module.transform(raw, training=True).inputs)
-    assert not torch.equal(first[0], first[1])
+    again = module.transform(raw, training=True)
+    assert plain.shape == (*raw.inputs.shape, 1)
+    assert torch.equal(first.inputs, again.inputs)
+    others = [module.transform(raw, training=True) for _ in range(50)]
+    assert not torch.equal(first.inputs[0], first.inputs[1])
     assert raw.lengths is not None
-    for row, length in zip(first[..., 0], raw.lengths, strict=True):
-        assert not row[length:].any()
-        assert row[:length].all()
+    for heard in (first, *others):
+        assert heard.lengths is not None
+        for row, length in zip(heard.inputs[..., 0], heard.lengths, strict=True):
+            assert not row[length:].any()
+            assert row[:length].all()
+    speeds = [raw.inputs.shape[1] / heard.inputs.shape[1] for heard in others]
+    assert 0.86 < min(speeds) < 0.91
+    assert 1.1 < max(speeds) < 1.16
     assert torch.equal(plain, SpokenWords("fsdd", digits[0]).transform(raw, training=True).inputs)
 
 
 def tone(frequency: float) -> torch.Tensor:
     """400 rows of 4,000 steps with variance 1."""
     return (2**0.5 * torch.sin(2 * torch.pi * frequency * torch.arange(4000))).expand(400, -1)
+
+
+@pytest.mark.parametrize("speed", [0.8, 1.0, 1.25])
+def test_resampling(speed: float) -> None:
+    """A tone sounds as it would have been sampled; lengths keep every sample, the longest all of the row."""
+    period = 2 * torch.pi * 0.05
+    heard, lengths = audio.resample(tone(0.05)[:2], torch.tensor([4000, 401]), speed)
+    assert heard.shape == (2, 4000 / speed)
+    expected = 2**0.5 * torch.sin(period * speed * torch.arange(heard.shape[1]))
+    torch.testing.assert_close(heard[0], expected, atol=1e-3, rtol=0)
+    assert lengths is not None
+    assert lengths.tolist() == [4000 / speed, -(-401 // speed)]
+    assert audio.resample(torch.ones(1, 1), None, 1.15)[0].tolist() == [[1.0]]
 
 
 def test_augmented_noise_and_gain(monkeypatch: pytest.MonkeyPatch) -> None:
