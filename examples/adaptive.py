@@ -17,12 +17,13 @@ class AdaptiveEmbedding(nn.Module):
         vocabulary: number of tokens.
         d_model: channels, at least 4^len(cutoffs).
         cutoffs: increasing, above 0 and below `vocabulary`.
+        dropout: probability, of embeddings and of the features that tokens are predicted from.
 
     Raises:
         ValueError: for another d_model or other cutoffs.
     """
 
-    def __init__(self, vocabulary: int, d_model: int, cutoffs: list[int]) -> None:
+    def __init__(self, vocabulary: int, d_model: int, cutoffs: list[int], dropout: float = 0.0) -> None:
         super().__init__()
         if d_model < 4 ** len(cutoffs):
             raise ValueError(
@@ -30,6 +31,7 @@ class AdaptiveEmbedding(nn.Module):
             )
         if cutoffs != sorted(set(cutoffs)) or not 0 < cutoffs[0] <= cutoffs[-1] < vocabulary:
             raise ValueError(f"model.cutoffs must increase between 0 and {vocabulary}, got {cutoffs}")
+        self.dropout = nn.Dropout(dropout)
         self.softmax = nn.AdaptiveLogSoftmaxWithLoss(d_model, vocabulary, cutoffs, div_value=4.0)
         self.up = nn.ModuleList(
             nn.Linear(rare[1].in_features, d_model, bias=False) for rare in self.softmax.tail
@@ -45,12 +47,12 @@ class AdaptiveEmbedding(nn.Module):
             embedded = up(nn.functional.embedding(tokens[here] - start, rare[1].weight))
             x = x.masked_scatter(here[..., None], embedded.to(x.dtype))
         # The weights of a softmax are small: 1 / sqrt(d_model) or so.
-        return x * math.sqrt(x.shape[-1])
+        return self.dropout(x * math.sqrt(x.shape[-1]))
 
     def loss(self, y: Tensor, targets: Tensor) -> Tensor:
         """Mean of -log p of targets (n,), from features (n, d_model), in the weights' dtype."""
         with torch.autocast(y.device.type, enabled=False):
-            out: Tensor = self.softmax(y.to(self.softmax.head.weight.dtype), targets).loss
+            out: Tensor = self.softmax(self.dropout(y.to(self.softmax.head.weight.dtype)), targets).loss
         # Weights of tokens that are not there have a gradient too: DistributedDataParallel waits for it.
         return out + 0 * sum(weight.sum() for weight in self.softmax.parameters())
 

@@ -45,8 +45,11 @@ class SequenceTask(pl.LightningModule):
         dropout: probability.
         tie_dropout: drop whole channels, the same at every step.
         mixer: glu or linear, what follows the activation.
+        d_ff: hidden width of feed-forward networks, 0 for none.
+        ff_every: one such network after so many S4 layers.
         cutoffs: of tokens in order of frequency, where an adaptive embedding and softmax divide them; if not
             given, an embedding and a linear map.
+        embedding_dropout: probability, of an adaptive embedding and of the inputs of its softmax.
         lr: peak learning rate.
         ssm_lr: peak learning rate of dt, A and B.
         weight_decay: of everything but the state space parameters, norms and biases.
@@ -75,7 +78,10 @@ class SequenceTask(pl.LightningModule):
         dropout: float = 0.0,
         tie_dropout: bool = False,
         mixer: Literal["glu", "linear"] = "glu",
+        d_ff: int = 0,
+        ff_every: int = 1,
         cutoffs: list[int] | None = None,
+        embedding_dropout: float = 0.0,
         lr: float = 1e-2,
         ssm_lr: float = 1e-3,
         weight_decay: float = 0.05,
@@ -85,14 +91,19 @@ class SequenceTask(pl.LightningModule):
         super().__init__()
         # With them `test` rebuilds the model of a checkpoint by itself.
         self.save_hyperparameters(ignore="spec")
-        if n_layers < 1 or warmup_steps < 0:
-            raise ValueError(f"need n_layers >= 1 and warmup_steps >= 0, got {n_layers} and {warmup_steps}")
+        if n_layers < 1 or ff_every < 1 or warmup_steps < 0:
+            raise ValueError(
+                "need model.n_layers and model.ff_every of at least 1 and model.warmup_steps of at least 0, "
+                f"got {n_layers}, {ff_every} and {warmup_steps}"
+            )
         self.spec, self.warmup_steps = spec, warmup_steps
         self.lr, self.ssm_lr, self.weight_decay = lr, ssm_lr, weight_decay
         if cutoffs and spec.kind != "token":
             raise ValueError(f"model.cutoffs is for models that predict tokens, not a {spec.kind}")
+        if embedding_dropout and not cutoffs:
+            raise ValueError("model.embedding_dropout needs model.cutoffs, whose embedding it is of")
         encoder: nn.Module = (
-            AdaptiveEmbedding(spec.d_input, d_model, cutoffs)
+            AdaptiveEmbedding(spec.d_input, d_model, cutoffs, embedding_dropout)
             if cutoffs
             else (nn.Embedding if spec.tokens else nn.Linear)(spec.d_input, d_model)
         )
@@ -105,7 +116,7 @@ class SequenceTask(pl.LightningModule):
         )
         pooled = pooling if spec.kind == "label" else "none"
 
-        def block() -> S4Block:
+        def block(index: int) -> S4Block:
             layer = S4Layer(
                 d_model,
                 d_state,
@@ -119,7 +130,13 @@ class SequenceTask(pl.LightningModule):
                 backend=backend,
             )
             return S4Block(
-                layer, norm=norm, prenorm=prenorm, dropout=dropout, tie_dropout=tie_dropout, mixer=mixer
+                layer,
+                norm=norm,
+                prenorm=prenorm,
+                dropout=dropout,
+                tie_dropout=tie_dropout,
+                mixer=mixer,
+                d_ff=0 if (index + 1) % ff_every else d_ff,
             )
 
         self.model: S4Model | LSTMModel
@@ -132,7 +149,7 @@ class SequenceTask(pl.LightningModule):
         else:
             self.model = S4Model(
                 encoder,
-                [block() for _ in range(n_layers)],
+                [block(index) for index in range(n_layers)],
                 decoder,
                 pooling=pooled,
                 # What pre-norm blocks add up has no norm yet. After batch norm too: this one is by position.

@@ -4,7 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from s4._checks import check_features, check_flag, check_lengths, check_number, check_option
+from s4._checks import check_features, check_flag, check_integer, check_lengths, check_number, check_option
 from s4.layer import S4Layer, padding
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -19,6 +19,8 @@ _NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "batch": nn.BatchNo
 class S4Block(nn.Module):
     """x + mix(dropout(activation(S4(x)))), with a norm before S4 or after the sum.
 
+    With `d_ff`, x + down(dropout(activation(up(x)))) follows, with a norm of its own in the same place.
+
     Args:
         layer: the S4 layer; its width, device and dtype are the block's.
         norm: "layer", "batch" (over the batch and time; padding does not count) or "rms".
@@ -27,6 +29,7 @@ class S4Block(nn.Module):
         dropout: probability of zeroing an activation.
         tie_dropout: draw one mask a sequence and channel, the same at every time.
         mixer: what mixes the channels at each time: "glu", a gated linear unit, or "linear".
+        d_ff: hidden width of the position-wise feed-forward network that follows; 0 for none.
 
     Raises:
         ValueError, TypeError: an option that does not exist; the message names it.
@@ -42,6 +45,7 @@ class S4Block(nn.Module):
         dropout: float = 0.0,
         tie_dropout: bool = False,
         mixer: str = "glu",
+        d_ff: int = 0,
     ) -> None:
         super().__init__()
         if not isinstance(layer, S4Layer):
@@ -54,18 +58,33 @@ class S4Block(nn.Module):
             raise ValueError(f"dropout must be below 1, got {dropout}")
         check_flag("tie_dropout", tie_dropout)
         check_option("mixer", mixer, ("glu", "linear"))
+        check_integer("d_ff", d_ff, 0)
         d_model, device, dtype = layer.d_model, layer.D.device, layer.D.dtype
+
+        def linear(d_in: int, d_out: int) -> nn.Linear:
+            return nn.Linear(d_in, d_out, device=device, dtype=dtype)
+
         self.prenorm = prenorm
         self.norm = _NORMS[norm](d_model, device=device, dtype=dtype)
         self.layer = layer
         self.activation = _ACTIVATIONS[activation]()
         self.dropout = nn.Dropout1d(dropout) if tie_dropout else nn.Dropout(dropout)
-        if mixer == "glu":
-            self.mixer: nn.Module = nn.Sequential(
-                nn.Linear(d_model, 2 * d_model, device=device, dtype=dtype), nn.GLU(dim=-1)
+        self.mixer: nn.Module = (
+            nn.Sequential(linear(d_model, 2 * d_model), nn.GLU(dim=-1))
+            if mixer == "glu"
+            else linear(d_model, d_model)
+        )
+        self.feed_forward = (
+            nn.ModuleDict(
+                {
+                    "norm": _NORMS[norm](d_model, device=device, dtype=dtype),
+                    "up": linear(d_model, d_ff),
+                    "down": linear(d_ff, d_model),
+                }
             )
-        else:
-            self.mixer = nn.Linear(d_model, d_model, device=device, dtype=dtype)
+            if d_ff
+            else None
+        )
 
     def forward(
         self,
@@ -84,14 +103,12 @@ class S4Block(nn.Module):
         if lengths is not None:
             lengths = check_lengths(lengths, x.shape[0], x.shape[1], self.layer.D)
             x = x.masked_fill(padding(lengths, x.shape[1])[..., None], 0)
-        z = self._norm(x, lengths) if self.prenorm else x
+        z = self._normed(self.norm, x, lengths) if self.prenorm else x
         after = None
         z = self.layer(z, state, lengths=lengths, rate=rate, return_state=return_state)
         if return_state:
             z, after = z
-        x = x + self._mix(z)
-        if not self.prenorm:
-            x = self._norm(x, lengths)
+        x = self._position_wise(x, z, lengths)
         return x if after is None else (x, after)
 
     def step(self, x: Tensor, state: Tensor, *, rate: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -101,34 +118,41 @@ class S4Block(nn.Module):
         norm takes its statistics over the batch alone.
         """
         check_features("x", x, self.layer.D, "batch")
-        z, state = self.layer.step(
-            self._norm(x[:, None], None)[:, 0] if self.prenorm else x, state, rate=rate
-        )
-        x = x + self._mix(z[:, None])[:, 0]
-        return (x if self.prenorm else self._norm(x[:, None], None)[:, 0]), state
+        z = self._normed(self.norm, x[:, None], None)[:, 0] if self.prenorm else x
+        z, state = self.layer.step(z, state, rate=rate)
+        return self._position_wise(x[:, None], z[:, None], None)[:, 0], state
 
     def initial_state(self, batch_size: int) -> Tensor:
         """The layer's state before any input: zeros (B, H, N)."""
         return self.layer.initial_state(batch_size)
 
-    def _mix(self, z: Tensor) -> Tensor:
+    def _position_wise(self, x: Tensor, z: Tensor, lengths: Tensor | None) -> Tensor:
+        """What follows the S4 layer, from the block's input and the layer's output (B, L, d_model)."""
+        x = x + self.mixer(self._activate(z))
+        if not self.prenorm:
+            x = self._normed(self.norm, x, lengths)
+        if self.feed_forward is None:
+            return x
+        norm, up, down = self.feed_forward["norm"], self.feed_forward["up"], self.feed_forward["down"]
+        x = x + down(self._activate(up(self._normed(norm, x, lengths) if self.prenorm else x)))
+        return x if self.prenorm else self._normed(norm, x, lengths)
+
+    def _activate(self, z: Tensor) -> Tensor:
         z = self.activation(z)
         if isinstance(self.dropout, nn.Dropout1d):
-            z = rearrange(self.dropout(rearrange(z, "b l h -> b h l")), "b h l -> b l h")
-        else:
-            z = self.dropout(z)
-        out: Tensor = self.mixer(z)
+            return rearrange(self.dropout(rearrange(z, "b l h -> b h l")), "b h l -> b l h")
+        out: Tensor = self.dropout(z)
         return out
 
-    def _norm(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        if not isinstance(self.norm, nn.BatchNorm1d):
-            out: Tensor = self.norm(x)
+    def _normed(self, norm: nn.Module, x: Tensor, lengths: Tensor | None) -> Tensor:
+        if not isinstance(norm, nn.BatchNorm1d):
+            out: Tensor = norm(x)
             return out
         if lengths is None or not self.training:
-            flat: Tensor = self.norm(x.flatten(0, 1))
+            flat: Tensor = norm(x.flatten(0, 1))
             return flat.view_as(x)
         # Only what lies inside the sequences may enter the statistics.
         inside = ~padding(lengths, x.shape[1])
         normed = torch.zeros_like(x)
-        normed[inside] = self.norm(x[inside]).to(x.dtype)
+        normed[inside] = norm(x[inside]).to(x.dtype)
         return normed

@@ -19,6 +19,8 @@ OPTIONS = [
     {"norm": "batch", "prenorm": False, "mixer": "linear"},
     {"norm": "rms", "prenorm": True, "mixer": "linear"},
     {"norm": "rms", "prenorm": False, "mixer": "glu", "activation": "gelu"},
+    {"norm": "layer", "prenorm": True, "mixer": "glu", "d_ff": 10},
+    {"norm": "batch", "prenorm": False, "mixer": "linear", "activation": "silu", "d_ff": 3},
 ]
 
 
@@ -49,16 +51,22 @@ def build(bidirectional: bool = False, variant: str = "dplr", **options: object)
 
 
 def norm_of(block: S4Block, options: dict[str, object]) -> nn.Module:
+    """The norm of the S4 layer; that of the feed-forward network comes after it."""
     kinds = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "rms": nn.RMSNorm}
-    (norm,) = (m for m in block.modules() if isinstance(m, kinds[options.get("norm", "layer")]))
-    return norm
+    return next(m for m in block.modules() if isinstance(m, kinds[options.get("norm", "layer")]))
 
 
 def by_hand(block: S4Block, options: dict[str, object], x: Tensor) -> Tensor:
-    """x + mix(act(S4(norm x))), or norm(x + mix(act(S4 x))), with every formula written out."""
-    norm = norm_of(block, options)
+    """x + mix(act(S4(norm x))), or norm(x + mix(act(S4 x))), with every formula written out.
 
-    def normed(z: Tensor) -> Tensor:
+    Then, if asked for, the same with down(act(up(x))) in the place of mix(act(S4(x))).
+    """
+    prenorm, act = options.get("prenorm", True), ACTIVATIONS[options.get("activation", "gelu")]
+    linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
+    assert len(linears) == (3 if "d_ff" in options else 1)
+    norms = [m for m in block.modules() if isinstance(m, type(norm_of(block, options)))]
+
+    def normed(norm: nn.Module, z: Tensor) -> Tensor:
         if options.get("norm") == "batch":
             z = (z - norm.running_mean) / torch.sqrt(norm.running_var + norm.eps)
         elif options.get("norm") == "rms":
@@ -67,14 +75,19 @@ def by_hand(block: S4Block, options: dict[str, object], x: Tensor) -> Tensor:
             z = (z - z.mean(-1, keepdim=True)) / torch.sqrt(z.var(-1, keepdim=True, correction=0) + norm.eps)
         return z * norm.weight + (0 if options.get("norm") == "rms" else norm.bias)
 
-    (linear,) = (m for m in block.modules() if isinstance(m, nn.Linear))
-    prenorm = options.get("prenorm", True)
-    z = block.layer(normed(x) if prenorm else x)
-    z = ACTIVATIONS[options.get("activation", "gelu")](z)
-    z = z @ linear.weight.T + linear.bias
-    if options.get("mixer", "glu") == "glu":
-        z = z[..., :D_MODEL] * torch.sigmoid(z[..., D_MODEL:])
-    return x + z if prenorm else normed(x + z)
+    def mixed(z: Tensor) -> Tensor:
+        z = act(block.layer(z)) @ linears[0].weight.T + linears[0].bias
+        if options.get("mixer", "glu") == "glu":
+            z = z[..., :D_MODEL] * torch.sigmoid(z[..., D_MODEL:])
+        return z
+
+    def fed(z: Tensor) -> Tensor:
+        up, down = linears[1:]
+        return act(z @ up.weight.T + up.bias) @ down.weight.T + down.bias
+
+    for branch, norm in zip([mixed, fed], norms, strict=False):
+        x = x + branch(normed(norm, x)) if prenorm else normed(norm, x + branch(x))
+    return x
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, *({"activation": name} for name in ACTIVATIONS)], ids=ids)
@@ -195,6 +208,19 @@ def test_dropout_is_off_in_eval_and_scales_in_training() -> None:
     assert (mean - want).abs().mean() < 0.03 * (want - x).abs().max()
 
 
+def test_dropout_within_the_feed_forward_network() -> None:
+    block = build(dropout=0.5, d_ff=40)
+    with torch.no_grad():
+        block.mixer[0].weight.zero_()  # what follows S4 is the same at every draw
+    x = torch.randn(2, L, D_MODEL).double()
+    assert torch.equal(block(x), block(x))
+    block.train()
+    assert not torch.equal(block(x), block(x))
+    mean = torch.stack([block(x) for _ in range(1000)]).mean(0)
+    want = block.eval()(x)
+    assert (mean - want).abs().mean() < 0.1 * (want - x).abs().mean()
+
+
 def test_tied_dropout_draws_one_mask_over_time() -> None:
     """A constant sequence after its transient: tied masks leave it constant in time, free ones do not."""
     x = torch.ones(3, 9, D_MODEL).double()
@@ -209,9 +235,10 @@ def test_tied_dropout_draws_one_mask_over_time() -> None:
             assert not torch.allclose(change[0], change[1])
 
 
+@pytest.mark.parametrize("d_ff", [0, 5])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradient_reaches_every_parameter(activation: str) -> None:
-    block = build(activation=activation).train()
+def test_gradient_reaches_every_parameter(activation: str, d_ff: int) -> None:
+    block = build(activation=activation, d_ff=d_ff).train()
     x = torch.randn(2, L, D_MODEL).double().requires_grad_()
     block(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in [x, *block.parameters()])
@@ -219,7 +246,7 @@ def test_gradient_reaches_every_parameter(activation: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_block_takes_the_dtype_of_its_layer(dtype: torch.dtype) -> None:
-    block = S4Block(S4Layer(D_MODEL, D_STATE, dtype=dtype))
+    block = S4Block(S4Layer(D_MODEL, D_STATE, dtype=dtype), d_ff=5)
     assert {p.dtype for p in block.parameters()} == {dtype}
     assert block(torch.randn(2, 5, D_MODEL, dtype=dtype)).dtype == dtype
 

@@ -293,6 +293,8 @@ BLOCK = {
         "activation.*gelu.*sine",
     ),
     "unknown mixer": (lambda: S4Block(causal(), mixer="attention"), ValueError, "mixer.*glu.*attention"),
+    "negative d_ff": (lambda: S4Block(causal(), d_ff=-1), ValueError, "d_ff.*-1"),
+    "fractional d_ff": (lambda: S4Block(causal(), d_ff=4.0), TypeError, r"d_ff.*4\.0"),
     "negative dropout": (lambda: S4Block(causal(), dropout=-0.1), ValueError, r"dropout.*-0\.1"),
     "dropout of all": (lambda: S4Block(causal(), dropout=1.5), ValueError, r"dropout.*1\.5"),
     "dropout of everything": (lambda: S4Block(causal(), dropout=1.0), ValueError, r"dropout.*1\.0"),

@@ -333,6 +333,32 @@ def test_wrong_cutoffs() -> None:
         train.SequenceTask(Spec("label", 20, 20, tokens=True), d_model=16, cutoffs=[5])
 
 
+def test_adaptive_embedding_drops_in_training() -> None:
+    """Embeddings, and the features that predict; neither in evaluation."""
+    model, whole = (AdaptiveEmbedding(20, 16, [5, 11], dropout) for dropout in (0.5, 0.0))
+    whole.load_state_dict(model.state_dict())
+    tokens, y, targets = torch.arange(20), torch.randn(500, 16), torch.randint(0, 20, (500,))
+    dropped = model(tokens) == 0
+    assert 0.3 < dropped.float().mean() < 0.7
+    kept = model(tokens)
+    torch.testing.assert_close(kept[kept != 0], 2 * whole(tokens)[kept != 0])
+    assert model.loss(y, targets) != model.loss(y, targets)
+    model.eval()
+    torch.testing.assert_close(model(tokens), whole(tokens))
+    torch.testing.assert_close(model.loss(y, targets), whole.loss(y, targets))
+    with pytest.raises(ValueError, match=r"embedding_dropout needs model\.cutoffs"):
+        train.SequenceTask(Spec("token", 20, 20, tokens=True), d_model=16, embedding_dropout=0.1)
+
+
+def test_feed_forward_networks_are_where_they_should() -> None:
+    spec = Spec("token", 20, 20, tokens=True)
+    model = train.SequenceTask(spec, d_model=16, n_layers=5, d_state=2, d_ff=24, ff_every=2)
+    widths = [block.feed_forward and block.feed_forward["up"].out_features for block in model.model.blocks]
+    assert widths == [None, 24, None, 24, None]
+    with pytest.raises(ValueError, match=r"model\.ff_every of at least 1 .* 0 and 0"):
+        train.SequenceTask(spec, d_model=16, d_ff=24, ff_every=0)
+
+
 def test_perplexity_is_e_to_the_mean_loss() -> None:
     spec = Spec("token", 20, 20, tokens=True)
     model = train.SequenceTask(spec, d_model=16, n_layers=1, d_state=2, cutoffs=[5, 11])
