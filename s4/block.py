@@ -5,7 +5,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from s4._checks import check_features, check_flag, check_integer, check_lengths, check_number, check_option
-from s4.layer import S4Layer, padding
+from s4.layer import S4Layer, padding, zero_padding
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
@@ -102,7 +102,7 @@ class S4Block(nn.Module):
         check_features("x", x, self.layer.D, "batch", "length")
         if lengths is not None:
             lengths = check_lengths(lengths, x.shape[0], x.shape[1], self.layer.D)
-            x = x.masked_fill(padding(lengths, x.shape[1])[..., None], 0)
+            x = zero_padding(x, lengths)
         z = self._normed(self.norm, x, lengths) if self.prenorm else x
         after = None
         z = self.layer(z, state, lengths=lengths, rate=rate, return_state=return_state)
@@ -152,7 +152,7 @@ class S4Block(nn.Module):
             flat: Tensor = norm(x.flatten(0, 1))
             return flat.view_as(x)
         # Only what lies inside the sequences may enter the statistics.
-        inside = ~padding(lengths, x.shape[1])
-        normed = torch.zeros_like(x)
-        normed[inside] = norm(x[inside]).to(x.dtype)
-        return normed
+        inside = (~padding(lengths, x.shape[1])).flatten().nonzero()[:, 0]
+        flat = x.flatten(0, 1)
+        normed = norm(flat.index_select(0, inside)).to(x.dtype)
+        return torch.zeros_like(flat).index_copy(0, inside, normed).view_as(x)

@@ -197,10 +197,8 @@ class S4Layer(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         L = u.shape[1]
         x = u.to(self.D.dtype)
-        past = None
         if lengths is not None:
-            past = padding(lengths, L)[..., None]
-            x = x.masked_fill(past, 0)
+            x = zero_padding(x, lengths)
         system = self._system(rate)
         propagator = Propagator(ssm.discretize(system, self.discretization))
         scans = self.mode == "scan" or (
@@ -218,8 +216,8 @@ class S4Layer(nn.Module):
             if state is not None:
                 y = y + propagator.continuation(state, L)
             y = conv.by_time(y)
-        if past is not None:
-            y = y.masked_fill(past, 0)
+        if lengths is not None:
+            y = zero_padding(y, lengths)
         y = y.to(u.dtype)
         if not return_state:
             return y
@@ -376,6 +374,12 @@ class S4Layer(nn.Module):
 def padding(lengths: Tensor, L: int) -> Tensor:
     """(B, L), True past the end of each right-padded sequence."""
     return torch.arange(L, device=lengths.device) >= lengths[:, None]
+
+
+def zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
+    """x (B, L, ...) with zeros past the lengths, also where it holds NaN or tokens that do not exist."""
+    past = padding(lengths, x.shape[1]).view(*x.shape[:2], *(1,) * (x.dim() - 2))
+    return torch.where(past, x.new_zeros(()), x)  # half the traffic of masked_fill, which copies first
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from s4._checks import check_integer, check_lengths, check_module, check_number, check_option, check_state
 from s4.block import S4Block
-from s4.layer import padding
+from s4.layer import zero_padding
 
 Sampler = Callable[[Tensor], Tensor]
 Stop = Callable[[Tensor], Tensor]
@@ -148,7 +148,7 @@ class S4Model(nn.Module):
         else:
             y = self.decoder(x)
             if lengths is not None:
-                y = _zero_padding(y, lengths)
+                y = zero_padding(y, lengths)
         return (y, after) if return_state and after is not None else y
 
     def step(self, u: Tensor, state: ModelState, *, rate: float = 1.0) -> tuple[Tensor, ModelState]:
@@ -279,7 +279,7 @@ class S4Model(nn.Module):
         if state is not None:
             self._check_state(state, u.shape[0])
         if lengths is not None:
-            u = _zero_padding(u, lengths)
+            u = zero_padding(u, lengths)
         x, layers = self.encoder(u), []
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.layers[i]
@@ -290,7 +290,7 @@ class S4Model(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         if lengths is not None:
-            x = _zero_padding(x, lengths)
+            x = zero_padding(x, lengths)
         return x, tuple(layers)
 
     def _pool(
@@ -368,11 +368,6 @@ def _meets(stop: int | Stop, new: Tensor) -> Tensor:
         got = f"{met.dtype} of shape {tuple(met.shape)}" if isinstance(met, Tensor) else type(met).__name__
         raise ValueError(f"stop must tell for each of {len(new)} sequences, True or False, got {got}")
     return met
-
-
-def _zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
-    """x (B, L, ...) with zeros past the lengths, also where it holds NaN or tokens that do not exist."""
-    return x.masked_fill(padding(lengths, x.shape[1]).view(*x.shape[:2], *(1,) * (x.dim() - 2)), 0)
 
 
 def _shape(value: object) -> str:
