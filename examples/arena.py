@@ -6,7 +6,8 @@ from typing import Any, Literal
 import listops
 import numpy as np
 import pathfinder
-from data import SPLIT_SEED, Batch, DataError, Ragged, SequenceData, Spec, first_line
+from data import SPLIT_SEED, Batch, Ragged, SequenceData, Spec
+from storage import DataError, first_line
 from torch import Tensor
 
 MADE_SEED = 0  # of what is made, which the seed of a run does not change

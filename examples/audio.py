@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from data import Batch, DataError, Loader, Ragged, SequenceData, Spec, hold_out
+from data import Batch, Loader, Ragged, SequenceData, Spec, hold_out
 from parquet import parquet_files, rows
 from rich.progress import track
+from storage import DataError
 from torch import Tensor
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -1,7 +1,6 @@
-"""What all data sets share: batches, a loader that resumes, a cache of tensors, and the data module."""
+"""What all data sets share: batches, a loader that resumes, and the data module."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +9,10 @@ from typing import Any, Literal, NamedTuple
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from storage import UNREADABLE, atomic_save
+from storage import DataError, cached, default_cache
 from torch import Tensor
 
 SPLIT_SEED = 0  # which rows are held out never depends on the seed of a run
-
-
-class DataError(Exception):
-    """Data that cannot be used; the message says what was found and what was expected."""
 
 
 class Batch(NamedTuple):
@@ -371,42 +366,6 @@ class SequenceData(pl.LightningDataModule):
         return cached(self.cache_dir / f"{self._name()}-{split}-{key}.pt", lambda: self.build(split))
 
 
-def cached(file: Path, build: Callable[[], dict[str, Tensor]]) -> dict[str, Any]:
-    """Tensors from a file, memory-mapped, made and written first if it is absent or damaged.
-
-    Returns:
-        the tensors of `build`, and `digest`, a hash of them.
-
-    Raises:
-        DataError: if the file cannot be written.
-    """
-    try:
-        content = torch.load(file, mmap=True, weights_only=True)
-        if (
-            isinstance(content, dict)
-            and "digest" in content
-            and content.pop("layout", None) == _layout(content)
-        ):
-            return content
-    except UNREADABLE:  # absent, or damaged by something other than this program: built anew
-        pass
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)  # before the building, which may take a while
-    except OSError as error:
-        raise _unwritable(file, error) from error
-    tensors = {name: tensor.contiguous() for name, tensor in build().items()}
-    digest = hashlib.sha256()
-    for tensor in tensors.values():
-        digest.update(tensor.numpy())
-    # Of the content alone: a folder may move.
-    whole = {**tensors, "digest": digest.hexdigest()[:16]}
-    try:
-        atomic_save({**whole, "layout": _layout(whole)}, file)
-        return {**torch.load(file, mmap=True, weights_only=True), **{"digest": whole["digest"]}}
-    except OSError as error:
-        raise _unwritable(file, error) from error
-
-
 def hold_out(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Rows kept and rows held out: round(fraction * n) of the n of each class, the same on every call."""
     order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
@@ -415,24 +374,3 @@ def hold_out(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarra
         rows = order[labels[order] == label]
         held[rows[: round(fraction * len(rows))]] = True
     return np.flatnonzero(~held), np.flatnonzero(held)
-
-
-def default_cache() -> Path:
-    """Where tensors are kept unless `cache_dir` says so."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "s4-examples"
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says, in short."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _unwritable(file: Path, error: OSError) -> DataError:
-    return DataError(
-        f"cannot keep tensors in data.cache_dir {file.parent}: {first_line(error)}; "
-        "expected a folder that can be written, with room for them"
-    )
-
-
-def _layout(content: dict[str, Any]) -> dict[str, Any]:
-    return {name: (str(x.dtype), list(x.shape)) for name, x in content.items() if isinstance(x, Tensor)}

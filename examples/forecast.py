@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from data import Batch, DataError, SequenceData, Spec, first_line
+from data import Batch, SequenceData, Spec
+from storage import DataError, first_line
 from torch import Tensor
 
 ETT = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small"

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from data import Batch, DataError, SequenceData, Spec, hold_out
+from data import Batch, SequenceData, Spec, hold_out
 from parquet import parquet_files, rows
 from rich.progress import track
+from storage import DataError
 from torch import Tensor
 
 PERMUTATION_SEED = 42  # the one pixel order of permuted MNIST

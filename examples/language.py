@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import Batch, DataError, SequenceData, Spec, first_line
+from data import Batch, SequenceData, Spec
 from parquet import parquet_files, rows
+from storage import DataError, first_line
 from torch import Tensor
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

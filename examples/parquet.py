@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data import DataError, first_line
-from storage import UNREADABLE
+from storage import UNREADABLE, DataError, first_line
 
 
 def parquet_files(path: Path, split: str, columns: tuple[str, ...]) -> list[Path]:

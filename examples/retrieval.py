@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import Batch, DataError, Ragged, SequenceData, Spec, first_line
+from data import Batch, Ragged, SequenceData, Spec
+from storage import DataError, first_line
 from text import check_labels, documents
 from torch import Tensor
 

@@ -1,5 +1,6 @@
-"""Files that are either whole or absent: atomic writes, and checkpoints that say when they are damaged."""
+"""Files that are whole or absent: atomic writes, checkpoints that say when they are damaged, a cache."""
 
+import hashlib
 import os
 import pickle
 import tempfile
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 # What torch.load raises on a file that is truncated, empty, or not one of its own.
 UNREADABLE = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError)
@@ -25,8 +27,17 @@ CONTENT = (
 )
 
 
+class DataError(Exception):
+    """Data that cannot be used; the message says what was found and what was expected."""
+
+
 class CheckpointError(Exception):
     """A checkpoint that is missing, damaged, or of another run; the message names the file."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in short."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def atomic_save(content: object, path: Path) -> None:
@@ -61,9 +72,8 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{path} is damaged or not a checkpoint ({reason}); nothing was changed"
+            f"{path} is damaged or not a checkpoint ({first_line(error)}); nothing was changed"
         ) from error
     if missing := [name for name in CONTENT if not isinstance(content, dict) or name not in content]:
         raise CheckpointError(
@@ -91,6 +101,58 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Read `path`; only tensors and plain values are ever unpickled, whatever `weights_only` says."""
         return load_checkpoint(Path(path), map_location)
+
+
+def cached(file: Path, build: Callable[[], dict[str, Tensor]]) -> dict[str, Any]:
+    """Tensors from a file, memory-mapped, made and written first if it is absent or damaged.
+
+    Returns:
+        the tensors of `build`, and `digest`, a hash of them.
+
+    Raises:
+        DataError: if the file cannot be written.
+    """
+    try:
+        content = torch.load(file, mmap=True, weights_only=True)
+        if (
+            isinstance(content, dict)
+            and "digest" in content
+            and content.pop("layout", None) == _layout(content)
+        ):
+            return content
+    except UNREADABLE:  # absent, or damaged by something other than this program: built anew
+        pass
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)  # before the building, which may take a while
+    except OSError as error:
+        raise _unwritable(file, error) from error
+    tensors = {name: tensor.contiguous() for name, tensor in build().items()}
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(tensor.numpy())
+    # Of the content alone: a folder may move.
+    whole = {**tensors, "digest": digest.hexdigest()[:16]}
+    try:
+        atomic_save({**whole, "layout": _layout(whole)}, file)
+        return {**torch.load(file, mmap=True, weights_only=True), **{"digest": whole["digest"]}}
+    except OSError as error:
+        raise _unwritable(file, error) from error
+
+
+def default_cache() -> Path:
+    """Where tensors are kept unless `cache_dir` says so."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "s4-examples"
+
+
+def _unwritable(file: Path, error: OSError) -> DataError:
+    return DataError(
+        f"cannot keep tensors in data.cache_dir {file.parent}: {first_line(error)}; "
+        "expected a folder that can be written, with room for them"
+    )
+
+
+def _layout(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: (str(x.dtype), list(x.shape)) for name, x in content.items() if isinstance(x, Tensor)}
 
 
 def _umask() -> int:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from data import Batch, DataError, Ragged, SequenceData, Spec, hold_out
+from data import Batch, Ragged, SequenceData, Spec, hold_out
 from parquet import parquet_files, rows
+from storage import DataError
 from torch import Tensor
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch
 import yaml
 from arena import ListOps, Pathfinder
 from audio import SpokenWords
-from data import DataError, SequenceData, first_line
+from data import SequenceData
 from forecast import Forecasting
 from images import SequentialImages
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
@@ -48,7 +48,7 @@ from runs import (
     new_run,
 )
 from safetensors.torch import save_file
-from storage import AtomicCheckpointIO, CheckpointError, load_checkpoint
+from storage import AtomicCheckpointIO, CheckpointError, DataError, first_line, load_checkpoint
 from task import SequenceTask
 from text import Reviews
 

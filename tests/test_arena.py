@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from storage import DataError
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
@@ -14,7 +15,6 @@ import listops
 import pathfinder
 import train
 from arena import ListOps, Pathfinder
-from data import DataError
 from PIL import Image
 
 pytestmark = [

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from storage import DataError
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
 import audio
 import train
 from audio import SpokenWords
-from data import Batch, DataError
+from data import Batch
 from example_files import TINY, fails, step_losses
 
 pytestmark = [

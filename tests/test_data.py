@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from storage import DataError
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
 import images
-from data import Batch, DataError, Loader, hold_out
+from data import Batch, Loader, hold_out
 from example_files import write_parquet
 from images import SequentialImages
 

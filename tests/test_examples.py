@@ -12,9 +12,9 @@ import yaml
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
-import data
 import images
 import runs
+import storage
 import train
 from data import Batch, Spec
 from example_files import TINY, WRITERS, fails, step_losses, write_parquet
@@ -269,7 +269,7 @@ def test_cache_that_cannot_be_written(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data, "atomic_save", full)
+    monkeypatch.setattr(storage, "atomic_save", full)
     fails(capsys, 1, [*options, str(tmp_path / "new")], "data.cache_dir", "No space left")
 
 

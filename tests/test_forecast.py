@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from storage import DataError
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
 import forecast
-from data import DataError
 from example_files import write_series
 from forecast import SOURCES, Forecasting, calendar_features, window_starts
 

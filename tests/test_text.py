@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from storage import DataError
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
@@ -17,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import train
 from adaptive import AdaptiveEmbedding
-from data import Batch, DataError, SequenceData, Spec
+from data import Batch, SequenceData, Spec
 from example_files import TINY, WRITERS, fails
 from language import Characters, Words
 from retrieval import PaperPairs
