@@ -11,7 +11,7 @@ from storage import DataError
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
 import images
-from data import Batch, Loader, hold_out
+from data import Batch, Loader, hold_out, padded
 from example_files import write_parquet
 from images import SequentialImages
 
@@ -155,3 +155,20 @@ def test_pixel_order_of_permuted_mnist(folders: dict[str, Path]) -> None:
         data.setup("fit")
     batch = plain.tensors["train"]["images"][:3]
     assert torch.equal(permuted.normalize(batch), plain.normalize(batch)[:, permuted.pixels])
+
+
+@pytest.mark.parametrize("shape", [(3, 4097), (3, 2, 4097), (3, 4097, 2)])
+def test_ragged_batches_have_few_shapes(shape: tuple[int, ...]) -> None:
+    """Tokens, pairs and real numbers, of any length: zeros behind, at most an eighth more."""
+    tokens = shape[-1] != 2
+    axis = -1 if tokens else 1
+    whole, sizes = torch.ones(shape), set()
+    for length in [0, 1, 7, 8, 9, *range(2048, 4098)]:
+        batch = Batch(whole.narrow(axis, 0, length), torch.zeros(3), torch.tensor([length, 1, 2]))
+        inputs = padded(batch, tokens).inputs
+        assert torch.equal(inputs.narrow(axis, 0, length), batch.inputs)
+        size = inputs.shape[axis]
+        assert length <= size <= max(8, length * 9 / 8)
+        assert not inputs.narrow(axis, length, size - length).any()
+        sizes |= {size} if length >= 2048 else set()
+    assert sizes == {*range(2048, 4097, 256), 4608}
