@@ -19,10 +19,10 @@ from audio import SpokenWords
 from data import SequenceData
 from forecast import Forecasting
 from images import SequentialImages
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from language import Characters, Words
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
@@ -51,9 +51,7 @@ from safetensors.torch import save_file
 from storage import AtomicCheckpointIO, CheckpointError, DataError, first_line, load_checkpoint
 from task import SequenceTask
 from text import Reviews
-
-from s4 import S4Model
-from s4.model import categorical
+from trainer import ConfigError, ExampleTrainer
 
 RECIPES = Path(__file__).parent / "recipes"
 COMMANDS = ("fit", "validate", "test", "predict", "generate")
@@ -72,10 +70,6 @@ TASKS: dict[str, type[SequenceData]] = {
 }
 
 
-class ConfigError(Exception):
-    """A value in the configuration that the model or the data refuses."""
-
-
 class SaveConfig(SaveConfigCallback):
     """config.yaml in the folder of the run, with versions and commit in its header."""
 
@@ -91,59 +85,6 @@ class SaveConfig(SaveConfigCallback):
         config = self.config.clone()
         config.ckpt_path = None  # of a resumed run, which is not to be gone on with
         self.parser.save(config, folder / "config.yaml", overwrite=True)
-
-
-class ExampleTrainer(Trainer):
-    """Lightning's Trainer with one command more."""
-
-    def generate(
-        self,
-        model: LightningModule,
-        datamodule: SequenceData,
-        ckpt_path: str | None = None,
-        prompt: str = "\n",
-        length: PositiveInt = 500,
-        samples: PositiveInt = 1,
-        temperature: PositiveFloat = 0.8,
-        top_k: PositiveInt | None = None,
-        top_p: ClosedUnitInterval | None = None,
-    ) -> None:
-        """Go on from a prompt, one token at a time; samples are printed and kept in samples.txt.
-
-        Args:
-            model: a model of tokens.
-            datamodule: it was trained on.
-            ckpt_path: the checkpoint to read; the best of the newest run if not given.
-            prompt: the text to go on from.
-            length: tokens to generate.
-            samples: how many texts.
-            temperature: below 1 is more likely text, above 1 more varied.
-            top_k: draw from the k most likely tokens only.
-            top_p: draw from the fewest tokens that hold this share of the probability.
-        """
-        if not isinstance(model, SequenceTask) or not isinstance(model.model, S4Model):
-            raise ConfigError("generate needs model.cell s4")
-        if model.spec.kind != "token":
-            raise ConfigError("generate needs a model of tokens, such as shakespeare")
-        datamodule.prepare_data()
-        datamodule.setup("predict")
-        model.load_state_dict(load_checkpoint(Path(str(ckpt_path)))["state_dict"])
-        model.to(self.strategy.root_device).eval()
-        if not prompt:
-            raise ConfigError("prompt must not be empty: generation goes on from something")
-        tokens = datamodule.encode(prompt).to(self.strategy.root_device)[None].expand(samples, -1)
-        generator = torch.Generator(tokens.device).manual_seed(torch.initial_seed() % 2**63)
-        draw = categorical(temperature, top_k=top_k, top_p=top_p, generator=generator)
-
-        def sample(y: torch.Tensor) -> torch.Tensor:
-            return draw(model.adaptive.log_prob(y) if model.adaptive else y)
-
-        new = model.model.generate(tokens, length, sample)
-        texts = "\n\n".join(datamodule.decode(row) for row in torch.cat([tokens, new], 1).cpu())
-        file = Path(self.default_root_dir) / "samples.txt"
-        file.write_text(texts + "\n")
-        Console(highlight=False, soft_wrap=True).print(escape(texts))
-        print_results("Samples", {"file": file})
 
 
 class ExampleCLI(LightningCLI):
