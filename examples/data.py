@@ -60,16 +60,21 @@ class Ragged:
 
     def __init__(self, values: Tensor, offsets: Tensor) -> None:
         self.values, self.offsets = values, offsets
-        self.lengths = offsets.diff()
+
+    @property
+    def lengths(self) -> Tensor:
+        """(n,) of all rows."""
+        return self.offsets.diff()
 
     def gather(self, rows: Tensor, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """Values (B, L, ...) of some rows (B,), at most `limit` each, zeros behind them; lengths (B,)."""
-        lengths = self.lengths[rows]
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
         if limit is not None:
             lengths = lengths.clamp(max=limit)
         steps = torch.arange(int(lengths.max()) if len(rows) else 0)
         padding = steps >= lengths[:, None]
-        index = (self.offsets[:-1][rows][:, None] + steps).masked_fill_(padding, 0)
+        index = (starts[:, None] + steps).masked_fill_(padding, 0)
         values = self.values[index]
         values[padding] = 0
         return values, lengths

@@ -1,6 +1,7 @@
 """The folder of a run: where it is, what is logged and kept in it, and how progress is shown."""
 
 import csv
+import glob
 import random
 import re
 import subprocess
@@ -13,9 +14,16 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    ProgressBar,
+    RichProgressBar,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from storage import CheckpointError
 
@@ -23,7 +31,7 @@ from storage import CheckpointError
 def runs_of(run_dir: Path) -> list[Path]:
     """The folders RUN, RUN-2, RUN-3, ... that exist and are not empty, in the order they were made."""
     numbered = {}
-    for folder in run_dir.parent.glob(f"{run_dir.name}*"):
+    for folder in run_dir.parent.glob(f"{glob.escape(run_dir.name)}*"):
         match = re.fullmatch(re.escape(run_dir.name) + r"(?:-(\d+))?", folder.name)
         if match and folder.is_dir() and any(folder.iterdir()):
             numbered[int(match[1] or 1)] = folder
@@ -61,8 +69,31 @@ def git_commit() -> str:
         return "unknown"
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's, but a run whose folder was moved or copied still knows the best score so far."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on, with the files of the old folder in that of this run."""
+
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        super().load_state_dict(
+            {
+                **state_dict,
+                **{name: here(state_dict[name]) for name in paths},
+                "best_k_models": {here(path): score for path, score in state_dict["best_k_models"].items()},
+                "dirpath": self.dirpath,
+            }
+        )
+
+
 class MovingAverage(EMAWeightAveraging):
     """Lightning's, but a test after training reads the average of a checkpoint, not the weights beside it."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the weights as they were trained: the last checkpoint, from which one may go on, has both."""
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -103,7 +134,7 @@ class ResumableCSVLogger(CSVLogger):
 
 
 class LastCheckpoint(Checkpoint):
-    """`last.ckpt` every `every_n_steps`, after the first step of each epoch, and at the end of the run.
+    """`last.ckpt` every `every_n_steps`, after the first step of each epoch, and when the run ends.
 
     It also carries the state of the random number generators, so that a resumed run draws the same numbers.
     """
@@ -111,6 +142,8 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, folder: Path, every_n_steps: int) -> None:
         self.file, self.every_n_steps = folder / "last.ckpt", every_n_steps
         self._random: list[dict[str, Any]] | None = None
+        self._stepped = self._after_validation = False
+        self._saved = -1  # the step of the last save
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the generators back to where the checkpoint found them."""
@@ -122,23 +155,38 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Save within the epoch, never at its very end: a place Lightning does not always resume from.
 
-        Nor between the batches that make up one step, as their gradients are in no checkpoint.
+        Nor between the batches that make up one step, as their gradients are in no checkpoint; and where a
+        validation follows, after it.
         """
-        parts = trainer.accumulate_grad_batches
-        stepped = (batch_idx + 1) % parts == 0
-        due = stepped and (batch_idx + 1 == parts or trainer.global_step % self.every_n_steps == 0)
-        if due and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._save(trainer)
+        parts, step = trainer.accumulate_grad_batches, trainer.global_step
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        self._stepped = (batch_idx + 1) % parts == 0 and not last
+        ends = trainer.should_stop or trainer.received_sigterm or step == trainer.max_steps
+        if self._stepped and (ends or batch_idx + 1 == parts or step % self.every_n_steps == 0):
+            self._after_validation = not ends and _validates(trainer, batch_idx)
+            if not self._after_validation:
+                self._save(trainer)
+        if trainer.received_sigterm and trainer.world_size == 1 and self._stepped:
+            raise SIGTERMException  # at once; Lightning waits for the end of the epoch
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what was put off, or where a validation within the epoch ended the run."""
+        if trainer.state.fn == TrainerFn.FITTING and self._stepped and self._saved != trainer.global_step:
+            if self._after_validation or trainer.should_stop:
+                self._save(trainer)
+            self._after_validation = False
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save what the run ended with."""
-        self._save(trainer)
+        """Save what the run ended with, at the end of an epoch; within it that has been done."""
+        if not self._stepped:
+            self._save(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Say how to go on after Ctrl-C."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and self.file.is_file():
+        """Say how to go on after Ctrl-C or a signal to end."""
+        ended = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
+        if ended and trainer.is_global_zero and self.file.is_file():
             message = f"interrupted at step {trainer.global_step}; --ckpt_path last goes on from {self.file}"
             Console(stderr=True, highlight=False, soft_wrap=True).print(message)
 
@@ -156,6 +204,7 @@ class LastCheckpoint(Checkpoint):
         self._random = state_dict["random"]
 
     def _save(self, trainer: pl.Trainer) -> None:
+        self._saved = trainer.global_step
         if not getattr(trainer, "fast_dev_run", False):
             trainer.save_checkpoint(self.file)
 
@@ -178,7 +227,8 @@ class LineProgress(ProgressBar):
     def __init__(self, seconds: float = 30.0) -> None:
         super().__init__()
         self.seconds, self.console = seconds, Console(highlight=False, soft_wrap=True)
-        self._last = time.monotonic()
+        self._began = self._last = time.monotonic()
+        self._first_step = 0
 
     def disable(self) -> None:
         """Lightning silences the other ranks with this."""
@@ -186,7 +236,8 @@ class LineProgress(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
-        self._last = time.monotonic()
+        self._began = self._last = time.monotonic()
+        self._first_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -247,7 +298,21 @@ class LineProgress(ProgressBar):
         figures = "  ".join(
             f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)
         )
-        self.console.print(f"epoch {trainer.current_epoch}  step {trainer.global_step}  {figures}")
+        step, last = trainer.global_step, trainer.estimated_stepping_batches
+        left = (last - step) * (self._last - self._began) / max(1, step - self._first_step)
+        self.console.print(
+            f"epoch {trainer.current_epoch}  step {step} of {last}  {left / 60:.1f} min left  {figures}"
+        )
+
+
+def _validates(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether a validation follows this batch, which is not the last of its epoch."""
+    interval, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if interval is None or interval == float("inf") or not trainer.enable_validation:
+        return False
+    if epochs is None:
+        batch_idx = trainer.fit_loop.epoch_loop.total_batch_idx
+    return (batch_idx + 1) % interval == 0 and (epochs is None or (trainer.current_epoch + 1) % epochs == 0)
 
 
 def _random_state() -> dict[str, Any]:

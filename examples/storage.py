@@ -72,8 +72,10 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except UNREADABLE as error:
+        # What torch says of a file that is none of its own is how to open it in spite of the danger.
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
         raise CheckpointError(
-            f"{path} is damaged or not a checkpoint ({first_line(error)}); nothing was changed"
+            f"{path} is damaged or not a checkpoint{reason}; nothing was changed"
         ) from error
     if missing := [name for name in CONTENT if not isinstance(content, dict) or name not in content]:
         raise CheckpointError(

@@ -177,6 +177,8 @@ class SequenceTask(pl.LightningModule):
         With cutoffs, features (B, M, d_model) instead of logits.
         """
         u, lengths = batch.inputs, batch.lengths
+        if u.is_floating_point():
+            u = u.to(self.dtype)  # float64, if all of the model is
         if self.compare is not None:
             u, lengths = u.flatten(0, 1), None if lengths is None else lengths.flatten()
         y = self.model(u, lengths=lengths, rate=batch.rate)
@@ -207,8 +209,8 @@ class SequenceTask(pl.LightningModule):
         y = self(batch)
         return batch.targets, y.softmax(-1) if self.spec.kind == "label" else y
 
-    def on_train_epoch_start(self) -> None:
-        """Start the clock."""
+    def on_train_start(self) -> None:
+        """Start the clock, also in the middle of an epoch."""
         self._step_began = time.perf_counter()
 
     def on_validation_end(self) -> None:
@@ -254,7 +256,7 @@ class SequenceTask(pl.LightningModule):
 
     def _loss(self, y: Tensor, targets: Tensor) -> Tensor:
         if self.spec.kind == "value":
-            return nn.functional.mse_loss(y, targets)
+            return nn.functional.mse_loss(y, targets.to(y.dtype))
         if self.adaptive is not None:
             return self.adaptive.loss(y.flatten(0, -2), targets.flatten())
         return nn.functional.cross_entropy(y.flatten(0, -2), targets.flatten())

@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import json
 import logging
+import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -26,12 +28,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
-    ModelCheckpoint,
     Timer,
 )
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from memory import Copying, Delay
 from report import learning_curve, print_results, write_labels, write_values
 from retrieval import PaperPairs
@@ -39,6 +41,7 @@ from rich.console import Console
 from rich.markup import escape
 from runs import (
     BarProgress,
+    BestCheckpoint,
     LastCheckpoint,
     LineProgress,
     MovingAverage,
@@ -126,6 +129,7 @@ class ExampleCLI(LightningCLI):
         if not isinstance(args, list):
             raise TypeError(f"args must be a list of strings, got {type(args).__name__}")
         self.config = parser.parse_args(args)
+        self.given = {match[1] for arg in args if (match := re.match(r"--model\.(\w+)", arg))}
         config = self.config[self.config.subcommand]
         fitting = self.config.subcommand == "fit"
         path = config.ckpt_path
@@ -137,6 +141,26 @@ class ExampleCLI(LightningCLI):
         config.ckpt_path = str(path) if path else None
         config.run_dir = Path(path).parent if path else new_run(config.run_dir)
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ConfigError(f"seed_everything: {error}") from error
+
+    def _parse_ckpt_path(self) -> None:
+        """The model's options are those of the checkpoint, but how to compute is this run's choice."""
+        own = self.config[self.config.subcommand].model.clone()
+        super()._parse_ckpt_path()
+        model = self.config[self.config.subcommand].model
+        for name in ("mode", "backend", "compile"):
+            model[name] = own[name]
+        if differing := sorted(name for name in self.given if model[name] != own[name]):
+            name = differing[0]
+            raise ConfigError(
+                f"model.{name} is {model[name]} in the checkpoint, got {own[name]}: "
+                "weights go with the options they were trained with"
+            )
+
     def instantiate_classes(self) -> None:
         """Build everything; a value that a class refuses is the user's to mend, not a crash."""
         try:
@@ -147,6 +171,15 @@ class ExampleCLI(LightningCLI):
     def instantiate_trainer(self) -> Trainer:  # type: ignore[override]  # no option of ours comes this way
         """The Trainer with this run's loggers, checkpoints and progress display."""
         config, folder = self._get(self.config_init, "trainer"), self._get(self.config_init, "run_dir")
+        if (precision := str(config["precision"])) in ("16-true", "bf16-true"):
+            raise ConfigError(
+                f"trainer.precision {precision}: an S4 layer keeps its parameters and state in float32; use "
+                f"{precision.replace('true', 'mixed')}"
+            )
+        if config["accumulate_grad_batches"] < 1:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches must be at least 1, got {config['accumulate_grad_batches']}"
+            )
         self.timer = Timer(config["max_time"])
         callbacks: list[Callback] = [self.timer]
         if self.subcommand == "fit":
@@ -164,18 +197,23 @@ class ExampleCLI(LightningCLI):
         if config["enable_progress_bar"] is not False:
             theme = RichProgressBarTheme(metrics_format=".4g")
             callbacks.append(BarProgress(theme=theme) if sys.stdout.isatty() else LineProgress())
-        config["callbacks"] = [*(config["callbacks"] or []), *callbacks]
-        config["plugins"] = [*(config["plugins"] or []), AtomicCheckpointIO()]
+        config["callbacks"] = [*_listed(config["callbacks"]), *callbacks]
+        config["plugins"] = [*_listed(config["plugins"]), AtomicCheckpointIO()]
         config["default_root_dir"] = folder
-        return super().instantiate_trainer()
+        trainer = super().instantiate_trainer()
+        # Else Lightning takes a finished epoch for one to go on with, where the run is limited by steps, and
+        # leaves out the next.
+        trainer.fit_loop._iteration_based_training = lambda: False
+        return trainer
 
     def _fit_callbacks(self, folder: Path) -> list[Callback]:
         monitor, mode = self.model.monitor
-        best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
+        best = BestCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
         callbacks: list[Callback] = [best, LastCheckpoint(folder, self._get(self.config_init, "save_every"))]
         # Plain numbers, as checkpoints hold nothing else.
         if patience := self._get(self.config_init, "patience"):
-            callbacks.append(EarlyStopping(monitor, mode=mode, patience=int(patience)))
+            # Not strict: a run may end before its first validation.
+            callbacks.append(EarlyStopping(monitor, mode=mode, patience=int(patience), strict=False))
         if decay := self._get(self.config_init, "ema"):
             callbacks.append(MovingAverage(decay=float(decay)))
         return callbacks
@@ -186,19 +224,19 @@ class ExampleCLI(LightningCLI):
             return
         steps, epochs = self.trainer.global_step, self.trainer.current_epoch
         seconds, folder = self.timer.time_elapsed("train"), self._get(self.config, "run_dir")
-        best = folder / "best.ckpt" if (folder / "best.ckpt").is_file() else None
+        kept = next((folder / name for name in ("best.ckpt", "last.ckpt") if (folder / name).is_file()), None)
         scores: dict[str, float] = {}
-        for of_one in self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False):
+        for of_one in self.trainer.test(self.model, self.datamodule, ckpt_path=kept, verbose=False):
             scores |= of_one
         if not self.trainer.is_global_zero:
             return
-        kept = "best.ckpt" if best else "last.ckpt, as the run ended before its first validation"
+        best = kept is not None and kept.name == "best.ckpt"
         weights = {name: weight.contiguous() for name, weight in self.model.state_dict().items()}
         save_file(weights, folder / "model.safetensors", {"recipe": self.recipe, "commit": git_commit()})
         self.results = {
             "recipe": self.recipe,
             **{name.replace("/", " "): value for name, value in scores.items()},
-            "weights": kept,
+            "weights": "best.ckpt" if best else "last.ckpt, as the run ended before its first validation",
             "epochs": epochs,
             "steps": steps,
             "wall time (s)": round(seconds, 1),
@@ -303,6 +341,8 @@ def run(arguments: list[str]) -> ExampleCLI:
             args=[command, "--run_dir", f"runs/{recipe.stem}", "--config", str(recipe), *rest[1:]],
             auto_configure_optimizers=False,
         )
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None
     # OSError: a full disk, or a folder of the run that cannot be written.
     except (CheckpointError, ConfigError, DataError, MisconfigurationException, OSError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}")
@@ -315,9 +355,13 @@ def _data_module(recipe: Path) -> type[SequenceData]:
         task = yaml.safe_load(recipe.read_text()).get("task")
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
         raise ConfigError(f"{recipe} is not a recipe in YAML: {first_line(error)}") from error
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise ConfigError(f"{recipe}: expected task to be one of {', '.join(TASKS)}, got {task!r}")
     return TASKS[task]
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _shown(name: str, value: Any) -> str:

@@ -54,13 +54,19 @@ class ExampleTrainer(Trainer):
             raise ConfigError("generate needs a model of tokens, such as shakespeare")
         datamodule.prepare_data()
         datamodule.setup("predict")
-        model.load_state_dict(load_checkpoint(Path(str(ckpt_path)))["state_dict"])
+        checkpoint = load_checkpoint(Path(str(ckpt_path)))
+        model.on_load_checkpoint(checkpoint)
+        datamodule.load_state_dict(checkpoint.get(type(datamodule).__qualname__, {}))
+        model.load_state_dict(checkpoint["state_dict"])
         model.to(self.strategy.root_device).eval()
         if not prompt:
             raise ConfigError("prompt must not be empty: generation goes on from something")
         tokens = datamodule.encode(prompt).to(self.strategy.root_device)[None].expand(samples, -1)
         generator = torch.Generator(tokens.device).manual_seed(torch.initial_seed() % 2**63)
-        draw = categorical(temperature, top_k=top_k, top_p=top_p, generator=generator)
+        try:
+            draw = categorical(temperature, top_k=top_k, top_p=top_p, generator=generator)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
         def sample(y: torch.Tensor) -> torch.Tensor:
             return draw(model.adaptive.log_prob(y) if model.adaptive else y)

@@ -18,6 +18,7 @@ import storage
 import train
 from data import Batch, Spec
 from example_files import TINY, WRITERS, fails, step_losses, write_parquet
+from lightning.pytorch.callbacks import LearningRateMonitor
 from storage import CONTENT, CheckpointError, load_checkpoint
 
 pytestmark = [
@@ -165,6 +166,63 @@ def test_lengths_and_rate_reach_the_model() -> None:
     assert (once - twice).abs().max() > 1e-2
 
 
+def test_options_of_a_checkpoint_and_of_a_command_line(capsys: Capture) -> None:
+    """How to compute is free; what else is asked for must be what the weights were trained with."""
+    options = ["digits", *TINY, "--trainer.max_steps", "2"]
+    train.run([*options, "--model.mode", "fft", "--model.dropout", "0.1"])
+    cli = train.run(["test", "digits", "--model.mode", "scan", "--trainer.accelerator", "cpu"])
+    layer = cli.model.model.blocks[0].layer
+    assert (layer.mode, layer.d_model) == ("scan", 8)
+    wrong = ["--model.dropout", "0.3", "--ckpt_path", "last"]
+    fails(capsys, 1, [*options, *wrong], "model.dropout is 0.1 in the checkpoint, got 0.3")
+
+
+def test_precision_and_callbacks_of_lightning() -> None:
+    options = ["digits", *TINY, "--trainer.max_steps", "2", "--trainer.callbacks", "LearningRateMonitor"]
+    for precision, dtype in (("64-true", torch.float64), ("bf16-mixed", torch.float32)):
+        cli = train.run([*options, "--trainer.precision", precision])
+        assert {parameter.dtype for parameter in cli.model.parameters()} == {dtype}
+        assert any(isinstance(callback, LearningRateMonitor) for callback in cli.trainer.callbacks)
+    train.run(
+        [
+            "delay",
+            *TINY,
+            "--data.lag",
+            "9",
+            "--data.length",
+            "50",
+            "--data.train_size",
+            "50",
+            *options[-4:],
+            "--data.batch_size",
+            "8",
+            "--trainer.precision",
+            "64-true",
+        ]
+    )
+
+
+def test_generation_with_the_weights_of_something_else(tmp_path: Path, capsys: Capture) -> None:
+    train.run(["digits", *TINY, "--trainer.max_steps", "1"])
+    text = WRITERS["shakespeare"](tmp_path / "data", {})
+    fails(
+        capsys, 1, ["generate", "shakespeare_small", *text, "--ckpt_path", "runs/digits/last.ckpt"], "model."
+    )
+
+
+def test_lines_of_progress(capsys: Capture) -> None:
+    line = runs.LineProgress(seconds=0)
+    place = {"global_step": 10, "estimated_stepping_batches": 40, "current_epoch": 1}
+    trainer = type("Trainer", (), place)()
+    line.get_metrics = lambda *_: {"train/loss": 0.5}
+    line.on_train_start(trainer, None)
+    trainer.global_step, line._began = 20, line._began - 60  # ten steps in a minute, twenty to go
+    line.on_train_batch_end(trainer, None, None, None, 0)
+    shown = capsys.readouterr().out
+    assert "step 20 of 40  2.0 min left" in shown
+    assert "train/loss 0.5" in shown
+
+
 def test_lines_while_testing(capsys: Capture) -> None:
     line = runs.LineProgress(seconds=0)
     trainer = type("Trainer", (), {"num_test_batches": [3]})()
@@ -216,6 +274,9 @@ def test_unknown_recipe(capsys: Capture) -> None:
         (1, "--run_dir", "/dev/null/run", "/dev/null"),
         (1, "--trainer.accelerator", "abacus", "accelerator"),
         (1, "--trainer.max_epochs", "-1", "max_steps"),
+        (1, "--trainer.precision", "bf16-true", "bf16-mixed"),
+        (1, "--trainer.accumulate_grad_batches", "0", "accumulate_grad_batches"),
+        (1, "--seed_everything", "-1", "seed_everything"),
     ],
 )
 def test_wrong_value(code: int, option: str, value: str, named: str, capsys: Capture) -> None:

@@ -1,5 +1,6 @@
 """Training of the examples: exact resume, several processes, averages, accumulation, early stop."""
 
+import csv
 import os
 import shutil
 import signal
@@ -25,7 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning"
     ),  # Lightning's jsonargparse
-    pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # here on purpose
 ]
 EXAMPLES = Path(train.__file__).parent
 Capture = pytest.CaptureFixture[str]
@@ -92,6 +92,99 @@ def test_resume_before_and_after_the_end_of_an_epoch(
         resumed = step_losses(folder)
         # The row of the very step of the checkpoint was not yet written when it was copied.
         assert resumed == {at: loss for at, loss in whole.items() if at != step - 1}
+
+
+@pytest.mark.parametrize("ema", ["0", "0.9"])
+@pytest.mark.parametrize("first", [7, 10, 17])
+def test_longer_run_after_one_that_ended(
+    first: int, ema: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within an epoch of 10 steps or at its end: the losses of the longer run from the beginning."""
+    monkeypatch.setattr(train.SequenceTask, "lr_factor", lambda self, step: 1.0)
+    options = ["digits", *TINY, "--model.dropout", "0.1", "--ema", ema]
+    train.run([*options, "--trainer.max_steps", "22", "--run_dir", "whole"])
+    train.run([*options, "--trainer.max_steps", str(first), "--run_dir", "ended"])
+    cli = train.run([*options, "--trainer.max_steps", "22", "--run_dir", "ended", "--ckpt_path", "last"])
+    assert cli.resume_step == first
+    assert step_losses(tmp_path / "ended") == step_losses(tmp_path / "whole")
+    whole, ended = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "ended"))
+    assert all(torch.equal(whole[name], ended[name]) for name in whole)
+
+
+@pytest.mark.parametrize("step", [7, 10])
+def test_run_that_was_told_to_stop(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As trainer.max_time does it; and SIGTERM, after which the very step is kept."""
+    options = ["digits", *TINY, "--model.dropout", "0.1", "--trainer.max_steps", "22"]
+    train.run([*options, "--run_dir", "whole"])
+    ended = train.Timer.on_train_batch_end
+
+    def stop(self: train.Timer, trainer: train.Trainer, *arguments: object) -> None:
+        ended(self, trainer, *arguments)
+        trainer.should_stop = trainer.should_stop or trainer.global_step == step
+
+    def terminate(self: train.Timer, trainer: train.Trainer, *arguments: object) -> None:
+        ended(self, trainer, *arguments)
+        if trainer.global_step == 8:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Timer, "on_train_batch_end", stop)
+        assert train.run([*options, "--run_dir", "stopped"]).results["steps"] == step
+        patched.setattr(train.Timer, "on_train_batch_end", terminate)
+        with pytest.raises(SystemExit) as exit:
+            train.run([*options, "--run_dir", "terminated"])
+        assert exit.value.code == 128 + signal.SIGTERM
+    assert train.run([*options, "--run_dir", "stopped", "--ckpt_path", "last"]).resume_step == step
+    assert train.run([*options, "--run_dir", "terminated", "--ckpt_path", "last"]).resume_step == 8
+    whole = step_losses(tmp_path / "whole")
+    assert step_losses(tmp_path / "stopped") == whole
+    resumed = step_losses(tmp_path / "terminated")
+    # The row of the step that was cut off was not yet written.
+    assert resumed == {at: loss for at, loss in whole.items() if at != 7 or 7 in resumed}
+
+
+def test_resume_around_validations_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved at a step with a validation is saved after it: none is left out, and no row."""
+    options = ["digits", *TINY, "--trainer.max_epochs", "2", "--trainer.val_check_interval", "4"]
+    options += ["--save_every", "2"]
+    save = runs.LastCheckpoint._save
+
+    def keep_each(self: runs.LastCheckpoint, trainer: train.Trainer) -> None:
+        save(self, trainer)
+        shutil.copytree("whole", f"at-{trainer.global_step}")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.LastCheckpoint, "_save", keep_each)
+        train.run([*options, "--run_dir", "whole"])
+    for step in (4, 6, 14, 18):
+        train.run([*options, "--run_dir", f"at-{step}", "--ckpt_path", "last"])
+        at = tmp_path / f"at-{step}"
+        assert validations(at) == validations(tmp_path / "whole")
+        whole, resumed = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", at))
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def validations(folder: Path) -> list[tuple[str, str]]:
+    """Step and loss of each."""
+    with (folder / "metrics.csv").open(newline="") as rows:
+        return [(row["step"], row["val/loss"]) for row in csv.DictReader(rows) if row["val/loss"]]
+
+
+def test_best_weights_of_a_moved_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are overwritten by better ones only. Here each epoch is worse than the one before."""
+    monkeypatch.setattr(train.SequenceTask, "monitor", property(lambda self: ("worse", "max")))
+    ended = train.SequenceTask.on_validation_epoch_end
+
+    def worse(self: train.SequenceTask) -> None:
+        self.log("worse", -float(self.trainer.global_step))
+        ended(self)
+
+    monkeypatch.setattr(train.SequenceTask, "on_validation_epoch_end", worse)
+    options = ["digits", *TINY]
+    train.run([*options, "--trainer.max_epochs", "1", "--run_dir", "old"])
+    shutil.move("old", "new")
+    train.run([*options, "--trainer.max_epochs", "2", "--run_dir", "new", "--ckpt_path", "new/last.ckpt"])
+    assert load_checkpoint(tmp_path / "new" / "best.ckpt")["global_step"] == 10
 
 
 def test_resume_between_the_batches_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +352,11 @@ def test_resume_with_a_moving_average(tmp_path: Path, monkeypatch: pytest.Monkey
     train.run([*options, "--run_dir", "stopped", "--ckpt_path", "last"])
     whole, resumed = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "stopped"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_early_stop_before_the_first_validation() -> None:
+    cli = train.run(["digits", *TINY, "--patience", "2", "--trainer.max_steps", "3"])
+    assert cli.results["weights"].startswith("last.ckpt")
 
 
 def test_early_stop() -> None:
