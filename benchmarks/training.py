@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "examples"))
 
-from data import Batch, SequenceData  # noqa: E402
+from data import Batch, SequenceData, padded  # noqa: E402
 from task import SequenceTask  # noqa: E402
 from train import RECIPES, TASKS  # noqa: E402
 
@@ -61,7 +61,8 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 def batches(data: SequenceData, device: torch.device) -> Iterator[Batch]:
     """Training batches as the model gets them, without end."""
     for batch in chain.from_iterable(repeat(data.train_dataloader())):
-        yield data.transform(moved(batch, device), True)
+        batch = data.transform(moved(batch, device), True)
+        yield batch if batch.lengths is None else padded(batch, data.spec.tokens)
 
 
 def step(task: SequenceTask, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
