@@ -249,7 +249,7 @@ def standardize(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
 def resample(waveforms: Tensor, lengths: Tensor | None, speed: float) -> tuple[Tensor, Tensor | None]:
     """Waveforms (B, L) played `speed` times as fast, and as high: (B, about L / speed), and their lengths.
 
-    Limited to the band that both have, by Fourier transforms of the whole row.
+    Limited to the band that both have, by Fourier transforms of the row, as if it began again at its end.
     """
     before = waveforms.shape[1]
     after = max(1, round(before / speed))

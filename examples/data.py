@@ -292,7 +292,8 @@ class SequenceData(pl.LightningDataModule):
         self.tensors = {split: self._open(split) for split in self.splits}
         self.parts = self.partition()
         devices = self.trainer.world_size if self.trainer else 1
-        if (number := len(self.parts["train"][1])) < self.batch_size * devices:
+        number = len(self.parts["train"][1])
+        if stage == "fit" and number < self.batch_size * devices:
             raise DataError(
                 f"{self._name()} has {number} training sequences, fewer than one batch of "
                 f"data.batch_size={self.batch_size} on {devices} device{'s' * (devices > 1)}"

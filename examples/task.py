@@ -102,6 +102,13 @@ class SequenceTask(pl.LightningModule):
             raise ValueError(f"model.cutoffs is for models that predict tokens, not a {spec.kind}")
         if embedding_dropout and not cutoffs:
             raise ValueError("model.embedding_dropout needs model.cutoffs, whose embedding it is of")
+        if not 0 <= embedding_dropout < 1:
+            raise ValueError(f"model.embedding_dropout must be from 0 and below 1, got {embedding_dropout}")
+        if d_ff and (cell != "s4" or d_ff < 0 or ff_every > n_layers):
+            raise ValueError(
+                "model.d_ff must be at least 0, and 0 with model.cell lstm or model.ff_every above "
+                f"model.n_layers, got {d_ff} with {cell}, {ff_every} and {n_layers}"
+            )
         encoder: nn.Module = (
             AdaptiveEmbedding(spec.d_input, d_model, cutoffs, embedding_dropout)
             if cutoffs

@@ -145,7 +145,7 @@ class S4Block(nn.Module):
         return out
 
     def _normed(self, norm: nn.Module, x: Tensor, lengths: Tensor | None) -> Tensor:
-        if not isinstance(norm, nn.BatchNorm1d):
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):  # also SyncBatchNorm
             out: Tensor = norm(x)
             return out
         if lengths is None or not self.training:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from storage import DataError
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
@@ -16,6 +15,7 @@ import pathfinder
 import train
 from arena import ListOps, Pathfinder
 from PIL import Image
+from storage import DataError
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from storage import DataError
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
@@ -16,6 +15,7 @@ import train
 from audio import SpokenWords
 from data import Batch
 from example_files import TINY, fails, step_losses
+from storage import DataError
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),

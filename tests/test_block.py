@@ -170,6 +170,18 @@ def test_padding_is_not_looked_at(options: dict[str, object], bidirectional: boo
         oracle.close(got, want, 1e-12)
 
 
+@pytest.mark.parametrize("length", [D_MODEL, L])
+def test_synchronised_batch_norm_is_batch_norm(length: int) -> None:
+    """In evaluation, which needs no other process; its channels are those of the model, not the steps."""
+    block = build(norm="batch", d_ff=5)
+    x, sizes = torch.randn(3, length, D_MODEL).double(), torch.tensor([length, 1, 3])
+    other = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(block))
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in other.modules()) == 2
+    oracle.close(other(x, lengths=sizes), block(x, lengths=sizes), 1e-12)
+    state = block.initial_state(3)
+    oracle.close(other.step(x[:, 0], state)[0], block.step(x[:, 0], state)[0], 1e-12)
+
+
 @pytest.mark.parametrize("prenorm", [True, False])
 def test_batch_norm_in_training_counts_no_padding(prenorm: bool) -> None:
     """Statistics of a padded batch are those over the positions inside its sequences."""

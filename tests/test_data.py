@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from storage import DataError
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
@@ -14,6 +13,7 @@ import images
 from data import Batch, Loader, hold_out, padded
 from example_files import write_parquet
 from images import SequentialImages
+from storage import DataError
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

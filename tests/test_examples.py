@@ -173,6 +173,8 @@ def test_options_of_a_checkpoint_and_of_a_command_line(capsys: Capture) -> None:
     cli = train.run(["test", "digits", "--model.mode", "scan", "--trainer.accelerator", "cpu"])
     layer = cli.model.model.blocks[0].layer
     assert (layer.mode, layer.d_model) == ("scan", 8)
+    # Nor need the data hold a batch of training where none is drawn.
+    train.run(["validate", "digits", "--data.batch_size", "4000", "--trainer.accelerator", "cpu"])
     wrong = ["--model.dropout", "0.3", "--ckpt_path", "last"]
     fails(capsys, 1, [*options, *wrong], "model.dropout is 0.1 in the checkpoint, got 0.3")
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from storage import DataError
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
 import forecast
 from example_files import write_series
 from forecast import SOURCES, Forecasting, calendar_features, window_starts
+from storage import DataError
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 PARTS = ("train", "val", "test")

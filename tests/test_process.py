@@ -165,3 +165,14 @@ optional = ("triton", "pykeops", "lightning", "matplotlib", "scipy", "torch._dyn
 print([name for name in optional if name in sys.modules])
 """)
     assert out.strip() == "[]"
+
+
+def test_suite_is_collected_without_the_examples_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their tests are skipped, the others are there."""
+    (tmp_path / "lightning.py").write_text("raise ModuleNotFoundError('no lightning', name='lightning')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    collected = run("", "-m", "pytest", "--collect-only", "-q", "--rootdir", str(ROOT), str(ROOT / "tests"))
+    assert "test_layer.py" in collected
+    assert "test_training.py" not in collected

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from storage import DataError
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
@@ -22,6 +21,7 @@ from data import Batch, SequenceData, Spec
 from example_files import TINY, WRITERS, fails
 from language import Characters, Words
 from retrieval import PaperPairs
+from storage import DataError
 from text import Reviews
 
 pytestmark = [
@@ -347,6 +347,8 @@ def test_adaptive_embedding_drops_in_training() -> None:
     model.eval()
     torch.testing.assert_close(model(tokens), whole(tokens))
     torch.testing.assert_close(model.loss(y, targets), whole.loss(y, targets))
+    with pytest.raises(ValueError, match=r"embedding_dropout must be .* got 1\.5"):
+        train.SequenceTask(Spec("token", 20, 20, tokens=True), d_model=16, cutoffs=[5], embedding_dropout=1.5)
     with pytest.raises(ValueError, match=r"embedding_dropout needs model\.cutoffs"):
         train.SequenceTask(Spec("token", 20, 20, tokens=True), d_model=16, embedding_dropout=0.1)
 
@@ -358,6 +360,9 @@ def test_feed_forward_networks_are_where_they_should() -> None:
     assert widths == [None, 24, None, 24, None]
     with pytest.raises(ValueError, match=r"model\.ff_every of at least 1 .* 0 and 0"):
         train.SequenceTask(spec, d_model=16, d_ff=24, ff_every=0)
+    for wrong in ({"d_ff": -1}, {"d_ff": 24, "ff_every": 5}, {"d_ff": 24, "cell": "lstm"}):
+        with pytest.raises(ValueError, match=r"model\.d_ff must be"):
+            train.SequenceTask(spec, d_model=16, n_layers=4, **wrong)
 
 
 def test_perplexity_is_e_to_the_mean_loss() -> None:
