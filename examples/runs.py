@@ -161,12 +161,13 @@ class LastCheckpoint(Checkpoint):
         parts, step = trainer.accumulate_grad_batches, trainer.global_step
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         self._stepped = (batch_idx + 1) % parts == 0 and not last
-        ends = trainer.should_stop or trainer.received_sigterm or step == trainer.max_steps
+        terminated = trainer.received_sigterm and trainer.world_size == 1  # else not all know of it yet
+        ends = trainer.should_stop or terminated or step == trainer.max_steps
         if self._stepped and (ends or batch_idx + 1 == parts or step % self.every_n_steps == 0):
             self._after_validation = not ends and _validates(trainer, batch_idx)
             if not self._after_validation:
                 self._save(trainer)
-        if trainer.received_sigterm and trainer.world_size == 1 and self._stepped:
+        if terminated and self._stepped:
             raise SIGTERMException  # at once; Lightning waits for the end of the epoch
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
