@@ -142,7 +142,7 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, folder: Path, every_n_steps: int) -> None:
         self.file, self.every_n_steps = folder / "last.ckpt", every_n_steps
         self._random: list[dict[str, Any]] | None = None
-        self._stepped = self._after_validation = False
+        self._stepped = self._epoch_ended = self._after_validation = False
         self._saved = -1  # the step of the last save
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -159,8 +159,8 @@ class LastCheckpoint(Checkpoint):
         validation follows, after it.
         """
         parts, step = trainer.accumulate_grad_batches, trainer.global_step
-        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        self._stepped = (batch_idx + 1) % parts == 0 and not last
+        self._epoch_ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        self._stepped = (batch_idx + 1) % parts == 0 and not self._epoch_ended
         terminated = trainer.received_sigterm and trainer.world_size == 1  # else not all know of it yet
         ends = trainer.should_stop or terminated or step == trainer.max_steps
         if self._stepped and (ends or batch_idx + 1 == parts or step % self.every_n_steps == 0):
@@ -178,8 +178,8 @@ class LastCheckpoint(Checkpoint):
             self._after_validation = False
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save what the run ended with, at the end of an epoch; within it that has been done."""
-        if not self._stepped:
+        """Save what the run ended with, at the end of an epoch; within one that has been done."""
+        if self._epoch_ended:
             self._save(trainer)
 
     def on_exception(
