@@ -61,8 +61,7 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 def batches(data: SequenceData, device: torch.device) -> Iterator[Batch]:
     """Training batches as the model gets them, without end."""
     for batch in chain.from_iterable(repeat(data.train_dataloader())):
-        batch = data.transform(moved(batch, device), True)
-        yield batch if batch.lengths is None else padded(batch, data.spec.tokens)
+        yield padded(data.transform(moved(batch, device), True), data.spec.tokens)
 
 
 def step(task: SequenceTask, optimizer: torch.optim.Optimizer, batch: Batch) -> None:

@@ -339,7 +339,7 @@ class SequenceData(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """On the device, where there are fewer bytes to move and more hands."""
         batch = self.transform(batch, self.trainer is not None and self.trainer.training)
-        return batch if batch.lengths is None else padded(batch, self.spec.tokens)
+        return padded(batch, self.spec.tokens)
 
     def _loader(self, part: str, training: bool = False) -> Loader:
         split, rows = self.parts[part]
@@ -374,10 +374,12 @@ class SequenceData(pl.LightningDataModule):
 
 
 def padded(batch: Batch, tokens: bool) -> Batch:
-    """The batch with zeros behind its inputs, up to the next of eight lengths an octave.
+    """A ragged batch with zeros behind its inputs, up to the next of eight lengths an octave; others as they are.
 
     Few shapes let memory be used again, of which hundreds of shapes leave fragments.
     """
+    if batch.lengths is None:
+        return batch
     inputs = batch.inputs if tokens else batch.inputs.mT
     length = inputs.shape[-1]
     step = 2 ** max(0, length.bit_length() - 4)
