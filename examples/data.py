@@ -374,7 +374,7 @@ class SequenceData(pl.LightningDataModule):
 
 
 def padded(batch: Batch, tokens: bool) -> Batch:
-    """A ragged batch with zeros behind its inputs, up to the next of eight lengths an octave; others as they are.
+    """A ragged batch with zeros behind its inputs, up to the next of eight lengths an octave.
 
     Few shapes let memory be used again, of which hundreds of shapes leave fragments.
     """
