@@ -79,8 +79,8 @@ class SpokenWords(SequenceData):
             (version 0.02, 35 words, 16 kHz, 1 second).
         path: a folder with train.parquet, test.parquet and, for speech_commands, validation.parquet in the
             hub's schema; without it the hub is asked.
-        augment: train at a random speed from 0.87 to 1.15, with random modulation, equalisation, noise and
-            gain, see `resample` and `augment`.
+        augment: train at a random speed from 0.87 to 1.15, with random modulation, equalisation, masks,
+            noise and gain, see `resample` and `augment`.
         batch_size: training recordings a step, on each device.
         eval_batch_size: recordings a step in validation and test.
         validation: fraction of the training recordings of each word held out for validation; speech_commands
@@ -261,11 +261,11 @@ def resample(waveforms: Tensor, lengths: Tensor | None, speed: float) -> tuple[T
 def augment(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
     """Standardised waveforms (B, L) as other microphones might have heard them; random by torch's generator.
 
-    Each is modulated and equalised, see there, and standardised again; gets white noise 15 to 40 dB below it,
-    and a gain that is log-normal with a standard deviation of 0.2.
+    Each is modulated, equalised and masked, see there, and standardised again; gets white noise 15 to 40 dB
+    below it, and a gain that is log-normal with a standard deviation of 0.2.
     """
     inside = torch.ones_like(waveforms) if lengths is None else _inside(waveforms, lengths)
-    heard = standardize(equalize(modulate(waveforms)) * inside, lengths)
+    heard = standardize(mask(equalize(modulate(waveforms)) * inside, lengths), lengths)
     noise = 10 ** (-(15 + 25 * _uniform(heard)) / 20)
     gain = torch.exp(0.2 * torch.randn(len(heard), 1, device=heard.device))
     return gain * (heard + noise * torch.randn_like(heard)) * inside
@@ -293,6 +293,25 @@ def equalize(waveforms: Tensor) -> Tensor:
     gain = torch.nn.functional.interpolate(knots, spectrum.shape[1], mode="linear", align_corners=True)[:, 0]
     slope = torch.linspace(0, 18, spectrum.shape[1], device=waveforms.device)
     return torch.fft.irfft(spectrum * 10 ** ((gain - _uniform(waveforms) * slope) / 20), waveforms.shape[1])
+
+
+def mask(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
+    """Waveforms (B, L), each without a random band and stretch of time, as in SpecAugment (arXiv 1904.08779).
+
+    The band is up to a fifth of all frequencies wide, the stretch up to an eighth of the length.
+    """
+    spectrum, end = torch.fft.rfft(waveforms), waveforms.shape[1] if lengths is None else lengths[:, None]
+    bands = torch.linspace(0, 1, spectrum.shape[1], device=waveforms.device)
+    times = torch.arange(waveforms.shape[1], device=waveforms.device) / end
+    heard = torch.fft.irfft(spectrum * _but_a_stretch(bands, waveforms, 1 / 5), waveforms.shape[1])
+    return heard * _but_a_stretch(times, waveforms, 1 / 8)
+
+
+def _but_a_stretch(places: Tensor, waveforms: Tensor, widest: float) -> Tensor:
+    """(B, L), False where the places (L,) or (B, L) lie in a random part of 0 to 1, up to `widest` wide."""
+    width = widest * _uniform(waveforms)
+    start = (1 - width) * _uniform(waveforms)
+    return (places < start) | (places >= start + width)
 
 
 def _uniform(waveforms: Tensor) -> Tensor:

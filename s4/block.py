@@ -1,6 +1,5 @@
 """S4Block: the residual block around an S4 layer."""
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -105,7 +104,9 @@ class S4Block(nn.Module):
             x = zero_padding(x, lengths)
         z = self._normed(self.norm, x, lengths) if self.prenorm else x
         after = None
-        z = self.layer(z, state, lengths=lengths, rate=rate, return_state=return_state)
+        # What a causal layer makes of zeros behind a sequence's end reaches nothing before it.
+        ends = lengths if return_state or self.layer.bidirectional else None
+        z = self.layer(z, state, lengths=ends, rate=rate, return_state=return_state)
         if return_state:
             z, after = z
         x = self._position_wise(x, z, lengths)
@@ -155,4 +156,4 @@ class S4Block(nn.Module):
         inside = (~padding(lengths, x.shape[1])).flatten().nonzero()[:, 0]
         flat = x.flatten(0, 1)
         normed = norm(flat.index_select(0, inside)).to(x.dtype)
-        return torch.zeros_like(flat).index_copy(0, inside, normed).view_as(x)
+        return flat.detach().index_copy(0, inside, normed).view_as(x)

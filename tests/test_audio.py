@@ -253,6 +253,7 @@ def test_resampling(speed: float) -> None:
 def test_augmented_noise_and_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tone does not hold is noise."""
     monkeypatch.setattr(audio, "modulate", lambda waveforms: waveforms)
+    monkeypatch.setattr(audio, "mask", lambda waveforms, lengths: waveforms)
     low = tone(0.05)
     heard = audio.augment(low, None)
     level = heard @ low[0] / 4000
@@ -280,6 +281,34 @@ def test_modulator_mirrors_and_shifts() -> None:
     strength = (2 * rest.square().mean(1)).sqrt()
     assert 0.7 < strength.max() < 0.85
     assert strength.min() < 0.1
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([4000, 1000] * 200)])
+def test_masks_a_stretch_of_time(lengths: torch.Tensor | None) -> None:
+    """One silent stretch a row, inside its length, up to an eighth of it; a click has all frequencies."""
+    clicks = torch.zeros(400, 4000)
+    clicks[:, ::20] = 1
+    lost = (audio.mask(clicks, lengths)[:, ::20] == 0).float()
+    starts_and_ends = torch.nn.functional.pad(lost, (1, 1)).diff(dim=1).abs().sum(1)
+    assert starts_and_ends.max() == 2
+    for row in range(2):
+        number = 50 if lengths is not None and row == 1 else 200
+        share = lost[row::2, :number].mean(1)
+        assert 0.115 < share.max() <= 0.13
+        assert share.min() <= 0.02
+        assert abs(share.mean() - 1 / 16) < 0.01
+        assert not lost[row::2, number:].any()
+
+
+def test_masks_a_band() -> None:
+    """Of tones over all frequencies one group of neighbours is lost, up to a fifth of them."""
+    spectrum = torch.zeros(400, 2001, dtype=torch.complex64)
+    spectrum[:, 10:2000:20] = torch.exp(2j * torch.pi * torch.rand(100))
+    heard = torch.fft.rfft(audio.mask(torch.fft.irfft(spectrum), None)).abs()[:, 10:2000:20]
+    lost = (heard < 0.5).float()
+    assert (torch.nn.functional.pad(lost, (1, 1)).diff(dim=1).abs().sum(1) <= 2).all()
+    assert 0.17 < lost.mean(1).max() <= 0.21
+    assert abs(lost.mean() - 0.1) < 0.02
 
 
 def test_subsampling_other_batches() -> None:
