@@ -75,7 +75,7 @@ def check(layer: S4Layer, u: Tensor, x: Tensor, rate: float = 1.0, tolerance: fl
 @fused
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("h", [1, 5])
-@pytest.mark.parametrize("n", [2, 10, 64, 66])
+@pytest.mark.parametrize("n", [2, 8, 10, 16, 24, 64, 66])
 @pytest.mark.parametrize(("variant", "init"), SYSTEMS)
 @pytest.mark.usefixtures("still", "level")
 def test_fused_step_is_the_dense_one(variant: str, init: str, n: int, h: int, dtype: torch.dtype) -> None:

@@ -22,11 +22,18 @@ using Vec = typename Vector<T>::type;
 template <class T>
 constexpr int64_t kLanes = S4_BYTES / sizeof(T);
 
-template <class T>
-INLINE T total(Vec<T> value) {
-    T sum = 0;
-    for (int64_t i = 0; i < kLanes<T>; ++i) sum += value[i];
-    return sum;
+// Halves added up, until a number is left: one by one each number would wait for the sum of those before.
+template <class T, class V>
+INLINE T total(V value) {
+    if constexpr (sizeof(V) == sizeof(T)) {
+        return value[0];
+    } else {
+        typedef T Half __attribute__((vector_size(sizeof(V) / 2)));
+        Half low, high;
+        std::memcpy(&low, &value, sizeof low);
+        std::memcpy(&high, reinterpret_cast<const char*>(&value) + sizeof low, sizeof high);
+        return total<T>(low + high);
+    }
 }
 
 #include "_cpu_sums.h"

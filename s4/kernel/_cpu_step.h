@@ -14,71 +14,76 @@ struct Step {
     int64_t batch, channels, modes;
 };
 
-template <class T>
-INLINE Vec<T> take(const T* from, int64_t count) {
-    Vec<T> value{};
-    if (count >= kLanes<T>)
-        std::memcpy(&value, from, sizeof value);
-    else
-        std::memcpy(&value, from, count * sizeof(T));
+// The widest vector of up to `Bytes` that divides the modes is the one to compute with: none is read in part.
+template <class T, int Bytes>
+struct Part {
+    typedef T type __attribute__((vector_size(Bytes)));
+};
+
+template <class V, class T>
+INLINE V take(const T* from) {
+    V value;
+    std::memcpy(&value, from, sizeof value);
     return value;
 }
 
-template <class T>
-INLINE void put(T* to, Vec<T> value, int64_t count) {
-    if (count >= kLanes<T>)
-        std::memcpy(to, &value, sizeof value);
-    else
-        std::memcpy(to, &value, count * sizeof(T));
+template <class T, class V>
+INLINE V normal(V value) {
+    return (value < kTiny<T>)&(value > -kTiny<T>) ? V{} : value;  // NaN stays
 }
 
-template <class T>
-INLINE Vec<T> normal(Vec<T> value) {
-    return (value < kTiny<T>)&(value > -kTiny<T>) ? Vec<T>{} : value;  // NaN stays
-}
-
-template <class T>
-INLINE T dot(const T* x, const T* y, int64_t count) {
-    Vec<T> sum{};
-    for (int64_t j = 0; j < count; j += kLanes<T>) sum += take(x + j, count - j) * take(y + j, count - j);
-    return total<T>(sum);
-}
-
-// Reads a state before it writes there: `next` may be `state`.
-template <class T, int R>
-INLINE void step_of(const Step<T>& s, int64_t h) {
-    const int64_t n = s.modes, N = 2 * n;
-    const T *a = s.a + h * N, *B = s.B + h * N, *C = s.C + h * N;
-    for (int64_t b = 0; b < s.batch; ++b) {
-        const int64_t at = b * s.channels + h;
-        const T *x = s.state + at * N, u = s.u[at];
-        T* moved = s.next + at * N;
-        T coefficient[R + 1];
-        for (int r = 0; r < R; ++r) coefficient[r] = dot(s.G + (r * s.channels + h) * N, x, N);
-        Vec<T> sum{};
-        for (int64_t j = 0; j < n; j += kLanes<T>) {
-            const int64_t left = n - j;
-            const Vec<T> re = take(x + j, left), im = take(x + n + j, left);
-            const Vec<T> a_re = take(a + j, left), a_im = take(a + n + j, left);
-            Vec<T> next_re = a_re * re - a_im * im + u * take(B + j, left);
-            Vec<T> next_im = a_re * im + a_im * re + u * take(B + n + j, left);
-            for (int r = 0; r < R; ++r) {
-                const T* F = s.F + (r * s.channels + h) * N;
-                next_re += coefficient[r] * take(F + j, left), next_im += coefficient[r] * take(F + n + j, left);
-            }
-            next_re = normal<T>(next_re), next_im = normal<T>(next_im);
-            put(moved + j, next_re, left), put(moved + n + j, next_im, left);
-            sum += next_re * take(C + j, left) + next_im * take(C + n + j, left);
-        }
-        s.y[at] = total<T>(sum) + s.D[h] * u;
+// Channel h of the sequences [first, first + Rows). Reads a state before it writes there: `next` may be `state`.
+template <class T, class V, int R, int Rows>
+INLINE void step_of(const Step<T>& s, int64_t h, int64_t first) {
+    constexpr int64_t lanes = sizeof(V) / sizeof(T);
+    const int64_t n = s.modes, N = 2 * n, row = s.channels * N, at = first * s.channels + h;
+    const T *a = s.a + h * N, *B = s.B + h * N, *C = s.C + h * N, *x = s.state + at * N;
+    T *moved = s.next + at * N, u[Rows], coefficient[R + 1][Rows];
+    for (int b = 0; b < Rows; ++b) u[b] = s.u[at + b * s.channels];
+    for (int r = 0; r < R; ++r) {
+        const T* G = s.G + (r * s.channels + h) * N;
+        V sum[Rows]{};
+        for (int64_t j = 0; j < N; j += lanes)
+            for (int b = 0; b < Rows; ++b) sum[b] += take<V>(G + j) * take<V>(x + b * row + j);
+        for (int b = 0; b < Rows; ++b) coefficient[r][b] = total<T>(sum[b]);
     }
+    V sum[Rows]{};
+    for (int64_t j = 0; j < n; j += lanes) {
+        const V a_re = take<V>(a + j), a_im = take<V>(a + n + j), B_re = take<V>(B + j), B_im = take<V>(B + n + j),
+                C_re = take<V>(C + j), C_im = take<V>(C + n + j);
+        V F_re[R + 1], F_im[R + 1];
+        for (int r = 0; r < R; ++r) {
+            const T* F = s.F + (r * s.channels + h) * N;
+            F_re[r] = take<V>(F + j), F_im[r] = take<V>(F + n + j);
+        }
+        for (int b = 0; b < Rows; ++b) {
+            const V re = take<V>(x + b * row + j), im = take<V>(x + b * row + n + j);
+            V next_re = a_re * re - a_im * im + u[b] * B_re, next_im = a_re * im + a_im * re + u[b] * B_im;
+            for (int r = 0; r < R; ++r)
+                next_re += coefficient[r][b] * F_re[r], next_im += coefficient[r][b] * F_im[r];
+            next_re = normal<T>(next_re), next_im = normal<T>(next_im);
+            std::memcpy(moved + b * row + j, &next_re, sizeof next_re);
+            std::memcpy(moved + b * row + n + j, &next_im, sizeof next_im);
+            sum[b] += next_re * C_re + next_im * C_im;
+        }
+    }
+    for (int b = 0; b < Rows; ++b) s.y[at + b * s.channels] = total<T>(sum[b]) + s.D[h] * u[b];
 }
 
-template <class T, int R>
+template <class T, int R, int Bytes = S4_BYTES>
 int steps(const Step<T>& s, int threads) {
+    if constexpr (Bytes > int(sizeof(T)))
+        if (s.modes % (Bytes / sizeof(T))) return steps<T, R, Bytes / 2>(s, threads);
+    using V = typename Part<T, Bytes>::type;
+    constexpr int kRows = 4;  // that share what is read of a system
     const int64_t tasks = s.batch * s.channels * s.modes < kAlone ? 1 : std::min<int64_t>(s.channels, 64);
     return parallel(tasks, threads, [&](int64_t task) {
-        for (int64_t h = task * s.channels / tasks; h < (task + 1) * s.channels / tasks; ++h) step_of<T, R>(s, h);
+        const int64_t from = task * s.channels / tasks, to = (task + 1) * s.channels / tasks;
+        int64_t b = 0;
+        for (; b + kRows <= s.batch; b += kRows)
+            for (int64_t h = from; h < to; ++h) step_of<T, V, R, kRows>(s, h, b);
+        for (; b < s.batch; ++b)
+            for (int64_t h = from; h < to; ++h) step_of<T, V, R, 1>(s, h, b);
     });
 }
 
