@@ -76,7 +76,8 @@ int steps(const Step<T>& s, int threads) {
         if (s.modes % (Bytes / sizeof(T))) return steps<T, R, Bytes / 2>(s, threads);
     using V = typename Part<T, Bytes>::type;
     constexpr int kRows = 4;  // that share what is read of a system
-    const int64_t tasks = s.batch * s.channels * s.modes < kAlone ? 1 : std::min<int64_t>(s.channels, 64);
+    // One part a thread, so that a state stays near the core that will take the next step with it.
+    const int64_t tasks = s.batch * s.channels * s.modes < kAlone ? 1 : std::min<int64_t>(s.channels, threads);
     return parallel(tasks, threads, [&](int64_t task) {
         const int64_t from = task * s.channels / tasks, to = (task + 1) * s.channels / tasks;
         int64_t b = 0;
