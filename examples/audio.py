@@ -300,7 +300,8 @@ def mask(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
 
     The band is up to a fifth of all frequencies wide, the stretch up to an eighth of the length.
     """
-    spectrum, end = torch.fft.rfft(waveforms), waveforms.shape[1] if lengths is None else lengths[:, None]
+    spectrum = torch.fft.rfft(waveforms)
+    end = waveforms.shape[1] if lengths is None else lengths[:, None]
     bands = torch.linspace(0, 1, spectrum.shape[1], device=waveforms.device)
     times = torch.arange(waveforms.shape[1], device=waveforms.device) / end
     heard = torch.fft.irfft(spectrum * _but_a_stretch(bands, waveforms, 1 / 5), waveforms.shape[1])

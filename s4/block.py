@@ -96,7 +96,7 @@ class S4Block(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Map (B, L, d_model) to the same shape; the arguments are those of `S4Layer.forward`.
 
-        Outputs past a sequence's end are not zero: the residual runs on there.
+        Outputs past a sequence's end mean nothing.
         """
         check_features("x", x, self.layer.D, "batch", "length")
         if lengths is not None:
@@ -104,8 +104,10 @@ class S4Block(nn.Module):
             x = zero_padding(x, lengths)
         z = self._normed(self.norm, x, lengths) if self.prenorm else x
         after = None
-        # What a causal layer makes of zeros behind a sequence's end reaches nothing before it.
-        ends = lengths if return_state or self.layer.bidirectional else None
+        # A causal layer carries nothing back from behind the ends, where all is finite. It is spared the masks in
+        # training only: in eval batch norm may put large numbers there, whose rounding an FFT spreads.
+        spared = self.training and not (return_state or self.layer.bidirectional)
+        ends = None if spared else lengths
         z = self.layer(z, state, lengths=ends, rate=rate, return_state=return_state)
         if return_state:
             z, after = z

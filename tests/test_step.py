@@ -75,7 +75,7 @@ def check(layer: S4Layer, u: Tensor, x: Tensor, rate: float = 1.0, tolerance: fl
 @fused
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("h", [1, 5])
-@pytest.mark.parametrize("n", [2, 8, 10, 16, 24, 64, 66])
+@pytest.mark.parametrize("n", [2, 8, 10, 12, 16, 24, 64, 66])
 @pytest.mark.parametrize(("variant", "init"), SYSTEMS)
 @pytest.mark.usefixtures("still", "level")
 def test_fused_step_is_the_dense_one(variant: str, init: str, n: int, h: int, dtype: torch.dtype) -> None:
@@ -96,11 +96,11 @@ def test_fused_step_is_the_dense_one(variant: str, init: str, n: int, h: int, dt
 @pytest.mark.usefixtures("still", "level")
 def test_fused_step_on_threads() -> None:
     """Enough work for several tasks."""
-    layer = build(h=67, n=66)
+    layer = build(h=67, n=64)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        check(layer, *operands(layer, 40))
+        check(layer, *operands(layer, 41))
     finally:
         torch.set_num_threads(before)
 

@@ -7,18 +7,12 @@
 
 namespace S4_LEVEL {
 
-template <class T>
-struct Vector;
-template <>
-struct Vector<float> {
-    typedef float type __attribute__((vector_size(S4_BYTES)));
-};
-template <>
-struct Vector<double> {
-    typedef double type __attribute__((vector_size(S4_BYTES)));
+template <class T, int Bytes>
+struct Vector {
+    typedef T type __attribute__((vector_size(Bytes)));
 };
 template <class T>
-using Vec = typename Vector<T>::type;
+using Vec = typename Vector<T, S4_BYTES>::type;
 template <class T>
 constexpr int64_t kLanes = S4_BYTES / sizeof(T);
 
@@ -28,8 +22,7 @@ INLINE T total(V value) {
     if constexpr (sizeof(V) == sizeof(T)) {
         return value[0];
     } else {
-        typedef T Half __attribute__((vector_size(sizeof(V) / 2)));
-        Half low, high;
+        typename Vector<T, sizeof(V) / 2>::type low, high;
         std::memcpy(&low, &value, sizeof low);
         std::memcpy(&high, reinterpret_cast<const char*>(&value) + sizeof low, sizeof high);
         return total<T>(low + high);

@@ -1,4 +1,4 @@
-// One step of a recurrence x <- A x + B u, y = C x + D u, for a batch and all channels: every number is read once.
+// One step of a recurrence x <- A x + B u, y = C x + D u, for a batch and all channels, in one pass.
 // What decays in silence becomes 0, not denormal: rounding would keep it there, at three times the cost of a step.
 //
 // Arrays are contiguous: state and its successor (batch, H, 2n), u and y (batch, H), a, B and C (H, 2n), F and G
@@ -12,12 +12,6 @@ struct Step {
     const T *a, *F, *G, *B, *C, *D, *state, *u;
     T *y, *next;
     int64_t batch, channels, modes;
-};
-
-// The widest vector of up to `Bytes` that divides the modes is the one to compute with: none is read in part.
-template <class T, int Bytes>
-struct Part {
-    typedef T type __attribute__((vector_size(Bytes)));
 };
 
 template <class V, class T>
@@ -38,7 +32,8 @@ INLINE void step_of(const Step<T>& s, int64_t h, int64_t first) {
     constexpr int64_t lanes = sizeof(V) / sizeof(T);
     const int64_t n = s.modes, N = 2 * n, row = s.channels * N, at = first * s.channels + h;
     const T *a = s.a + h * N, *B = s.B + h * N, *C = s.C + h * N, *x = s.state + at * N;
-    T *moved = s.next + at * N, u[Rows], coefficient[R + 1][Rows];
+    T* moved = s.next + at * N;
+    T u[Rows], coefficient[R + 1][Rows];
     for (int b = 0; b < Rows; ++b) u[b] = s.u[at + b * s.channels];
     for (int r = 0; r < R; ++r) {
         const T* G = s.G + (r * s.channels + h) * N;
@@ -70,13 +65,14 @@ INLINE void step_of(const Step<T>& s, int64_t h, int64_t first) {
     for (int b = 0; b < Rows; ++b) s.y[at + b * s.channels] = total<T>(sum[b]) + s.D[h] * u[b];
 }
 
+// With the widest vectors, of up to `Bytes`, that divide the modes: none is read in part.
 template <class T, int R, int Bytes = S4_BYTES>
 int steps(const Step<T>& s, int threads) {
     if constexpr (Bytes > int(sizeof(T)))
         if (s.modes % (Bytes / sizeof(T))) return steps<T, R, Bytes / 2>(s, threads);
-    using V = typename Part<T, Bytes>::type;
+    using V = typename Vector<T, Bytes>::type;
     constexpr int kRows = 4;  // that share what is read of a system
-    // One part a thread, so that a state stays near the core that will take the next step with it.
+    // One part a thread, which mostly takes the same at every step: its states are still in the cache of its core.
     const int64_t tasks = s.batch * s.channels * s.modes < kAlone ? 1 : std::min<int64_t>(s.channels, threads);
     return parallel(tasks, threads, [&](int64_t task) {
         const int64_t from = task * s.channels / tasks, to = (task + 1) * s.channels / tasks;
