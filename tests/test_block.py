@@ -142,7 +142,7 @@ def test_padded_is_unpadded(options: dict[str, object], bidirectional: bool) -> 
 
 
 def test_padding_costs_no_precision() -> None:
-    """In float32, where batch norm makes large numbers of zeros, and FFTs mix what lies behind with the rest."""
+    """In float32, where batch norm makes large numbers of zeros, and an FFT mixes them with the rest."""
     block = build(norm="batch").float()
     block.layer.mode = "fft"
     norm_of(block, {"norm": "batch"}).running_mean.fill_(1e3)
