@@ -104,8 +104,8 @@ class S4Block(nn.Module):
             x = zero_padding(x, lengths)
         z = self._normed(self.norm, x, lengths) if self.prenorm else x
         after = None
-        # A causal layer carries nothing back from behind the ends, where all is finite. But only training goes
-        # without its masks: in eval batch norm may put large numbers there, whose rounding an FFT spreads.
+        # A causal layer carries nothing back from behind the ends, where all is finite. But it goes without masks
+        # in training only: in eval batch norm may put large numbers there, whose rounding an FFT spreads.
         spared = self.training and not (return_state or self.layer.bidirectional)
         ends = None if spared else lengths
         z = self.layer(z, state, lengths=ends, rate=rate, return_state=return_state)
