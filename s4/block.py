@@ -104,7 +104,7 @@ class S4Block(nn.Module):
             x = zero_padding(x, lengths)
         z = self._normed(self.norm, x, lengths) if self.prenorm else x
         after = None
-        # A causal layer carries nothing back from behind the ends, where all is finite. But it goes without masks
+        # A causal layer carries nothing back from behind the ends, where all is finite. Its masks are spared
         # in training only: in eval batch norm may put large numbers there, whose rounding an FFT spreads.
         spared = self.training and not (return_state or self.layer.bidirectional)
         ends = None if spared else lengths
