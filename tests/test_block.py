@@ -141,6 +141,21 @@ def test_padded_is_unpadded(options: dict[str, object], bidirectional: bool) -> 
             oracle.close(state[b : b + 1], block(x[b : b + 1, :size], return_state=True)[1], 1e-9)
 
 
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "both"])
+@pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("norm") != "batch"], ids=ids)
+def test_padded_is_unpadded_in_training(options: dict[str, object], bidirectional: bool) -> None:
+    """Also where the norm's bias would lie behind the ends, and in the gradients."""
+    block = build(bidirectional, **options).train()
+    x = torch.randn(1, L, D_MODEL).double()
+    padded = block(x, lengths=torch.tensor([11]))[:, :11]
+    alone = block(x[:, :11])
+    oracle.close(padded, alone, 1e-9)
+    parameters = list(block.parameters())
+    wanted = torch.autograd.grad(alone.square().sum(), parameters)
+    for got, want in zip(torch.autograd.grad(padded.square().sum(), parameters), wanted, strict=True):
+        oracle.close(got, want, 1e-9)
+
+
 def test_padding_costs_no_precision() -> None:
     """In float32, where batch norm makes large numbers of zeros, and an FFT mixes them with the rest."""
     block = build(norm="batch").float()
