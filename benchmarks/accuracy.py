@@ -1,20 +1,18 @@
 """How exact is float32? Kernels, and the convolution against the recurrence, beside dense float64 truth.
 
     pip install -e ".[test]"
-    python benchmarks/accuracy.py [--quick true]
+    python benchmarks/accuracy.py [--quick true] [--out FILE.json]
 
 Prints a table of the largest errors as fractions of the largest value, and writes it with machine, versions
-and commit to benchmarks/results/accuracy.json.
+and commit.
 """
 
 import json
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from jsonargparse import auto_cli
+from harness import ROOT, provenance, result_file, run
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -22,7 +20,6 @@ from torch import Tensor
 
 from s4 import S4Layer
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import oracle  # noqa: E402  # the float64 truth of the test suite, which shares no code with s4
@@ -69,12 +66,15 @@ def step_error(variant: str, dtype: torch.dtype, L: int = 4096) -> float:
     return worst
 
 
-def main(quick: bool = False) -> None:
-    """Measure the largest errors of float32 beside dense float64 truth, print them and write the results.
+def main(quick: bool = False, out: Path | None = None, replace: bool = False) -> None:
+    """Measure the largest errors of float32 beside dense float64 truth.
 
     Args:
-        quick: leave out L = 65536, and write nothing.
+        quick: leave out L = 65536.
+        out: file of results; without it ~/.cache/s4/benchmarks/accuracy-cpu.json.
+        replace: write over a committed result.
     """
+    file = result_file("accuracy", "cpu", out, replace)
     lengths = (1024, 16384) if quick else (1024, 16384, 65536)
     torch.manual_seed(0)
     rows = []
@@ -92,18 +92,15 @@ def main(quick: bool = False) -> None:
         for dtype in (torch.float32, torch.float64)
     }
     show(rows, steps, lengths)
-    if quick:
-        return
-    describe = ["git", "describe", "--always", "--dirty"]
     result = {
-        "commit": subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": str(torch.__version__),
+        **provenance(torch.device("cpu")),
         "dt": DT_RANGE,
         "kernel": rows,
         "forward_against_step_at_4096": steps,
     }
-    (ROOT / "benchmarks/results/accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"results: {file}", markup=False)
 
 
 def show(rows: list[dict], steps: dict[str, float], lengths: tuple[int, ...]) -> None:
@@ -121,4 +118,4 @@ def show(rows: list[dict], steps: dict[str, float], lengths: tuple[int, ...]) ->
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run(main)

@@ -1,7 +1,7 @@
 """How fast does a model generate after a long context, and what does it have to hold for that?
 
     pip install -e ".[test]"
-    python benchmarks/generation.py [--budget SECONDS] [--device cuda]
+    python benchmarks/generation.py [--budget SECONDS] [--device cuda] [--out FILE.json]
 
 Three language models of one width, depth and parameter count, that differ in what carries the past:
 
@@ -12,34 +12,28 @@ Three language models of one width, depth and parameter count, that differ in wh
 The hidden widths of the perceptrons are what makes the parameter counts agree. Measured is one greedy token
 for each sequence of a batch, from token to token, at the end of a context. The context itself is not
 computed: cache and states hold random numbers, on whose values the time does not depend. On a GPU every
-contender replays a CUDA graph. Prints a table; writes JSON and plots against context to benchmarks/results/.
+contender replays a CUDA graph. Prints a table; writes JSON, and plots against context beside it.
 """
 
 import gc
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import torch
-from einops import rearrange
-from jsonargparse import auto_cli
-from kernels import Peak, provenance
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from harness import Budget, Peak, Report, first_line, result_file, run, show, synchronize, usable
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from peers import HEAD_DIM, Attention
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from s4 import S4Block, S4Layer, S4Model
 from s4.model import ModelState
 
-RESULTS = Path(__file__).parent / "results"
-HEAD_DIM = 64
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 TURN = 0.05  # seconds of a turn at least: the next one finds the caches full of other contenders' numbers
 TOLERANCE = 0.05  # of the parameter counts
@@ -74,24 +68,6 @@ class Sizes:
     vocabulary: int
     expand: int
     longest: int
-
-
-class Attention(nn.Module):
-    """Causal self-attention of the newest position over all positions so far."""
-
-    def __init__(self, d_model: int) -> None:
-        super().__init__()
-        self.n_heads = d_model // HEAD_DIM
-        self.qkv = nn.Linear(d_model, 3 * d_model)
-        self.out = nn.Linear(d_model, d_model)
-
-    def step(self, x: Tensor, cache: Tensor, t: int) -> Tensor:
-        """x (B, d_model) at position t; writes there in the cache (2, B, heads, max_len, head_dim)."""
-        qkv = rearrange(self.qkv(x), "b (three h d) -> three b h 1 d", three=3, h=self.n_heads)
-        cache[:, :, :, t : t + 1] = qkv[1:]
-        keys, values = cache[:, :, :, : t + 1]
-        y = scaled_dot_product_attention(qkv[0], keys, values)
-        return self.out(rearrange(y, "b h 1 d -> b (h d)"))
 
 
 def perceptron(d_model: int, hidden: int) -> nn.Module:
@@ -249,11 +225,11 @@ def decoding(
 
 def turn(run: Decoding, steps: int, device: torch.device) -> float:
     """Seconds a step."""
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(steps):
         run.step()
-    _synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - start) / steps
 
 
@@ -264,27 +240,36 @@ def measure(
     context: int,
     device: torch.device,
     seconds: float,
-    stop: float,
+    budget: Budget,
     compiled: bool,
-) -> list[Cell]:
-    """All contenders at one size, taking turns, so that what else the machine does meets all of them."""
-    runs, peaks, steps = {}, {}, {}
+) -> tuple[list[Cell], dict[str, str]]:
+    """All contenders at one size, taking turns, so that what else the machine does meets all of them.
+
+    Also the messages of those that failed.
+    """
+    runs, peaks, steps, failed = {}, {}, {}, {}
     if compiled:
         torch.compiler.reset()  # the graphs of other sizes
     for who, model in models.items():
         gc.collect()
         peak = Peak(device)
-        runs[who] = decoding(model, sizes, batch, context, device, compiled)
-        if compiled:
-            runs[who].step()
-        first = turn(runs[who], 2, device)
-        peaks[who] = peak.above_start()
+        try:
+            began = time.monotonic()
+            run = decoding(model, sizes, batch, context, device, compiled)
+            if compiled:
+                run.step()
+                budget.spare(time.monotonic() - began, 0.0)
+            first = turn(run, 2, device)
+        except (RuntimeError, MemoryError) as error:  # out of memory, or a kernel that fails
+            failed[f"{who}: batch {batch}, context {context}"] = first_line(error)
+            continue
+        runs[who], peaks[who] = run, peak.above_start()
         steps[who] = max(1, math.ceil(TURN / first))
     times: dict[str, list[float]] = {who: [] for who in runs}
     spent = dict.fromkeys(runs, 0.0)
     for done in range(MAX_ROUNDS):
         for who, run in runs.items():
-            if (done < MIN_ROUNDS or spent[who] < seconds) and time.monotonic() < stop:
+            if (done < MIN_ROUNDS or spent[who] < seconds) and not budget.over():
                 times[who].append(turn(run, steps[who], device))
                 spent[who] += times[who][-1] * steps[who]
     cells = []
@@ -295,12 +280,7 @@ def measure(
             parameters = n_parameters(models[who])
             speeds = batch / median, batch / high, batch / low
             cells.append(Cell(who, parameters, batch, context, *speeds, held, peaks[who]))
-    return cells
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    return cells, failed
 
 
 def ratio(cells: list[Cell], cell: Cell) -> float | None:
@@ -309,9 +289,18 @@ def ratio(cells: list[Cell], cell: Cell) -> float | None:
     return cell.tokens_per_second / base[0].tokens_per_second if base else None
 
 
-def show(cells: list[Cell]) -> None:
+def table(cells: list[Cell]) -> None:
     """One line a measurement; the ratio is to the Transformer's tokens a second."""
-    table = Table()
+    rows = []
+    for c in cells:
+        times = ratio(cells, c)
+        rows.append(
+            (
+                c.batch, c.context, c.who, f"{c.parameters:,}", f"{c.tokens_per_second:.0f}",
+                f"{c.low:.0f} - {c.high:.0f}", f"{c.held_mib:.2f}", f"{c.peak_mib:.0f}",
+                f"{times:.1f}" if times else "",
+            )
+        )  # fmt: skip
     columns = (
         "batch",
         "context",
@@ -323,16 +312,7 @@ def show(cells: list[Cell]) -> None:
         "peak MiB",
         "ratio",
     )
-    for column in columns:
-        table.add_column(column, justify="right")
-    for c in cells:
-        times = ratio(cells, c)
-        table.add_row(
-            str(c.batch), str(c.context), c.who, f"{c.parameters:,}", f"{c.tokens_per_second:.0f}",
-            f"{c.low:.0f} - {c.high:.0f}", f"{c.held_mib:.2f}", f"{c.peak_mib:.0f}",
-            f"{times:.1f}" if times else "",
-        )  # fmt: skip
-    Console(width=120).print(table)
+    show(columns, rows)
 
 
 def plot(cells: list[Cell], file: Path) -> None:
@@ -357,41 +337,48 @@ def plot(cells: list[Cell], file: Path) -> None:
 
 
 def main(
-    budget: float = 900.0,
-    seconds: float = 2.0,
-    device: str = "cuda" if torch.cuda.is_available() else "cpu",
-    contexts: list[int] = [256, 1024, 4096, 16384, 65536],  # noqa: B006  # read only; a tuple has no command-line form
-    batches: list[int] = [1, 16],  # noqa: B006
-    d_model: int = 256,
-    n_layers: int = 4,
-    d_state: int = 64,
-    variant: str = "dplr",
-    vocabulary: int = 256,
-    expand: int = 4,
-    cache_gib: float = 4.0,
+    budget: PositiveFloat = 900.0,
+    seconds: NonNegativeFloat = 2.0,
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu",
+    contexts: list[PositiveInt] = [256, 1024, 4096, 16384, 65536],  # noqa: B006  # read only; a tuple has no command-line form
+    batches: list[PositiveInt] = [1, 16],  # noqa: B006
+    d_model: PositiveInt = 256,
+    n_layers: PositiveInt = 4,
+    d_state: PositiveInt = 64,
+    variant: Literal["dplr", "diag"] = "dplr",
+    vocabulary: PositiveInt = 256,
+    expand: PositiveInt = 4,
+    cache_gib: PositiveFloat = 4.0,
     compile: bool = False,
-    name: str = "generation",
+    out: Path | None = None,
+    replace: bool = False,
+    plots: bool = True,
 ) -> None:
-    """Time generation by S4, a Transformer and an LSTM; write benchmarks/results/NAME-DEVICE.json and .png.
+    """Time generation by S4, a Transformer and an LSTM.
 
     Args:
-        budget: seconds after which no further measurement starts.
+        budget: seconds after which no further measurement starts, compiling left out.
         seconds: spent on one contender at one size, between 5 and 200 turns.
         device: cpu or cuda.
         contexts: numbers of positions, of which the last is the token computed.
         batches: numbers of sequences.
         d_model: width of all models, a multiple of 64.
         n_layers: depth of all models.
-        d_state: state size N of the S4 layers.
+        d_state: state size N of the S4 layers, even.
         variant: of the S4 layers, dplr or diag.
         vocabulary: number of tokens.
         expand: hidden width of the Transformer's perceptrons over its width.
         cache_gib: the Transformer sits out where its cache would be larger.
         compile: all contenders by torch.compile, each size by itself; peak memory is then the compiler's.
-        name: of the files written.
+        out: file of results; without it ~/.cache/s4/benchmarks/generation-DEVICE.json.
+        replace: write over a committed result.
+        plots: also draw speed and memory, into a PNG beside the file of results.
     """
+    where, file = usable(device), result_file("generation", device, out, replace)
     if d_model % HEAD_DIM:
         raise SystemExit(f"--d_model must be a multiple of {HEAD_DIM}, the width of a head, got {d_model}")
+    if d_state % 2:
+        raise SystemExit(f"--d_state: a state size must be even, got {d_state}")
     torch.manual_seed(0)
     sizes = Sizes(d_model, n_layers, d_state, variant, vocabulary, expand, max(contexts))
     transformer = Transformer(sizes, expand * d_model)
@@ -401,34 +388,25 @@ def main(
         "LSTM": matched(LSTM, sizes, target),
         "S4": matched(s4_model, sizes, target),
     }
-    stop, where = time.monotonic() + budget, torch.device(device)
-    cells: list[Cell] = []
-    for model in models.values():
-        model.eval().to(where)
-    with Progress(console=Console(stderr=True)) as progress, torch.no_grad():
+    with torch.no_grad():
         for model in models.values():  # what is set up once is in no measurement
-            decoding(model, sizes, 1, 1, where).step()
-        task = progress.add_task("", total=len(batches) * len(contexts))
-        for batch in batches:
-            for context in contexts:
-                progress.update(task, description=f"batch {batch}, context {context}")
+            decoding(model.eval().to(where), sizes, 1, 1, where).step()
+        clock = Budget(budget)
+        total, about = len(batches) * len(contexts), {"sizes": asdict(sizes), "compiled": compile}
+        with Report(file, where, clock, total, **about) as report:
+            for batch, context in ((batch, context) for batch in batches for context in contexts):
+                if not report.begin(f"batch {batch}, context {context}"):
+                    break
                 cache = 8 * n_layers * batch * context * d_model / 2**30
                 found = {w: m for w, m in models.items() if w != "Transformer" or cache <= cache_gib}
-                if time.monotonic() < stop:
-                    cells += measure(found, sizes, batch, context, where, seconds, stop, compile)
-                progress.advance(task)
-    if not cells:
-        raise SystemExit(f"nothing was measured in a budget of {budget:g} seconds: raise --budget")
-    show(cells)
-    result = provenance(device) | {
-        "sizes": asdict(sizes),
-        "compiled": compile,
-        "cells": [asdict(cell) | {"times_transformer": ratio(cells, cell)} for cell in cells],
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}-{device}.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(cells, RESULTS / f"{name}-{device}.png")
+                report.add(*measure(found, sizes, batch, context, where, seconds, clock, compile), len(found))
+            if cells := report.cells:
+                table(cells)
+                report.write([asdict(c) | {"times_transformer": ratio(cells, c)} for c in cells])
+                if plots:
+                    plot(cells, file.with_suffix(".png"))
+    report.finish()
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run(main)

@@ -1,7 +1,7 @@
 """How do the layer's modes compare with each other, and with what else maps one sequence to another?
 
     pip install -e ".[test]"
-    python benchmarks/layer.py [--budget SECONDS] [--device cuda] [--official DIR]
+    python benchmarks/layer.py [--budget SECONDS] [--device cuda] [--official DIR] [--out FILE.json]
 
 Time and peak memory of one layer of width H against the length L, forward alone and with backward:
 
@@ -12,44 +12,32 @@ Time and peak memory of one layer of width H against the length L, forward alone
 - original formula: four broadcast Cauchy sums at L/2 + 1 roots of unity, then the same FFT convolution.
 - with --official, the original repository's layer without its activation and output map.
 
-Backward is from a ready-made gradient to the input and all parameters. Memory is above the start, where the
-input and the output's gradient already are; output and gradients count. Lines in the plot are floors: bytes
-that have to be read or written, at the bandwidth of a large copy (which a sequence that fits a cache can
-beat), and a scan's dense products at the rate of a large matrix product. Prints a table; writes JSON and
-plots to benchmarks/results/.
+Backward is from a ready-made gradient to the input and all parameters. In bfloat16 inputs and outputs are
+bfloat16 and all run under autocast. Memory is above the start, where the input and the output's gradient
+already are; output and gradients count. Lines in the plot are floors: bytes that have to be read or written,
+at the bandwidth of a large copy (which a sequence that fits a cache can beat), and a scan's dense products at
+the rate of a large matrix product. Prints a table; writes JSON, and plots beside it.
 """
 
-import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import torch
-from einops import rearrange
-from generation import HEAD_DIM, Attention
-from jsonargparse import auto_cli
-from kernels import (
-    BROADCAST_LIMIT,
-    RESULTS,
-    Contender,
-    measure,
-    official_module,
-    once,
-    original_kernel,
-    provenance,
-)
+from harness import Budget, Contender, Measured, Report, measure, milliseconds, result_file, run, show, usable
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from peers import BROADCAST_LIMIT, HEAD_DIM, Attention, Official, fft_convolution, original_kernel
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+import s4.scan
 from s4 import S4Layer
 
-Shape = tuple[int, int, int]
+Shape = tuple[PositiveInt, PositiveInt, PositiveInt]
 SHAPES: dict[str, list[Shape]] = {
     "cpu": [
         *((16, 128, 1 << i) for i in range(8, 13)),
@@ -63,62 +51,34 @@ FFT, ORIGINAL = "bare FFT", "original formula"
 
 
 @dataclass
-class Cell:
-    """One measurement: milliseconds (median and quartiles over repeats) and MiB above the start."""
+class Cell(Measured):
+    """One measurement; `took` is the mode that "auto" ran in."""
 
     who: str
     B: int
     H: int
     N: int
     L: int
+    dtype: str
     backward: bool
-    ms: float
-    ms_low: float
-    ms_high: float
-    mib: float
+    took: str = ""
 
 
-class CausalAttention(Attention):
-    """Of all positions at once."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, d_model) to the same."""
-        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.n_heads)
-        y = scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(rearrange(y, "b h l d -> b l (h d)"))
-
-
-def fft_convolution(u: Tensor, k: Tensor) -> Tensor:
-    """u (B, H, L) and k (H, L) to (B, H, L)."""
-    L = u.shape[-1]
-    size = 1 << (2 * L - 1).bit_length()
-    return torch.fft.irfft(torch.fft.rfft(u, size) * torch.fft.rfft(k, size), size)[..., :L]
-
-
-def official_layers(folder: Path, H: int, N: int, L: int) -> dict[str, nn.Module]:
-    """S4 and S4D of a checkout of the original repository: newer ones have an S4Block, older ones an S4."""
-    models = official_module(folder)
-    new = hasattr(models, "S4Block")
-    layer, output = (models.S4Block, "final_act") if new else (models.S4, "postact")
-    sizes = {"d_state": N, "l_max": L, "transposed": False, "activation": None, output: None}
-    return {
-        "official S4": layer(H, mode="dplr" if new else "nplr", **sizes),
-        "official S4D": layer(H, mode="diag", **sizes),
-    }
-
-
-def contenders(shape: Shape, N: int, device: torch.device, official: Path | None) -> list[Contender]:
+def contenders(
+    shape: Shape, N: int, dtype: torch.dtype, device: torch.device, official: Official | None
+) -> list[Contender]:
     """All of them at one size; the FFT convolutions get the layout that suits them, (B, H, L)."""
     B, H, L = shape
     n = N // 2
-    u, gradient = torch.randn(2, B, L, H, device=device).unbind()
-    rows, rows_gradient = torch.randn(2, B, H, L, device=device).unbind()
+    u, gradient = torch.randn(2, B, L, H, device=device, dtype=dtype).unbind()
+    rows, rows_gradient = torch.randn(2, B, H, L, device=device, dtype=dtype).unbind()
     u.requires_grad_()
     rows.requires_grad_()
+    lower = None if dtype == torch.float32 else dtype
     found: list[Contender] = []
 
-    def add(who: str, module: nn.Module, run: Callable[[], Tensor]) -> None:
-        found.append(Contender(who, run, [u, *module.parameters()], gradient))
+    def add(who: str, module: nn.Module, output: Callable[[], Tensor]) -> None:
+        found.append(Contender(who, output, [u, *module.parameters()], gradient, lower))
 
     for name, variant in (("S4", "dplr"), ("S4D", "diag")):
         layer = S4Layer(H, N, variant=variant, device=device)
@@ -126,7 +86,7 @@ def contenders(shape: Shape, N: int, device: torch.device, official: Path | None
             add(f"{name} {mode}", layer, partial(_in_mode, layer, mode, u))
     lstm = nn.LSTM(H, H, batch_first=True, device=device)
     add("LSTM", lstm, lambda: lstm(u)[0])
-    attention = CausalAttention(H).to(device)
+    attention = Attention(H).to(device)
     add("attention", attention, lambda: attention(u))
     k = torch.randn(H, L, device=device, requires_grad=True)
     found.append(Contender(FFT, lambda: fft_convolution(rows, k), [rows, k], rows_gradient))
@@ -138,9 +98,9 @@ def contenders(shape: Shape, N: int, device: torch.device, official: Path | None
                 ORIGINAL, lambda: fft_convolution(rows, original_kernel(v, w, L)), [rows, v, w], rows_gradient
             )
         )
-        if official:
-            for who, theirs in official_layers(official, H, N, L).items():
-                add(who, theirs.to(device), partial(_first, theirs, u))
+        # It has no FFT of bfloat16.
+        for who, theirs in official.layers(H, N, L).items() if official and lower is None else ():
+            add(who, theirs, partial(_first, theirs, u))
     return found
 
 
@@ -153,11 +113,20 @@ def _first(module: nn.Module, u: Tensor) -> Tensor:
     return module(u)[0]
 
 
-def fits(cells: list[Cell], who: str, shape: Shape, backward: bool, seconds: float, gib: float) -> bool:
+def taken(contender: Contender) -> str:
+    """The mode that a layer runs in: seen, as what "auto" decides by is its own affair."""
+    with mock.patch.object(s4.scan, "scan", wraps=s4.scan.scan) as scan, torch.no_grad():
+        contender.run()
+    return "scan" if scan.called else "fft"
+
+
+def fits(
+    cells: list[Cell], who: str, shape: Shape, dtype: str, backward: bool, seconds: float, gib: float
+) -> bool:
     """Whether one run would keep to these limits, by the last measurement of that width, if there is one."""
     B, H, L = shape
     for last in reversed(cells):
-        if (last.who, last.H, last.backward) == (who, H, backward):
+        if (last.who, last.H, last.dtype, last.backward) == (who, H, dtype, backward):
             growth = B * L / (last.B * last.L)
             work = growth * L / last.L if who == "attention" else growth
             return work * last.ms <= 1e3 * seconds and growth * last.mib <= 2**10 * gib
@@ -171,14 +140,15 @@ def measured_rates(device: torch.device, quick: bool) -> dict[str, float]:
     target = torch.empty_like(source)
     copy = Contender("copy", lambda: target.copy_(source), [source])
     product = Contender("product", lambda: A @ A, [A])
-    best = [min(once(c, False) for _ in range(10)) for c in (copy, product)]
+    best = [min(milliseconds(c, False) for _ in range(10)) for c in (copy, product)]
     return {"copy GB/s": 2e-6 * source.nbytes / best[0], "product Gflop/s": 2e-6 * size**3 / best[1]}
 
 
 def floors(rates: dict[str, float], c: Cell) -> dict[str, float]:
     """Milliseconds. Input and output, backward three more of them; 8N flop an input, backward twice more."""
     inputs, copy, product = c.B * c.H * c.L, rates["copy GB/s"], rates["product Gflop/s"]
-    moved, flops = (20, 24 * c.N) if c.backward else (8, 8 * c.N)
+    size = 4 if c.dtype == "float32" else 2
+    moved, flops = (5 * size, 24 * c.N) if c.backward else (2 * size, 8 * c.N)
     return {
         "floor: bytes": 1e-6 * moved * inputs / copy,
         "floor: scan's flops": 1e-6 * flops * inputs / product,
@@ -191,22 +161,24 @@ def ratios(cells: list[Cell], c: Cell) -> dict[str, float | None]:
     return {who: same[who] / c.ms if who in same else None for who in (FFT, ORIGINAL)}
 
 
-def _size(c: Cell) -> tuple[int, ...]:
-    return (c.B, c.H, c.L, c.backward)
+def _size(c: Cell) -> tuple[object, ...]:
+    return (c.B, c.H, c.L, c.dtype, c.backward)
 
 
-def show(cells: list[Cell]) -> None:
+def table(cells: list[Cell]) -> None:
     """One line a measurement."""
-    table = Table()
-    for column in ("B", "H", "L", "pass", "who", "ms", "quartiles", "MiB", f"x {FFT}", f"x {ORIGINAL}"):
-        table.add_column(column, justify="right")
-    for c in cells:
-        table.add_row(
-            str(c.B), str(c.H), str(c.L), "fwd+bwd" if c.backward else "fwd", c.who,
-            f"{c.ms:.2f}", f"{c.ms_low:.2f} - {c.ms_high:.2f}", f"{c.mib:.0f}",
-            *(f"{r:.2f}" if r else "" for r in ratios(cells, c).values()),
-        )  # fmt: skip
-    Console(width=130).print(table)
+    columns = ("B", "H", "L", "dtype", "pass", "who", "ms", "quartiles", "MiB", f"x {FFT}", f"x {ORIGINAL}")
+    show(
+        columns,
+        (
+            (
+                c.B, c.H, c.L, c.dtype, "fwd+bwd" if c.backward else "fwd",
+                f"{c.who}: {c.took}" if c.took else c.who, f"{c.ms:.3f}", f"{c.ms_low:.3f} - {c.ms_high:.3f}",
+                f"{c.mib:.0f}", *(f"{r:.2f}" if r else "" for r in ratios(cells, c).values()),
+            )
+            for c in cells
+        ),
+    )  # fmt: skip
 
 
 def verdict(cells: list[Cell]) -> str:
@@ -218,7 +190,8 @@ def verdict(cells: list[Cell]) -> str:
         if mode == "auto" and len(modes) == 2:
             count += 1
             if c.ms > TOLERANCE * min(modes):
-                shape, what = (c.B, c.H, c.L), "forward + backward" if c.backward else "forward"
+                shape = f"{(c.B, c.H, c.L)} {c.dtype}"
+                what = "forward + backward" if c.backward else "forward"
                 missed.append(f"\n  {name} {shape} {what}: {c.ms / min(modes):.2f} times the faster")
     return f"auto is within 15% of the faster mode in {count - len(missed)} of {count} cells" + "".join(
         missed
@@ -226,16 +199,18 @@ def verdict(cells: list[Cell]) -> str:
 
 
 def plot(cells: list[Cell], rates: dict[str, float], file: Path) -> None:
-    """Time, with its floors, and memory against L, log-log, a column for each B, H and pass."""
-    groups: dict[tuple[int, int, bool], list[Cell]] = {}
+    """Time, with its floors, and memory against L, log-log, a column for each B, H, dtype and pass."""
+    groups: dict[tuple[int, int, str, bool], list[Cell]] = {}
     for c in cells:
-        groups.setdefault((c.B, c.H, c.backward), []).append(c)
+        groups.setdefault((c.B, c.H, c.dtype, c.backward), []).append(c)
     groups = {key: group for key, group in groups.items() if len({c.L for c in group}) > 1} or groups
     names = list(dict.fromkeys(c.who for c in cells))
     figure, axes = plt.subplots(
         2, len(groups), figsize=(4.5 * len(groups), 8), layout="constrained", squeeze=False, sharex="col"
     )
-    for (time_axis, memory_axis), ((B, H, backward), group) in zip(axes.T, groups.items(), strict=True):
+    for (time_axis, memory_axis), ((B, H, dtype, backward), group) in zip(
+        axes.T, groups.items(), strict=True
+    ):
         for i, who in enumerate(names):
             points = [c for c in group if c.who == who]
             lengths, style = (
@@ -249,7 +224,7 @@ def plot(cells: list[Cell], rates: dict[str, float], file: Path) -> None:
             least = [f[floor] for f in by_length.values()]
             time_axis.loglog(list(by_length), least, line, color="black", label=floor)
         what = "forward + backward" if backward else "forward"
-        time_axis.set(title=f"B = {B}, H = {H}, N = {group[0].N}, {what}", ylabel="ms")
+        time_axis.set(title=f"B = {B}, H = {H}, N = {group[0].N}, {dtype}, {what}", ylabel="ms")
         memory_axis.set(xlabel="L", ylabel="peak MiB above the start")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(file, dpi=130)
@@ -257,68 +232,85 @@ def plot(cells: list[Cell], rates: dict[str, float], file: Path) -> None:
 
 
 def main(
-    budget: float = 2400.0,
-    seconds: float = 0.5,
-    device: str = "cuda" if torch.cuda.is_available() else "cpu",
-    shapes: list[Shape] | None = None,
-    d_state: int = 64,
-    patience: float = 20.0,
-    memory_gib: float = 12.0,
+    budget: PositiveFloat = 2400.0,
+    seconds: NonNegativeFloat = 0.5,
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu",
+    shapes: list[Shape] = [],  # noqa: B006  # read only; a tuple has no command-line form
+    dtypes: list[Literal["float32", "bfloat16"]] = ["float32"],  # noqa: B006
+    d_state: PositiveInt = 64,
+    patience: PositiveFloat = 20.0,
+    memory_gib: PositiveFloat = 12.0,
     official: Path | None = None,
-    name: str = "layer",
+    out: Path | None = None,
+    replace: bool = False,
+    plots: bool = True,
 ) -> None:
-    """Time S4Layer's modes beside other layers, and write benchmarks/results/NAME-DEVICE.json and .png.
+    """Time S4Layer's modes beside other layers.
 
     Args:
         budget: seconds after which no further measurement starts.
         seconds: spent on one contender of one cell, between 3 and 50 runs.
         device: cpu or cuda.
-        shapes: triples [B, H, L], H a multiple of 64; without them L from 256 to 2^20, with H = 128.
-        d_state: state size N of the S4 layers.
+        shapes: triples [[B,H,L]], H a multiple of 64; without them L from 256 to 2^20, with H = 128.
+        dtypes: of inputs and outputs; bfloat16 under autocast.
+        d_state: state size N of the S4 layers, even.
         patience: a contender sits out where one run would take more seconds, by its last measurement.
         memory_gib: and where it would take more memory than this.
         official: a checkout of the original S4 repository, whose layers then take part at the lengths of
-            the original formula.
-        name: of the files written.
+            the original formula, in float32.
+        out: file of results; without it ~/.cache/s4/benchmarks/layer-DEVICE.json.
+        replace: write over a committed result.
+        plots: also draw time and memory, into a PNG beside the file of results.
     """
-    where, chosen = torch.device(device), shapes or SHAPES[device]
+    where, file, chosen = usable(device), result_file("layer", device, out, replace), shapes or SHAPES[device]
     for shape in chosen:
         if shape[1] % HEAD_DIM:
             raise SystemExit(
-                f"--shapes: H must be a multiple of {HEAD_DIM}, the width of a head, got {shape}"
+                f"--shapes: H must be a multiple of {HEAD_DIM}, the width of a head, got {list(shape)}"
             )
+    if d_state % 2:
+        raise SystemExit(f"--d_state: a state size must be even, got {d_state}")
+    theirs = Official(official, where) if official else None
     torch.manual_seed(0)
     rates = measured_rates(where, quick=seconds == 0)
-    stop, cells = time.monotonic() + budget, []
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=2 * len(chosen))
-        for shape in chosen:
-            progress.update(task, description=f"B, H, L = {shape}")
-            found = contenders(shape, d_state, where, official) if time.monotonic() < stop else []
+    clock = Budget(budget)
+    with Report(file, where, clock, total=2 * len(chosen) * len(dtypes), rates=rates) as report:
+        for shape, dtype in ((shape, dtype) for shape in chosen for dtype in dtypes):
+            if not report.begin(f"B, H, L = {shape}, {dtype}"):
+                break
+            B, H, L = shape
+            found = contenders(shape, d_state, getattr(torch, dtype), where, theirs)
             for backward in (False, True):
-                B, H, L = shape
-                fit = [c for c in found if fits(cells, c.who, shape, backward, patience, memory_gib)]
-                for who, values in measure(fit, backward, seconds, stop):
-                    cells.append(Cell(who, B, H, d_state, L, backward, *values))
-                progress.advance(task)
+                fit = [
+                    c
+                    for c in found
+                    if fits(report.cells, c.who, shape, dtype, backward, patience, memory_gib)
+                ]
+                measured, failed = measure(fit, backward, seconds, clock)
+                took = {c.who: taken(c) for c in fit if c.who.endswith(" auto") and c.who in measured}
+                kind = f"{shape} {dtype}{', backward' if backward else ''}"
+                report.add(
+                    (
+                        Cell(**asdict(m), who=who, B=B, H=H, N=d_state, L=L, dtype=dtype, backward=backward,
+                             took=took.get(who, ""))
+                        for who, m in measured.items()
+                    ),
+                    {f"{who}: {kind}": message for who, message in failed.items()},
+                    len(fit),
+                )  # fmt: skip
             found, fit = [], []  # the next size needs their memory
-    if not cells:
-        raise SystemExit(f"nothing was measured in a budget of {budget:g} seconds: raise --budget")
-    show(cells)
-    summary = verdict(cells)
-    Console().print(summary)
-    result = provenance(device) | {
-        "auto": summary,
-        "rates": rates,
-        "cells": [
-            asdict(c) | {f"times {who}": r for who, r in ratios(cells, c).items()} | floors(rates, c)
-            for c in cells
-        ],
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}-{device}.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(cells, rates, RESULTS / f"{name}-{device}.png")
+        if cells := report.cells:
+            table(cells)
+            summary = verdict(cells)
+            Console().print(summary)
+            ratio = [{f"times {who}": r for who, r in ratios(cells, c).items()} for c in cells]
+            report.write(
+                [asdict(c) | r | floors(rates, c) for c, r in zip(cells, ratio, strict=True)], auto=summary
+            )
+            if plots:
+                plot(cells, rates, file.with_suffix(".png"))
+    report.finish()
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run(main)
