@@ -5,10 +5,10 @@ PYTHON ?= python3
 PY := $(if $(VENV),$(VENV)/bin/python,python)
 STAMP := $(if $(VENV),$(VENV),$(shell python -c "import sys; print(sys.prefix)"))/.installed
 
-.PHONY: demo test lint clean help
+.PHONY: demo test lint gpu gpu-bundle clean help
 
 help:  ## what there is to make
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 demo: $(STAMP)-examples  ## train on digits, then classify them pixel by pixel as a recurrence
 	$(PY) examples/demo.py
@@ -20,6 +20,16 @@ lint: $(STAMP)-dev  ## format, lint and types, as the pre-commit hooks and CI ch
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+gpu:  ## what a GPU has to prove, in six minutes; DEVICE=cpu rehearses, benchmarks/gpu.py --help has the options
+	$(or $(wildcard $(if $(VENV),$(VENV)/bin/python)),$(PYTHON)) benchmarks/gpu.py $(call options,\
+		DEVICE RESULTS WHEELS MINUTES DATA RECIPE PRECISION EPOCHS HANG CRASH) $(if $(TRAIN),--train)
+
+gpu-bundle:  ## wheels and data that `make gpu` needs where there is no network; benchmarks/gpu_bundle.py --help
+	$(PYTHON) benchmarks/gpu_bundle.py $(call options,OUT DATA IMAGE)
+
+# NAME=value on the command line of make as --name value; $(1) are the names.
+options = $(foreach name,$(1),$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) "$($(name))"))
 
 clean:  ## remove the environment and what was built
 	rm -rf .venv build dist *.egg-info

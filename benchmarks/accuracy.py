@@ -22,7 +22,7 @@ from s4 import S4Layer
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-import oracle  # noqa: E402  # the float64 truth of the test suite, which shares no code with s4
+import oracle  # the float64 truth of the test suite, which shares no code with s4
 
 BOUND = 1e-5
 DT_RANGE = (1e-4, 1e-1)

@@ -45,6 +45,7 @@ class Cell:
     recipe: str
     what: str
     precision: str
+    sequences: int  # of an epoch
     batch: int
     length: int
     per_second: float
@@ -88,11 +89,11 @@ def measure(once: Callable[[], object], seconds: float, device: torch.device) ->
     return times
 
 
-def cell(recipe: str, what: str, precision: str, batch: Batch, times: list[float]) -> Cell:
+def cell(recipe: str, what: str, precision: str, sequences: int, batch: Batch, times: list[float]) -> Cell:
     """A row of the table."""
     number, length = len(batch.targets), batch.inputs.shape[1]
     low, median, high = (number / time for time in reversed(statistics.quantiles(times, n=4)))
-    return Cell(recipe, what, precision, number, length, median, low, high)
+    return Cell(recipe, what, precision, sequences, number, length, median, low, high)
 
 
 def data_of(recipe: dict[str, Any], path: Path | None, made: ExitStack | None) -> SequenceData:
@@ -160,10 +161,10 @@ def main(
                 break
             content = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
             data = data_of(content, paths.get(recipe), scratch if made else None)
-            source = batches(data, where)
+            source, sequences = batches(data, where), len(data.train_dataloader().rows)
             held = [next(source) for _ in range(HELD)]
             times = measure(lambda s=source: next(s), seconds, where)
-            report.add([cell(recipe, "loader", "", held[0], times)], {}, 1)
+            report.add([cell(recipe, "loader", "", sequences, held[0], times)], {}, 1)
             for precision in precisions:
                 if not report.begin(f"{recipe}: model, {precision}"):
                     break
@@ -175,7 +176,7 @@ def main(
                     times = measure(
                         lambda t=task, o=optimizer, h=turns, p=lower: step(t, o, next(h), p), seconds, where
                     )
-                    report.add([cell(recipe, "model", precision, held[0], times)], {}, 1)
+                    report.add([cell(recipe, "model", precision, sequences, held[0], times)], {}, 1)
                 except (RuntimeError, MemoryError) as error:  # out of memory, or a kernel that fails
                     report.add([], {f"{recipe}: model, {precision}": first_line(error)}, 1)
                 task = optimizer = None  # the next one needs its memory
