@@ -4,13 +4,14 @@
     make gpu TRAIN=1 DATA=folder MINUTES=8              sequential CIFAR-10 for that long, weights kept
     make gpu DEVICE=cpu [HANG=layer] [CRASH=kernels]    a rehearsal with tiny sizes, and what a fault leaves
 
-Each part runs in a process of its own under a time limit, and writes its results as they come: what hangs, crashes
-or runs out of memory costs no other part. A table comes last, failures first. Nothing but Python's standard library
-is needed to start: the environment is the Python that runs this if that has torch for the device, or else .venv,
-made if need be. With WHEELS, a folder made by `make gpu-bundle`, no network is asked for anything.
+Each part runs in a process of its own under a time limit, and writes its results as they come: what hangs,
+crashes or runs out of memory costs no other part. A table comes last, failures first. Nothing but Python's
+standard library is needed to start: the environment is the Python that runs this if that has torch for the
+device, or else .venv, made if need be. With WHEELS, a folder of `make gpu-bundle`, nothing is downloaded.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from typing import IO
 ROOT = Path(__file__).resolve().parent.parent
 SCRATCH = ROOT / "build" / "gpu"
 INSTALL_LIMIT = 300.0  # seconds; with wheels it takes a few
-GRACE = 10.0  # seconds to save in, between SIGTERM and SIGKILL
+GRACE = 10.0  # seconds for a training to save in, between SIGTERM and SIGKILL
 ENDING = 40.0  # seconds of a training that its end takes: the test set, files, the start of Python
 
 
@@ -43,7 +44,7 @@ class Part:
     command: list[str]
     limit: float
     result: Path
-    echo: bool = False
+    saves: bool = False  # its output is shown, and it is given time to save when it has to end
 
 
 @dataclass
@@ -76,7 +77,8 @@ def environment(device: str, wheels: Path | None) -> tuple[str, dict[str, str]]:
         site = SCRATCH / "site"
         _unpack(python, wheels, site)
         paths.append(str(site))
-    variables = {**os.environ, "PYTHONUNBUFFERED": "1", "MPLBACKEND": "agg"}
+    # Threads that wait do not spin: they would take the cores of those that work.
+    variables = {**os.environ, "PYTHONUNBUFFERED": "1", "MPLBACKEND": "agg", "OMP_WAIT_POLICY": "PASSIVE"}
     variables["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
     if missing := _missing(python, variables):
         if wheels:
@@ -312,7 +314,7 @@ def run(part: Part, variables: dict[str, str], log: IO[str], left: float, fault:
             log.write(line)
             log.flush()
             last[0] = line.strip() or last[0]
-            if part.echo:
+            if part.saves:
                 print(line, end="", flush=True)
 
     reader = threading.Thread(target=copy, daemon=True)
@@ -326,7 +328,7 @@ def run(part: Part, variables: dict[str, str], log: IO[str], left: float, fault:
     state = "ok"
     if process.poll() is None:
         state = f"over its limit of {limit:.0f} s, killed"
-        _end(process)
+        _end(process, GRACE if part.saves else 0.0)
     elif process.returncode < 0:
         state = f"crashed: {signal.Signals(-process.returncode).name}"
     elif process.returncode:
@@ -336,21 +338,19 @@ def run(part: Part, variables: dict[str, str], log: IO[str], left: float, fault:
     return Outcome(part.name, state, time.monotonic() - began, "" if state == "ok" else last[0])
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    _signal(process.pid, signal.SIGTERM)
+def _end(process: subprocess.Popen[str], grace: float) -> None:
     try:
-        process.wait(GRACE if _signal(process.pid, 0) else 0)
+        if grace:
+            _signal(process.pid, signal.SIGTERM)
+        process.wait(grace)
     except subprocess.TimeoutExpired:
         _signal(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def _signal(group: int, number: int) -> bool:
-    try:
+def _signal(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def prove(
@@ -400,7 +400,7 @@ def train(
     }
     command = [python, "examples/train.py", recipe, *(x for o, v in options.items() for x in (f"--{o}", v))]
     print(f"{recipe}, {epochs} epochs or {max(left, 1):.0f} s, {arguments.precision}", flush=True)
-    part = Part("train", command, left + ENDING, folder / "metrics.csv", echo=True)
+    part = Part("train", command, left + ENDING, folder / "metrics.csv", saves=True)
     outcomes.append(run(part, variables, log, left + ENDING))
     weights = (
         ["model.safetensors"] if (folder / "model.safetensors").is_file() else ["best.ckpt", "last.ckpt"]

@@ -97,8 +97,8 @@ def kernels(cells: Cells, auto: str) -> list[str]:
     for (what, H, N, L, backward), by in groups(chosen, "what", "H", "N", "L", "backward"):
         order = sorted((who for who in by if who != "auto"), key=lambda who, of=by: of[who]["ms"])
         two = [f"{who} {_ms(by[who]['ms'])}" for who in order[:2]] + [""] * (2 - len(order[:2]))
-        rows.append([f"{what}, H {H}, N {N}, L {L}{' +bwd' if backward else ''}", _ms(by.get("auto", {}).get("ms"))]
-                    + two)  # fmt: skip
+        name = f"{what}, H {H}, N {N}, L {L}{' +bwd' if backward else ''}"
+        rows.append([name, _ms(by.get("auto", {}).get("ms")), *two])
     if not rows:
         return []
     return [*grid("ms of a kernel", "auto", "fastest", "next", rows=rows), auto.split("; not in")[0]]

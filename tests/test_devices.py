@@ -27,8 +27,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 CAUSAL = {name: options for name, options in OPTIONS.items() if not options.get("bidirectional")}
-# By the contract: float64 is the dense recurrence to 1e-9, float32 modes agree to 1e-4. Gradients are sums over all
-# steps, and cancel.
+# By the contract float64 is the dense recurrence to 1e-9, and float32 modes agree to 1e-4. Gradients are sums
+# over all steps, and cancel.
 VALUE = {torch.float64: 1e-9, torch.float32: 1e-4}
 GRADIENT = {torch.float64: 1e-8, torch.float32: 1e-3}
 B, H, N = 2, 4, 16
@@ -63,7 +63,7 @@ def built(options: dict[str, Any], dtype: torch.dtype, device: str, **more: Any)
 def truth(
     layer: S4Layer, u: Tensor, state: Tensor | None = None, rate: float = 1.0
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The oracle's outputs and last state, on the CPU, and the leaves to differentiate by: parameters, u, state."""
+    """The oracle's outputs and last state, on the CPU, and what to differentiate by: parameters, u, state."""
     found = [p.detach().cpu().double().requires_grad_() for p in layer.parameters()]
     inputs = [t.detach().cpu().double().requires_grad_() for t in (u, state) if t is not None]
     names = dict(zip((name for name, _ in layer.named_parameters()), found, strict=True))
