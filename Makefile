@@ -26,10 +26,10 @@ gpu:  ## what a GPU has to prove, in six minutes; DEVICE=cpu rehearses, benchmar
 		DEVICE RESULTS WHEELS MINUTES DATA RECIPE PRECISION EPOCHS HANG CRASH) $(if $(TRAIN),--train)
 
 gpu-bundle:  ## wheels and data that `make gpu` needs where there is no network; benchmarks/gpu_bundle.py --help
-	$(PYTHON) benchmarks/gpu_bundle.py $(call options,OUT DATA IMAGE)
+	$(PYTHON) benchmarks/gpu_bundle.py $(call options,OUT DATA IMAGE PYTHON_VERSION)
 
 # NAME=value on the command line of make as --name value; $(1) are the names.
-options = $(foreach name,$(1),$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) "$($(name))"))
+options = $(foreach name,$(1),$(if $($(name)),--$(shell echo $(name) | tr A-Z_ a-z-) "$($(name))"))
 
 clean:  ## remove the environment and what was built
 	rm -rf .venv build dist *.egg-info

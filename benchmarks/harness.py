@@ -56,7 +56,7 @@ def run(main: Callable[..., None]) -> None:
 
 
 def _bracketed(text: str) -> str:
-    return text if text.startswith(("[", "-")) else f"[{text}]"
+    return text if text.startswith(("[", "--")) else f"[{text}]"
 
 
 def usable(device: str) -> torch.device:

@@ -1,19 +1,34 @@
 """The benchmark scripts run, and the files they write hold what the terminal showed."""
 
-import importlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
+import generation
+import gpu
+import gpu_report
+import harness
+import kernels
+import layer
+import peers
 import pytest
 import torch
+import training
 
 ROOT = Path(__file__).parent.parent
+# Of the original repository's models/s4/s4.py: what the benchmarks call, with the arguments they give.
 OFFICIAL = """
 import torch
+
+has_pykeops, has_cuda_extension = True, False  # on a CPU neither is to be called
 
 def cauchy_naive(v, z, w):
     w, v = torch.cat([w, w.conj()], -1), torch.cat([v, v.conj()], -1)
@@ -22,15 +37,29 @@ def cauchy_naive(v, z, w):
 def log_vandermonde_naive(v, x, L):
     return 2 * (v[..., None] * torch.exp(x[..., None] * torch.arange(L))).sum(-2).real
 
-class S4Block(torch.nn.Module):
-    def __init__(self, d_model, final_act="glu", transposed=True, **layer_args):
+class SSMKernelDPLR(torch.nn.Module):
+    inits = ("legs",)
+
+    def __init__(self, d_model, l_max, d_state, n_ssm, init, backend):
         super().__init__()
-        assert final_act is None and not transposed and layer_args.pop("activation") is None
-        assert set(layer_args) == {"d_state", "l_max", "mode"}
+        assert backend == "naive" and init in self.inits and n_ssm == 1
         self.D = torch.nn.Parameter(torch.ones(d_model))
 
+    def forward(self, L):
+        return self.D[:, None] * torch.ones(L), None
+
+class SSMKernelDiag(SSMKernelDPLR):
+    inits = ("diag-lin",)
+
+class FFTConv(torch.nn.Module):
+    def __init__(self, d_model, l_max, activation="gelu", transposed=True, mode="dplr", **kernel):
+        super().__init__()
+        assert activation is None and not transposed
+        kinds = {"dplr": SSMKernelDPLR, "diag": SSMKernelDiag}
+        self.kernel = kinds[mode](d_model, l_max, **kernel)
+
     def forward(self, x):
-        return x * self.D, None
+        return x * self.kernel.D, None
 """
 
 
@@ -41,20 +70,37 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def refused(capsys: pytest.CaptureFixture[str], script: ModuleType, *arguments: str) -> str:
+    """The message, of one line, with which a script ends before it measures."""
+    with (
+        mock.patch.object(sys, "argv", ["script", *arguments]),
+        mock.patch.object(harness, "milliseconds", side_effect=AssertionError),
+        pytest.raises(SystemExit) as ended,
+    ):
+        harness.run(script.main)
+    message = str(ended.value)
+    assert len(message.splitlines()) == 1
+    assert capsys.readouterr().out == ""
+    return message
+
+
 def test_kernels(tmp_path: Path) -> None:
     """A table, a plot, a file with every cell; a stand-in with the original's interface takes part."""
     (tmp_path / "models" / "s4").mkdir(parents=True)
     (tmp_path / "models" / "s4" / "s4.py").write_text(OFFICIAL)
     done = run(
-        "benchmarks/kernels.py", "--widths", "[2]", "--states", "[4]", "--lengths", "[8, 33]",
-        "--seconds", "0", "--device", "cpu", "--official", str(tmp_path), "--name", str(tmp_path / "kernels"),
+        "benchmarks/kernels.py", "--widths", "2", "--states", "4", "--lengths", "8,33", "--seconds", "0",
+        "--device", "cpu", "--official", str(tmp_path), "--out", str(tmp_path / "kernels.json"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "auto picks the fastest" in done.stdout
-    result = json.loads((tmp_path / "kernels-cpu.json").read_text())
-    assert (tmp_path / "kernels-cpu.png").stat().st_size > 0
+    result = json.loads((tmp_path / "kernels.json").read_text())
+    assert (tmp_path / "kernels.png").stat().st_size > 0
     assert result["torch"]
-    for what, who in (("cauchy", "official"), ("vandermonde", "official"), ("S4 kernel", "original formula")):
+    assert result["complete"] is True
+    assert result["failures"] == {}
+    official = [(what, "official naive") for what in ("cauchy", "vandermonde", "S4 kernel", "S4D kernel")]
+    for what, who in (*official, ("S4 kernel", "original formula")):
         cells = [c for c in result["cells"] if (c["what"], c["who"]) == (what, who)]
         assert {(c["L"], c["backward"]) for c in cells} == {(8, False), (8, True), (33, False), (33, True)}
         assert all(0 < c["ms_low"] <= c["ms"] <= c["ms_high"] for c in cells)
@@ -65,15 +111,32 @@ def test_kernels(tmp_path: Path) -> None:
     }
 
 
-def test_kernels_stops_at_its_budget_and_names_what_is_wrong(tmp_path: Path) -> None:
-    done = run("benchmarks/kernels.py", "--budget", "0", "--device", "cpu", "--name", str(tmp_path / "none"))
-    assert done.returncode != 0
-    assert "raise --budget" in done.stderr
-    done = run(
-        "benchmarks/kernels.py", "--official", str(tmp_path), "--device", "cpu", "--name", str(tmp_path / "x")
-    )
-    assert done.returncode != 0
-    assert "no models/s4/s4.py in" in done.stderr
+def test_a_run_that_is_cut_short_leaves_what_it_had(tmp_path: Path) -> None:
+    """By its budget, which it says was too small, and by what would end any process."""
+    file = tmp_path / "kernels.json"
+    sizes = "--widths", "2", "--states", "4", "--lengths", "8,16,32,64", "--device", "cpu", "--out", str(file)
+    done = run("benchmarks/kernels.py", *sizes, "--seconds", "0.2", "--budget", "2", "--plots", "false")
+    assert done.returncode == 0, done.stderr
+    said = re.search(r"(\d+)% of the cells .* budget of 2 seconds; .* --budget (\d+)", done.stderr)
+    assert said is not None, done.stderr
+    assert int(said[1]) < 100
+    assert 2 < int(said[2]) < 2000
+    assert json.loads(file.read_text())["complete"] is False
+    file.unlink()
+    process = subprocess.Popen(
+        [sys.executable, "benchmarks/kernels.py", *sizes, "--seconds", "30"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        for _ in range(2400):
+            if file.exists() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+    assert json.loads(file.read_text())["cells"]
 
 
 def test_layer(tmp_path: Path) -> None:
@@ -81,15 +144,15 @@ def test_layer(tmp_path: Path) -> None:
     (tmp_path / "models" / "s4").mkdir(parents=True)
     (tmp_path / "models" / "s4" / "s4.py").write_text(OFFICIAL)
     done = run(
-        "benchmarks/layer.py", "--shapes", "[[2, 64, 8], [1, 64, 33]]", "--d_state", "4",
-        "--seconds", "0", "--device", "cpu", "--official", str(tmp_path), "--name", str(tmp_path / "layer"),
+        "benchmarks/layer.py", "--shapes", "[[2, 64, 8], [1, 64, 33]]", "--d_state", "4", "--seconds", "0",
+        "--device", "cpu", "--official", str(tmp_path), "--out", str(tmp_path / "layer.json"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "auto is within 15% of the faster mode in" in done.stdout
-    assert (tmp_path / "layer-cpu.png").stat().st_size > 0
-    result = json.loads((tmp_path / "layer-cpu.json").read_text())
+    assert (tmp_path / "layer.png").stat().st_size > 0
+    result = json.loads((tmp_path / "layer.json").read_text())
     for name in [f"{s} {mode}" for s in ("S4", "S4D") for mode in ("fft", "scan", "auto")] + [
-        "LSTM", "attention", "bare FFT", "original formula", "official S4", "official S4D",
+        "LSTM", "attention", "bare FFT", "original formula", "official S4 naive", "official S4D naive",
     ]:  # fmt: skip
         sizes = [(c["B"], c["L"], c["backward"]) for c in result["cells"] if c["who"] == name]
         assert sizes == [(2, 8, False), (2, 8, True), (1, 33, False), (1, 33, True)], name
@@ -102,6 +165,8 @@ def test_layer(tmp_path: Path) -> None:
             )  # fmt: skip
             assert c[f"times {base}"] == pytest.approx(other["ms"] / c["ms"])
         moved = (20 if c["backward"] else 8) * c["B"] * 64 * c["L"]
+        assert c["dtype"] == "float32"
+        assert bool(c["took"]) == c["who"].endswith(" auto")
         assert c["floor: bytes"] == pytest.approx(1e-6 * moved / result["rates"]["copy GB/s"])
 
 
@@ -116,14 +181,14 @@ MIB = {
 def test_generation(tmp_path: Path) -> None:
     """All contenders at all sizes, alike in parameters, with what they hold; the cache where it fits."""
     done = run(
-        "benchmarks/generation.py", "--contexts", "[4, 1024]", "--batches", "[1, 2]", "--d_model", "64",
+        "benchmarks/generation.py", "--contexts", "4,1024", "--batches", "1,2", "--d_model", "64",
         "--n_layers", "2", "--d_state", "4", "--seconds", "0", "--cache_gib", "0.0005", "--device", "cpu",
-        "--name", str(tmp_path / "generation"),
+        "--out", str(tmp_path / "generation.json"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stdout
-    assert (tmp_path / "generation-cpu.png").stat().st_size > 0
-    cells = json.loads((tmp_path / "generation-cpu.json").read_text())["cells"]
+    assert (tmp_path / "generation.png").stat().st_size > 0
+    cells = json.loads((tmp_path / "generation.json").read_text())["cells"]
     where = {who: {(c["batch"], c["context"]) for c in cells if c["who"] == who} for who in MIB}
     assert where["S4"] == where["LSTM"] == {(1, 4), (1, 1024), (2, 4), (2, 1024)}
     assert where["Transformer"] == {(1, 4), (2, 4)}
@@ -138,75 +203,219 @@ def test_generation(tmp_path: Path) -> None:
     ]
 
 
-@pytest.fixture
-def layer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("layer")
-
-
-def test_layer_says_where_auto_is_wrong_and_who_sits_out(layer: ModuleType) -> None:
+def test_layer_says_where_auto_is_wrong_and_who_sits_out() -> None:
     def cell(who: str, ms: float, L: int = 8) -> object:
-        return layer.Cell(who, 1, 64, 4, L, True, ms, ms, ms, 1.0)
+        return layer.Cell(ms, ms, ms, 1.0, who, 1, 64, 4, L, "float32", True)
 
     cells = [cell("S4 fft", 10), cell("S4 scan", 5), cell("S4 auto", 5.7), cell("attention", 3000, 16)]
     cells += [cell("S4D fft", 5), cell("S4D scan", 10), cell("S4D auto", 6)]
     said = layer.verdict(cells)
     assert "in 1 of 2 cells" in said
-    assert "S4D (1, 64, 8) forward + backward: 1.20 times" in said
+    assert "S4D (1, 64, 8) float32 forward + backward: 1.20 times" in said
     assert "S4 (" not in said
     fits = layer.fits
-    assert fits(cells, "attention", (2, 64, 32), True, 24.1, 1.0)
-    assert not fits(cells, "attention", (2, 64, 32), True, 23.9, 1.0)
-    assert not fits(cells, "S4 fft", (4, 64, 8), True, 1.0, 3.9 / 1024)
-    assert fits(cells, "S4 fft", (4, 64, 8), True, 1.0, 4.1 / 1024)
-    assert fits(cells, "LSTM", (1, 64, 8), True, 0.0, 0.0)
+    assert fits(cells, "attention", (2, 64, 32), "float32", True, 24.1, 1.0)
+    assert not fits(cells, "attention", (2, 64, 32), "float32", True, 23.9, 1.0)
+    assert not fits(cells, "S4 fft", (4, 64, 8), "float32", True, 1.0, 3.9 / 1024)
+    assert fits(cells, "S4 fft", (4, 64, 8), "float32", True, 1.0, 4.1 / 1024)
+    assert fits(cells, "LSTM", (1, 64, 8), "float32", True, 0.0, 0.0)
 
 
-def test_layer_names_what_is_wrong(layer: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"multiple of 64.*65"):
-        layer.main(device="cpu", shapes=[(1, 65, 8)], seconds=0)
-    with pytest.raises(SystemExit, match="raise --budget"):
-        layer.main(device="cpu", shapes=[(1, 64, 8)], seconds=0, budget=0)
-    with pytest.raises(FileNotFoundError, match=r"no models/s4/s4\.py in"):
-        layer.main(device="cpu", shapes=[(1, 64, 8)], seconds=0, official=tmp_path)
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        (kernels, "--lengths [0]", "lengths v>0"),
+        (kernels, "--lengths 256,0", "lengths v>0"),
+        (kernels, "--widths=-1", "widths v>0"),
+        (kernels, "--states 3", "--states must be even 3"),
+        (kernels, "--budget 0", "budget v>0"),
+        (kernels, "--seconds -1", "seconds v>=0"),
+        (kernels, "--device gpu", "device gpu"),
+        (kernels, "--device cuda", "--device finds no GPU --device cpu"),
+        (kernels, "--official nowhere", "--official there is no folder nowhere"),
+        (kernels, "--official {here}", "--official no models/s4/s4.py"),
+        (kernels, "--out results.txt", "--out .json results.txt"),
+        (kernels, "--out /dev/null/x.json", "--out cannot write /dev/null"),
+        (kernels, f"--out {harness.RESULTS}/kernels-cpu.json", "committed result --replace true"),
+        (kernels, "--no-such-option 1", "no-such-option"),
+        (layer, "--shapes [[1,65,8]]", "--shapes multiple of 64 65"),
+        (layer, "--shapes [[1,64,-8]]", "shapes v>0"),
+        (layer, "--shapes [1,64,8]", "shapes tuple"),
+        (layer, "--d_state 3", "--d_state must be even 3"),
+        (layer, "--dtypes float16", "dtypes float16"),
+        (generation, "--batches [0]", "batches v>0"),
+        (generation, "--contexts 4,-1", "contexts v>0"),
+        (generation, "--d_state 3", "--d_state must be even 3"),
+        (generation, "--d_model 65", "--d_model multiple of 64 65"),
+        (generation, "--d_model 64 --n_layers 1 --contexts 2 --expand 1", "LSTM has raise --expand"),
+        (training, "--recipes digits,nix", "--recipes there is no recipe nix scifar"),
+        (training, "--paths '{{scifar: nowhere}}'", "--paths scifar there is no folder nowhere"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", ""),
+)
+def test_what_is_wrong_is_refused_in_a_line_before_anything_is_measured(
+    script: ModuleType, arguments: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    message = refused(capsys, script, *shlex.split(arguments.format(here=tmp_path)))
+    for word in words.split():
+        assert word in message
 
 
-def test_the_bare_convolution_and_the_attention_are_causal(layer: ModuleType) -> None:
+@pytest.mark.parametrize(
+    "given", ["--lengths 256,1024", "--lengths=256,1024", "--lengths [256,1024]", "--lengths=[256,1024]"]
+)
+def test_lists_are_taken_with_brackets_and_without(given: str) -> None:
+    found: list[list[int]] = []
+
+    def main(lengths: list[int] = [1], words: list[str] = ["a"]) -> None:  # noqa: B006
+        found.append([*lengths, len(words)])
+
+    with mock.patch.object(sys, "argv", ["script", *given.split(), "--words", "b,c"]):
+        harness.run(main)
+    assert found == [[256, 1024, 2]]
+
+
+def test_results_go_outside_the_tree_and_over_committed_ones_only_when_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("S4_CACHE_DIR", str(tmp_path))
+    assert harness.result_file("kernels", "cpu", None, False) == tmp_path / "benchmarks" / "kernels-cpu.json"
+    committed = harness.RESULTS / "kernels-cpu.json"
+    assert committed.is_file()
+    assert harness.result_file("kernels", "cpu", committed, True) == committed
+    new = tmp_path / "new" / "folder" / "x.json"
+    assert harness.result_file("kernels", "cpu", new, False) == new
+
+
+def test_compiling_at_first_use_is_not_charged_to_the_budget() -> None:
+    calls = []
+
+    def compiled_at_first() -> torch.Tensor:
+        time.sleep(0 if calls else 0.5)
+        calls.append(0)
+        return parameter * 2
+
+    parameter = torch.ones(1, requires_grad=True)
+    budget = harness.Budget(10.0)
+    measured, failed = harness.measure(
+        [harness.Contender("it", compiled_at_first, [parameter])], False, 0.0, budget
+    )
+    assert failed == {}
+    assert measured["it"].ms < 250
+    assert budget.spent() < 0.4
+
+
+def test_who_fails_costs_nobody_else_a_measurement() -> None:
+    def fails() -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    parameter = torch.ones(1, requires_grad=True)
+    found = [
+        harness.Contender("fails", fails, [parameter]),
+        harness.Contender("works", lambda: parameter * 2, [parameter]),
+    ]
+    measured, failed = harness.measure(found, True, 0.0, harness.Budget(60.0))
+    assert list(measured) == ["works"]
+    assert failed == {"fails": "OutOfMemoryError: CUDA out of memory."}
+
+
+def test_training_on_made_images_needs_no_data_set() -> None:
+    """And they come in the recipe's batches."""
+    recipe = {"task": "images", "data": {"dataset": "cifar10", "batch_size": 5}}
+    with ExitStack() as made:
+        data = training.data_of(recipe, None, made)
+        batch = next(training.batches(data, torch.device("cpu")))
+        assert batch.inputs.shape == (5, 1024, 3)
+        assert len(data.train_dataloader()) >= training.HELD
+
+
+def test_generation_names_a_budget_that_is_too_small(tmp_path: Path) -> None:
+    done = run(
+        "benchmarks/generation.py", "--d_model", "64", "--n_layers", "1", "--contexts", "2", "--batches", "1",
+        "--device", "cpu", "--budget", "1e-9", "--out", str(tmp_path / "none.json"),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "0% of the cells" in done.stderr
+    assert "--budget" in done.stderr
+
+
+def test_make_gpu_survives_its_parts(tmp_path: Path) -> None:
+    """A rehearsal on the CPU: one part hangs, one crashes, and the table has both and all of the rest."""
+    done = run(
+        "benchmarks/gpu.py", "--device", "cpu", "--results", str(tmp_path), "--hang", "kernels",
+        "--crash", "generation",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    table = done.stdout[done.stdout.index("machine ") :].rstrip().splitlines()
+    assert len(table) <= 60
+    rows = {line.split()[0]: line for line in reversed(table) if line}  # the first of each
+    assert re.search(r"over its limit of \d+ s, killed .* cells, not all", rows["kernels"])
+    assert "crashed: SIGSEGV" in rows["generation"]
+    for part in ("tests", "layer", "training"):
+        assert re.search(rf"{part} +ok ", rows[part]), done.stdout
+    assert re.search(r"\d+ passed", rows["tests"])
+    assert sum(line.startswith("S4") and "(2, 8, 64) bfloat16" in line for line in table) == 4
+    assert any(line.startswith("digits, model bf16-mixed") for line in table)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names <= {*(f"{n}.json" for n in ("parts", "kernels", "layer", "generation", "training")),
+                     "tests.jsonl", "log.txt"}  # fmt: skip
+    ended = [json.loads(line) for line in (tmp_path / "tests.jsonl").read_text().splitlines()]
+    assert {row["outcome"] for row in ended} == {"began", "passed"}
+
+
+def test_the_report_of_make_gpu_puts_failures_first_and_keeps_to_its_lines(tmp_path: Path) -> None:
+    rows = [{"test": f"t{i}", "outcome": "began", "seconds": 0, "message": ""} for i in range(99)]
+    rows += [{"test": f"t{i}", "outcome": "failed", "seconds": 1, "message": "off"} for i in range(98)]
+    (tmp_path / "tests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cells = [
+        {
+            "who": who, "B": B, "L": 8, "H": 64, "dtype": "float32", "backward": b, "ms": 1.5,
+            "floor: bytes": 0.5, "took": "fft" if who.endswith("auto") else "",
+        }
+        for B in range(40) for b in (False, True) for who in ("S4 fft", "S4 scan", "S4 auto", "LSTM")
+    ]  # fmt: skip
+    (tmp_path / "layer.json").write_text(
+        json.dumps({"cells": cells, "failures": {"S4 scan: x": "no memory"}})
+    )
+    (tmp_path / "parts.json").write_text(
+        json.dumps([{"name": "tests", "state": "over its limit", "seconds": 9.0, "said": "[90%]"}])
+    )
+    lines = gpu_report.report(tmp_path)
+    assert len(lines) == 60
+    assert lines[2] == "FAILED: 100"
+    assert lines[3] == "t0: off"
+    assert sum(line.startswith("t") and line.endswith(": off") for line in lines) >= 4
+    assert any(line.startswith("and 9") for line in lines)
+
+
+def test_epochs_are_those_that_fit(tmp_path: Path) -> None:
+    cells = [
+        {"what": "loader", "sequences": 45000, "per_second": 1e9},
+        {"what": "model", "sequences": 45000, "per_second": 1000.0},
+    ]
+    file = tmp_path / "training.json"
+    file.write_text(json.dumps({"cells": cells}))
+    assert gpu._epochs(file, 500.0) == 10  # 49.5 s each, a tenth for validation
+    assert gpu._epochs(file, 5.0) == 1
+    assert gpu._epochs(tmp_path / "none.json", 500.0) == 1
+
+
+def test_the_bare_convolution_and_the_attention_are_causal() -> None:
     torch.manual_seed(0)
     u, k = torch.randn(2, 3, 9).double(), torch.randn(3, 9).double()
     want = torch.zeros_like(u)
     for t in range(9):
         for j in range(t + 1):
             want[..., t] += k[:, t - j] * u[..., j]
-    assert torch.allclose(layer.fft_convolution(u, k), want, atol=1e-12)
-    attention, x = layer.CausalAttention(64), torch.randn(1, 9, 64)
+    assert torch.allclose(peers.fft_convolution(u, k), want, atol=1e-12)
+    attention, x = peers.Attention(64), torch.randn(1, 9, 64)
     assert torch.allclose(attention(x)[:, :5], attention(x[:, :5]), atol=1e-5)
     assert not torch.allclose(attention(x)[:, 5:], attention(x[:, 5:]), atol=1e-3)
 
 
-@pytest.fixture
-def generation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("generation")
-
-
-@pytest.mark.parametrize(
-    ("argument", "match"),
-    [
-        ({"budget": 0.0}, "raise --budget"),
-        ({"expand": 1}, "LSTM has .* raise --expand"),
-        ({"d_model": 65}, "--d_model must be a multiple of 64.*65"),
-    ],
-    ids=str,
-)
-def test_generation_names_what_is_wrong(
-    generation: ModuleType, argument: dict[str, float], match: str
-) -> None:
-    with pytest.raises(SystemExit, match=match):
-        generation.main(**{"d_model": 64, "n_layers": 1, "contexts": [2], "device": "cpu"} | argument)
-
-
-def test_the_transformer_with_a_cache_is_a_transformer(generation: ModuleType) -> None:
+def test_the_transformer_with_a_cache_is_a_transformer() -> None:
     """Token by token into an empty cache it gives what attention under a triangular mask gives at once."""
     torch.manual_seed(0)
     B, L, heads, width, layers = 3, 7, 2, 128, 2
@@ -228,8 +437,12 @@ def test_the_transformer_with_a_cache_is_a_transformer(generation: ModuleType) -
     assert (want[:, 1:] - want[:, :1]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "benchmarks").glob("*.py")))
+# Those that are run; `make gpu-bundle` by hand, as it downloads.
+SCRIPTS = ["accuracy", "generation", "gpu", "gpu_bundle", "kernels", "layer", "training"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script: str) -> None:
-    done = run(f"benchmarks/{script}", "--help")
+    done = run(f"benchmarks/{script}.py", "--help")
     assert done.returncode == 0, done.stderr
     assert "--" in done.stdout
