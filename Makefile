@@ -22,8 +22,8 @@ lint: $(STAMP)-dev  ## format, lint and types, as the pre-commit hooks and CI ch
 	$(PY) -m mypy
 
 gpu:  ## what a GPU has to prove, in six minutes; DEVICE=cpu rehearses, benchmarks/gpu.py --help has the options
-	$(or $(wildcard $(if $(VENV),$(VENV)/bin/python)),$(PYTHON)) benchmarks/gpu.py $(call options,\
-		DEVICE RESULTS WHEELS MINUTES DATA RECIPE PRECISION EPOCHS HANG CRASH) $(if $(TRAIN),--train)
+	$(PYTHON) benchmarks/gpu.py $(if $(TRAIN),--train )$(call options,\
+		DEVICE RESULTS WHEELS MINUTES DATA RECIPE PRECISION EPOCHS HANG CRASH)
 
 gpu-bundle:  ## wheels and data that `make gpu` needs where there is no network; benchmarks/gpu_bundle.py --help
 	$(PYTHON) benchmarks/gpu_bundle.py $(call options,OUT DATA IMAGE PYTHON_VERSION)

@@ -31,7 +31,7 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRATCH = ROOT / "build" / "gpu"
-INSTALL_LIMIT = 300.0  # seconds; with wheels it takes a few
+INSTALL_LIMIT = 900.0  # seconds, where torch has to be downloaded; with wheels it takes a few
 GRACE = 10.0  # seconds for a training to save in, between SIGTERM and SIGKILL
 ENDING = 40.0  # seconds of a training that its end takes: the test set, files, the start of Python
 
@@ -89,7 +89,7 @@ def environment(device: str, wheels: Path | None) -> tuple[str, dict[str, str]]:
         # KeOps looks for CUDA's libraries where the loader does, not where pip put those of torch.
         code = "import importlib.util as u; print(*(u.find_spec('nvidia').submodule_search_locations))"
         homes = [Path(home) for home in _output([python, "-c", code], variables).split()]
-        folders = [Path("/usr/local/cuda/lib64"), *(f.parent for h in homes for f in h.rglob("libnvrtc.so*"))]
+        folders = [*(f.parent for h in homes for f in h.rglob("libnvrtc.so*")), Path("/usr/local/cuda/lib64")]
         existing = dict.fromkeys(str(folder) for folder in folders if folder.is_dir())
         variables["LD_LIBRARY_PATH"] = os.pathsep.join(
             [*filter(None, [os.environ.get("LD_LIBRARY_PATH")]), *existing]
@@ -249,7 +249,7 @@ def _extension(python: str, wheels: Path | None, variables: dict[str, str]) -> s
 # The parts
 
 
-def parts(device: str, python: str, results: Path, data: Path | None) -> list[Part]:
+def parts(device: str, python: str, results: Path) -> list[Part]:
     """Tests and benchmarks."""
 
     def benchmark(name: str, limit: float, budget: float, seconds: float, *more: str) -> Part:
@@ -286,7 +286,7 @@ def parts(device: str, python: str, results: Path, data: Path | None) -> list[Pa
         sizes += [["--shapes", "[[50,512,1024],[16,256,16384]]", "--dtypes", "float32,bfloat16"]]
         sizes += [["--contexts", "1024,16384", "--batches", "1,16"], ["--recipes", "scifar"]]
         budget, seconds, slack = 35.0, (0.15, 0.2, 0.5, 4.0), 1
-        train = ["--paths", f"{{scifar: {data}}}"] if data else ["--made", "true"]
+        train = ["--made", "true"]  # to decode the true images takes as long as to time the model
     return [
         Part("tests", tests, slack * 110, record),
         benchmark("kernels", 65, budget, seconds[0], *sizes[0], *plain),
@@ -359,7 +359,7 @@ def prove(
     """All parts, in the minutes there are."""
     began, outcomes = time.monotonic(), list[Outcome]()
     faults = {arguments.hang: "hang", arguments.crash: "crash"}
-    for part in parts(arguments.device, python, arguments.results, arguments.data):
+    for part in parts(arguments.device, python, arguments.results):
         left = 60 * arguments.minutes - (time.monotonic() - began)
         if left < 5:
             outcomes.append(Outcome(part.name, "not begun: no time was left", 0.0))
@@ -434,7 +434,7 @@ def main() -> None:
     add("--results", type=Path, help="folder for results, at most 7 files; made anew if not given (RESULTS)")
     add("--wheels", type=Path, help="folder of `make gpu-bundle`: install from it alone (WHEELS)")
     add("--minutes", type=float, help="for all parts, 6; or for the training, 8 (MINUTES)")
-    add("--data", type=Path, help="folder with CIFAR-10's train.parquet and test.parquet (DATA)")
+    add("--data", type=Path, help="to train: folder with CIFAR-10's train.parquet and test.parquet (DATA)")
     add("--train", action="store_true", help="train a recipe, and nothing else (TRAIN=1)")
     add("--recipe", help="to train: scifar, or digits on a CPU (RECIPE)")
     add("--precision", choices=("32-true", "bf16-mixed"), default="bf16-mixed", help="of it (PRECISION)")
