@@ -13,7 +13,7 @@ import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
 
-from gpu import ROOT, digest, normal, requirements
+from gpu_environment import ROOT, digest, normal, requirements
 
 try:
     from packaging.requirements import Requirement
