@@ -524,7 +524,43 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(cauchy(v, z, w), cauchy(v, z, w, backend="naive"))
 
 
-@pytest.mark.skipif(backends()["cpu"] is not True, reason="the C++ extension is not built")
+BUILT = pytest.mark.skipif(backends()["cpu"] is not True, reason="the C++ extension is not built")
+
+
+@BUILT
+@pytest.mark.parametrize(
+    ("asked", "best", "said"),
+    [
+        ("v5", "v4", "S4_LEVEL must be one of base, v3, v4, got 'v5'"),
+        ("V3", "v4", "S4_LEVEL must be one of base, v3, v4, got 'V3'"),
+        ("v4", "v3", "S4_LEVEL is 'v4', and the best that this processor and this build have is 'v3'"),
+        ("v3", "base", "S4_LEVEL is 'v3', and the best that this processor and this build have is 'base'"),
+        ("v3", "v4", ""),
+        ("", "base", ""),
+    ],
+)
+def test_a_level_that_cannot_be_had_is_a_reason(
+    asked: str, best: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cpu, "_ASKED", asked)
+    assert _cpu._refusal(best) == said
+    if asked not in ("", *_cpu._LEVELS):
+        monkeypatch.setattr(_cpu, "_library", _cpu._library.__wrapped__)
+        assert backends()["cpu"] == said
+        with pytest.raises(ValueError, match=f"backend 'cpu' cannot run: {said}"):
+            s4.S4Layer(4, 8, backend="cpu")
+
+
+@BUILT
+def test_the_level_asked_for_runs() -> None:
+    """Here, where there is one, and in a process that asks for the lowest; each has its code."""
+    assert _cpu.level() == (os.environ.get("S4_LEVEL") or _cpu._library().s4_level().decode())  # type: ignore[union-attr]
+    assert all(hasattr(_cpu._library(), f"s4_step_f32_{name}") for name in ("base", _cpu.level()))
+    report = printed(process("import s4.info; print(s4.info.report())", S4_LEVEL="base"))
+    assert "cpu      available, instruction set base" in report
+
+
+@BUILT
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_share_the_work_whatever_its_shape(threads: int) -> None:
     """More threads than groups split the poles in the backward; every output is written, once."""
