@@ -15,11 +15,7 @@ import torch
 from torch import Tensor
 
 _INTERFACE = 3  # of the library; raised with every change of its functions, there and here
-_LEVELS = (
-    "base",
-    "v3",
-    "v4",
-)  # the instruction sets it may hold code for, each with all that those before have
+_LEVELS = ("base", "v3", "v4")  # instruction sets that it may hold code for, each with all of those before
 _ASKED = os.environ.get("S4_LEVEL", "")  # which of them is to run; empty: the best
 _HINT = (
     "with a C++ compiler (g++ or clang++) on the path, "
@@ -68,7 +64,7 @@ def _pool() -> ctypes.c_void_p:
 
 @functools.cache
 def level() -> str:
-    """The instruction set that runs: S4_LEVEL, or the best of those in the library that this processor has."""
+    """The instruction set that runs: S4_LEVEL, or the best in the library that this processor has."""
     library = _library()
     return library if isinstance(library, str) else _ASKED or library.s4_level().decode()
 
