@@ -114,7 +114,7 @@ def close_nodes(w: Tensor, case: Case) -> Tensor:
 
 
 class Problem(NamedTuple):
-    """Arguments, the gradient that comes back, and the true output and gradients, each number with its bound."""
+    """Arguments, the gradient that comes back, the true output and gradients, and a bound for each number."""
 
     arguments: tuple[Tensor, ...]
     gradient: Tensor
@@ -122,9 +122,11 @@ class Problem(NamedTuple):
     bounds: list[Tensor]
 
 
-# Relative errors of u = eps / 2 that a term of a sum may have met. A Cauchy term meets up to 45 in its differences,
-# squared moduli, reciprocal, square and products. An exponential, made by doubling, meets 4 in each of 13 products.
+# Relative errors of u = eps / 2 that a term of a sum may have met. A Cauchy term meets up to 45 in its
+# differences, squared moduli, reciprocal, square and products; a Vandermonde term up to 4 in each of the 13
+# products that its exponential is, and in single precision, where this one is float64, 11 in the others.
 _ROUNDINGS = 56
+_ROUNDINGS_OF_STEPS = {torch.complex64: 14, torch.complex128: _ROUNDINGS}
 # Factors below this may be dropped, before they are multiplied or after: products would be denormal numbers.
 _DROPPED = {torch.complex64: 1e-30, torch.complex128: 1e-290}
 
@@ -191,7 +193,7 @@ def vandermonde_problem(case: Case, dtype: torch.dtype) -> Problem:
     dropped = oracle.vandermonde_sizes(abs(g.numpy()) + 1, abs(v.numpy()) + 1, 0 * x.numpy(), 0)
     products = 4 * case.n, 4 * case.L, 4 * case.q * case.L
     bounds = [
-        u * (_ROUNDINGS + additions(count)) * size + phase * angle + _DROPPED[dtype] * lost
+        u * (_ROUNDINGS_OF_STEPS[dtype] + additions(count)) * size + phase * angle + _DROPPED[dtype] * lost
         for count, size, angle, lost in zip(products, sizes, turned, dropped, strict=True)
     ]
     return problem(partial(vandermonde, L=case.L), (v, x[:, None]), g, [truth, *gradients], bounds)
