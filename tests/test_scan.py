@@ -339,7 +339,7 @@ def test_output_has_the_dtype_of_the_input(input_dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("input_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [Case("dplr", "legs", d_state=64), *CASES[4:6]], ids=ids)
 def test_autocast_to_bfloat16_is_within_its_bound(case: Case, input_dtype: torch.dtype) -> None:
-    """2% of the largest value, of outputs, states and gradients, over a thousand steps; and not exact."""
+    """15 roundings, 3% of the largest value: of both factors in six products, there and back; not exact."""
     layer = build(case, torch.float32)
     u = torch.randn(2, 1047, H, dtype=input_dtype).float()
     weight = torch.randn_like(u)
@@ -356,7 +356,7 @@ def test_autocast_to_bfloat16_is_within_its_bound(case: Case, input_dtype: torch
         grads = torch.autograd.grad((y * weight).sum(), [v, *layer.parameters()])
         results.append((y, state, *grads))
     for want, got in zip(*results, strict=True):
-        oracle.close(got, want, 2e-2)
+        oracle.close(got, want, 15 * 2**-9)
     assert not torch.equal(results[0][0], results[1][0])
 
 

@@ -39,8 +39,8 @@ def test_one_system_without_batch_dimensions(method: str) -> None:
     A, B, dt = systems(N=4)
     Abar, Bbar = METHODS[method](A, B, dt)
     batched = METHODS[method](A[None], B[None], dt[None])
-    assert torch.equal(Abar, batched[0][0])
-    assert torch.equal(Bbar, batched[1][0])
+    oracle.close(Abar, batched[0][0], 1e-13)  # a batch may be solved by other code
+    oracle.close(Bbar, batched[1][0], 1e-13)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 _INTERFACE = 3  # of the library; raised with every change of its functions, there and here
+_LEVELS = ("base", "v3", "v4")  # instruction sets that it may hold code for, each with all of those before
+_ASKED = os.environ.get("S4_LEVEL", "")  # which of them is to run; empty: the best
 _HINT = (
     "with a C++ compiler (g++ or clang++) on the path, "
     "run pip install --force-reinstall --no-cache-dir --no-deps s4-pytorch (in a clone: .)"
@@ -33,6 +35,8 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(files[0]))
         library.s4_level.restype = ctypes.c_char_p
         if library.s4_interface() == _INTERFACE:
+            if reason := _refusal(library.s4_level().decode()):
+                return reason
             library.s4_pool(_pool())
             if hasattr(os, "register_at_fork"):  # a child has the pool, but not its threads
                 os.register_at_fork(after_in_child=lambda: library.s4_pool(ctypes.c_void_p()))
@@ -43,6 +47,15 @@ def _library() -> ctypes.CDLL | str:
     return f"cannot use {files[0].name}: {reason}; {_HINT}"
 
 
+def _refusal(best: str) -> str:
+    """Why S4_LEVEL cannot be had where `best` is the best that runs; empty if it can."""
+    if _ASKED and _ASKED not in _LEVELS:
+        return f"S4_LEVEL must be one of {', '.join(_LEVELS)}, got {_ASKED!r}"
+    if _ASKED and _LEVELS.index(_ASKED) > _LEVELS.index(best):
+        return f"S4_LEVEL is {_ASKED!r}, and the best that this processor and this build have is {best!r}"
+    return ""
+
+
 def _pool() -> ctypes.c_void_p:
     """How the OpenMP runtime that torch loads for all to see starts threads; null if there is none."""
     found = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if sys.platform == "linux" else None
@@ -51,9 +64,9 @@ def _pool() -> ctypes.c_void_p:
 
 @functools.cache
 def level() -> str:
-    """The instruction set that runs here: the best of those in the library that this processor has."""
+    """The instruction set that runs: S4_LEVEL, or the best in the library that this processor has."""
     library = _library()
-    return library if isinstance(library, str) else library.s4_level().decode()
+    return library if isinstance(library, str) else _ASKED or library.s4_level().decode()
 
 
 def status(device: torch.device) -> bool | str:
