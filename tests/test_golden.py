@@ -18,8 +18,8 @@ OF_LAYERS, OF_MODELS = Golden("layers"), Golden("models")
 def assert_close(got: Mapping[str, Tensor], want: Mapping[str, Tensor], bound: float = 1e-6) -> None:
     """The same names in the same order, dtypes and shapes; differences relative to the largest value of each.
 
-    Not bit for bit: between kinds of processor torch's draws differ in rounding, normal ones by up to 5e-7, and
-    so does eigh, which A, B and P come from.
+    Not bit for bit: between kinds of processor torch differs in the rounding of its draws, of normal
+    ones by up to 5e-7, and of eigh, which A, B and P come from.
     """
     assert [*got] == [*want]
     for name, x in want.items():
