@@ -349,11 +349,7 @@ class S4Layer(nn.Module):
         Not where "auto" chose the scan: what is chosen for its speed alone keeps its precision.
         """
         kind = self.D.device.type
-        if (
-            self.mode != "scan"
-            or not torch.amp.is_autocast_available(kind)
-            or not torch.is_autocast_enabled(kind)
-        ):
+        if self.mode != "scan" or not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
             return self.D.dtype
         lower = torch.get_autocast_dtype(kind)
         return lower if (self.D.dtype, lower) == (torch.float32, torch.bfloat16) else self.D.dtype
@@ -384,6 +380,11 @@ def zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """No autocast, where the device has one."""
-    if torch.amp.is_autocast_available(device.type):
+    if _has_autocast(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def _has_autocast(kind: str) -> bool:
+    """Devices that are compiled for have one; torch.compile of torch 2.9 cannot trace the question."""
+    return kind != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind))
