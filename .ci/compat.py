@@ -66,13 +66,8 @@ def interpreter(version: str) -> str:
         NoResult: there is none.
     """
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    folders = sorted(
-        pyenv.glob(f"{version}.*"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)]
-    )
-    for python in (
-        shutil.which(f"python{version}"),
-        *(folder / "bin" / "python" for folder in folders[::-1]),
-    ):
+    newest = sorted(pyenv.glob(f"{version}.*"), key=lambda path: path.name.split(".")[-1].zfill(3))[::-1]
+    for python in (shutil.which(f"python{version}"), *(folder / "bin" / "python" for folder in newest)):
         # Asked, as what is on the path may be a shim that leads nowhere.
         ask = [str(python), "-c", "import sys; print(*sys.version_info[:2], sep='.')"]
         if python and subprocess.run(ask, capture_output=True, text=True).stdout.strip() == version:
@@ -88,10 +83,11 @@ def environment(row: Row, log: Path, limit: float) -> Path:
     """
     folder = FOLDER / f"python{row.python}-{row.torch.replace('==', '-').removesuffix('.*')}"
     python = folder / "bin" / "python"
-    if not python.exists():
-        run([interpreter(row.python), "-m", "venv", str(folder)], log, limit)
-    if run([str(python), "-m", "pip", "install", "-q", "--upgrade", "-e", ".[test]", row.torch], log, limit):
-        raise NoResult(f"pip cannot install {row.torch}, see {log.relative_to(ROOT)}")
+    make = [] if python.exists() else [[interpreter(row.python), "-m", "venv", str(folder)]]
+    install = [str(python), "-m", "pip", "install", "-q", "--upgrade", "-e", ".[test]", row.torch]
+    for command in (*make, install):
+        if run(command, log, limit):
+            raise NoResult(f"failed: {' '.join(command[1:])}, see {log.relative_to(ROOT)}")
     return python
 
 
@@ -127,25 +123,21 @@ def measure(name: str, limit: float, ready: dict[tuple[str, str], Path]) -> dict
         versions = json.loads(asked.stdout)
         result |= {key: versions[key] for key in ("Python", "torch", "triton")}
         best = versions["capability"].lower()
-        if row.capability and (
-            best not in CAPABILITIES or CAPABILITIES.index(row.capability) > CAPABILITIES.index(best)
-        ):
+        best = best if best in CAPABILITIES else "default"
+        if row.capability and row.capability not in CAPABILITIES[: CAPABILITIES.index(best) + 1]:
             raise NoResult(f"this processor has {best}, not {row.capability}")
         levels = {"S4_LEVEL": row.level, "ATEN_CPU_CAPABILITY": row.capability} if row.level else {}
         suite = [str(python), "-m", "pytest", "-q", "-n", os.environ.get("WORKERS", "auto")]
         status = run(suite, log, limit, OMP_NUM_THREADS="1", **levels)
         lines = log.read_text(errors="replace").splitlines() or [""]
-        counts = {
-            what: number for number, what in re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1])
-        }
+        summary = re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1])
+        counts = {what: number for number, what in summary}
         if status not in (0, 1) or "passed" not in counts:
             raise NoResult(f"pytest ended with status {status}, see {log.relative_to(ROOT)}")
         failed = int(counts.get("failed", 0)) + int(counts.get("error", 0))
         result |= {"passed": counts["passed"], "failed": str(failed), "skipped": counts.get("skipped", "0")}
-        result["notes"] = ", ".join(
-            line.split()[1] for line in lines if re.match("(FAILED|ERROR) tests", line)
-        )
-    except (NoResult, subprocess.SubprocessError) as error:
+        result["notes"] = ", ".join(line.split()[1] for line in lines if re.match("(FAILED|ERROR) ", line))
+    except (NoResult, OSError, subprocess.SubprocessError) as error:
         result["notes"] = f"no result: {error}"
     return result | {"minutes": f"{(time.monotonic() - began) / 60:.0f}"}
 
