@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,7 +105,7 @@ def run(command: list[str], log: Path, limit: float, **variables: str) -> int:
         try:
             return process.wait(limit)
         except subprocess.TimeoutExpired:
-            raise NoResult(f"stopped after {limit / 60:.0f} minutes, see {log.relative_to(ROOT)}") from None
+            raise NoResult(f"stopped after {limit / 60:g} minutes, see {log.relative_to(ROOT)}") from None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -129,14 +130,15 @@ def measure(name: str, limit: float, ready: dict[tuple[str, str], Path]) -> dict
         levels = {"S4_LEVEL": row.level, "ATEN_CPU_CAPABILITY": row.capability} if row.level else {}
         suite = [str(python), "-m", "pytest", "-q", "-n", os.environ.get("WORKERS", "auto")]
         status = run(suite, log, limit, OMP_NUM_THREADS="1", **levels)
-        lines = log.read_text(errors="replace").splitlines() or [""]
-        summary = re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1])
-        counts = {what: number for number, what in summary}
-        if status not in (0, 1) or "passed" not in counts:
+        text = log.read_text(errors="replace")
+        ends = re.findall(r"^.*\d passed.* in [\d.]+s.*$", text, re.MULTILINE)
+        if status not in (0, 1) or not ends:
             raise NoResult(f"pytest ended with status {status}, see {log.relative_to(ROOT)}")
+        counts = {what: number for number, what in re.findall(r"(\d+) (\w+?)s?\b", ends[-1])}
         failed = int(counts.get("failed", 0)) + int(counts.get("error", 0))
         result |= {"passed": counts["passed"], "failed": str(failed), "skipped": counts.get("skipped", "0")}
-        result["notes"] = ", ".join(line.split()[1] for line in lines if re.match("(FAILED|ERROR) ", line))
+        tests = Counter(re.findall(r"^(?:FAILED|ERROR) ([^\[\s]+)", text, re.MULTILINE))
+        result["notes"] = ", ".join(f"{number} {test}" for test, number in tests.items())
     except (NoResult, OSError, subprocess.SubprocessError) as error:
         result["notes"] = f"no result: {error}"
     return result | {"minutes": f"{(time.monotonic() - began) / 60:.0f}"}
