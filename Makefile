@@ -5,7 +5,7 @@ PYTHON ?= python3
 PY := $(if $(VENV),$(VENV)/bin/python,python)
 STAMP := $(if $(VENV),$(VENV),$(shell python -c "import sys; print(sys.prefix)"))/.installed
 
-.PHONY: demo test lint gpu gpu-bundle clean help
+.PHONY: demo test lint gpu gpu-bundle compat clean help
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -20,6 +20,9 @@ lint: $(STAMP)-dev  ## format, lint and types, as the pre-commit hooks and CI ch
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+compat:  ## the suite on every Python, torch and instruction set, or on some: make compat ROWS="oldest 3.12"
+	$(PYTHON) .ci/compat.py $(ROWS)
 
 gpu:  ## what a GPU has to prove, in six minutes; DEVICE=cpu rehearses, benchmarks/gpu.py --help has the options
 	$(PYTHON) benchmarks/gpu.py $(if $(TRAIN),--train )$(call options,\

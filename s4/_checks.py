@@ -26,7 +26,7 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_integer(name: str, value: Any, least: int) -> None:
     """An integer of at least `least`."""
-    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -34,7 +34,7 @@ def check_integer(name: str, value: Any, least: int) -> None:
 
 def check_number(name: str, value: Any, least: float | int, *, above: bool = False) -> None:
     """A finite number of at least `least`, or above it."""
-    if not isinstance(value, Real | torch.SymFloat) or isinstance(value, bool):
+    if not isinstance(value, (Real, torch.SymFloat)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
     number: Any = value
     if not (number > least if above else number >= least) or not number < math.inf:

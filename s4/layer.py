@@ -19,7 +19,7 @@ from s4._checks import (
     check_state,
 )
 from s4.kernel import _cpu, _stepping, diag, dplr
-from s4.kernel._choice import check_backend, has_fused_powers, transformed
+from s4.kernel._choice import check_backend, exporting, has_autocast, has_fused_powers, transformed
 from s4.ssm import Propagator, System
 
 _INITS = {"dplr": ("legs", "legt", "fout"), "diag": ("legs", "lin", "inv")}
@@ -254,7 +254,7 @@ class S4Layer(nn.Module):
         still = not self.training and not torch.is_grad_enabled() and not transformed()
         fused = still and has_fused_powers(D.device.type) and (self.variant == "diag" or len(self.P) <= 2)
         plain = type(D) in (Tensor, torch.nn.Parameter)
-        if fused and plain and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if fused and plain and torch.compiler.is_compiling() and not exporting():
             y, state = _stepping.step_kept(self._of_system(), D, state, v, rate, self.discretization)
             return y.to(u.dtype), state
         keeps = still and usable(D) and not watched(v, state)
@@ -349,11 +349,7 @@ class S4Layer(nn.Module):
         Not where "auto" chose the scan: what is chosen for its speed alone keeps its precision.
         """
         kind = self.D.device.type
-        if (
-            self.mode != "scan"
-            or not torch.amp.is_autocast_available(kind)
-            or not torch.is_autocast_enabled(kind)
-        ):
+        if self.mode != "scan" or not has_autocast(kind) or not torch.is_autocast_enabled(kind):
             return self.D.dtype
         lower = torch.get_autocast_dtype(kind)
         return lower if (self.D.dtype, lower) == (torch.float32, torch.bfloat16) else self.D.dtype
@@ -384,6 +380,6 @@ def zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """No autocast, where the device has one."""
-    if torch.amp.is_autocast_available(device.type):
+    if has_autocast(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -17,6 +17,7 @@ import oracle
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import s4
 from s4 import hippo
@@ -434,7 +435,7 @@ def test_forward_mode_is_refused_where_it_would_be_lost(backend: str, device: st
 
 
 def test_sums_compile_once_for_all_sizes(backend: str, device: str, unchecked: None) -> None:
-    compiles = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiles = CompileCounterWithBackend("aot_eager")
 
     def function(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
         return cauchy(v, z, w, backend).abs().sum() + vandermonde(v, w, z.shape[-1], backend).sum()

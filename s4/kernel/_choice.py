@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
 from s4.kernel import _cpu, _cuda, _keops, _naive, _torch, _triton
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 BACKENDS: dict[str, ModuleType] = {
     "naive": _naive,
@@ -50,7 +53,7 @@ def best(device: torch.device) -> str:
     return next((name for name in names if BACKENDS[name].status(device) is True), "torch")
 
 
-def _constant(function: Callable[[str], bool]) -> Callable[[str], bool]:
+def _constant(function: F) -> F:
     """What torch.compiler.assume_constant_result does, without its import of torch._dynamo, of a second."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -66,6 +69,18 @@ def has_fused_sums(device_type: str) -> bool:
 def has_fused_powers(device_type: str) -> bool:
     """Whether the powers and scan of `_ops` run on this type of device; a constant to torch.compile."""
     return not transformed() and _cpu.status(torch.device(device_type)) is True
+
+
+@_constant
+def has_autocast(device_type: str) -> bool:
+    """Whether torch.autocast knows this type of device; torch 2.9 compiles the answer, not the question."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+@_constant
+def exporting() -> bool:
+    """Inside torch.export; asked itself, torch 2.9 says so of torch.compile too."""
+    return torch.compiler.is_exporting()
 
 
 def transformed() -> bool:
