@@ -183,6 +183,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := sorted(set(options.rows) - set(ROWS)):
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through every finally
     FOLDER.mkdir(parents=True, exist_ok=True)
     ready: dict[tuple[str, str], Path] = {}
     results = []
