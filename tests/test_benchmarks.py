@@ -12,6 +12,10 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import pytest
+import torch
+
+pytest.importorskip("lightning", reason="the benchmarks need the extra 'examples'")
 import generation
 import gpu
 import gpu_report
@@ -19,8 +23,6 @@ import harness
 import kernels
 import layer
 import peers
-import pytest
-import torch
 import training
 
 ROOT = Path(__file__).parent.parent
