@@ -25,14 +25,15 @@ compat:  ## the suite on every Python, torch and instruction set, or on some: ma
 	$(PYTHON) .ci/compat.py $(ROWS)
 
 gpu:  ## what a GPU has to prove, in six minutes; DEVICE=cpu rehearses, benchmarks/gpu.py --help has the options
-	$(PYTHON) benchmarks/gpu.py $(if $(TRAIN),--train )$(call options,\
+	$(PYTHON) benchmarks/gpu.py $(if $(filter-out 0,$(TRAIN)),--train )$(call options,\
 		DEVICE RESULTS WHEELS MINUTES DATA RECIPE PRECISION EPOCHS HANG CRASH)
 
 gpu-bundle:  ## wheels and data that `make gpu` needs where there is no network; benchmarks/gpu_bundle.py --help
 	$(PYTHON) benchmarks/gpu_bundle.py $(call options,OUT DATA IMAGE PYTHON_VERSION)
 
-# NAME=value on the command line of make as --name value; $(1) are the names.
-options = $(foreach name,$(1),$(if $($(name)),--$(shell echo $(name) | tr A-Z_ a-z-) "$($(name))"))
+# NAME=value on the command line of make as --name value, the environment left out; $(1) are the names.
+given = $(if $(filter command,$(origin $(1))),$($(1)))
+options = $(foreach name,$(1),$(if $(call given,$(name)),--$(shell echo $(name) | tr A-Z_ a-z-) "$($(name))"))
 
 clean:  ## remove the environment and what was built
 	rm -rf .venv build dist *.egg-info

@@ -113,7 +113,7 @@ def run(command: list[str], log: Path, limit: float, **variables: str) -> int:
 
 
 def measure(name: str, limit: float, ready: dict[tuple[str, str], Path]) -> dict[str, str]:
-    """One row of the table; `ready` has the environments of this session."""
+    """One row of the table; `ready` has the environments that this call has made ready."""
     row, log, began = ROWS[name], FOLDER / f"{name}.log", time.monotonic()
     log.unlink(missing_ok=True)
     result = {"row": name, "date": time.strftime("%Y-%m-%d"), "commit": commit()}

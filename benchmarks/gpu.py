@@ -5,9 +5,10 @@
     make gpu DEVICE=cpu [HANG=layer] [CRASH=kernels]    a rehearsal with tiny sizes, and what a fault leaves
 
 Each part runs in a process of its own under a time limit, and writes its results as they come: what hangs,
-crashes or runs out of memory costs no other part. A table comes last, failures first. Nothing but Python's
-standard library is needed to start: the environment is the Python that runs this if that has torch for the
-device, or else .venv, made if need be. With WHEELS, a folder of `make gpu-bundle`, nothing is downloaded.
+crashes or runs out of memory costs no other part. A table comes last, failures first. Of an earlier run in
+RESULTS the files go. Nothing but Python's standard library is needed to start: the environment is the Python
+that runs this if that has torch for the device, or else .venv, made if need be. With WHEELS, a folder of
+`make gpu-bundle`, nothing is downloaded.
 """
 
 import argparse
@@ -21,13 +22,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
 from gpu_environment import ROOT, SCRATCH, SetupError, environment
 
 GRACE = 10.0  # seconds for a training to save in, between SIGTERM and SIGKILL
+REPORT = 8.0  # seconds kept for the table
 ENDING = 40.0  # seconds of a training that its end takes: the test set, files, the start of Python
 
 
@@ -50,12 +52,15 @@ class Outcome:
     state: str  # "ok", or what went wrong
     seconds: float
     said: str = ""  # its last line, where something did
+    notes: list[str] = field(default_factory=list)  # lines of its output that belong into the table
 
 
 # Each part's limit in seconds and options: for a GPU, where all have a few minutes, and for a rehearsal.
 PARTS = {
     "cuda": {
-        "tests": (110, "-m gpu"),
+        # Also compiles what the other parts need, once instead of in every worker.
+        "backends": (60, "-m s4.info"),
+        "tests": (110, "-m gpu tests/test_gpu.py tests/test_devices.py tests/test_backends.py"),
         "kernels": (65, "--budget 35 --seconds 0.15 --widths 512 --states 64 --lengths 1024,16384"),
         "layer": (
             65,
@@ -66,6 +71,7 @@ PARTS = {
         "training": (45, "--seconds 4 --recipes scifar --made true --precisions 32-true,bf16-mixed"),
     },
     "cpu": {
+        "backends": (300, "-m s4.info"),
         "tests": (300, "tests/test_devices.py -k cpu"),
         "kernels": (300, "--seconds 0 --widths 2 --states 4 --lengths 8"),
         "layer": (300, "--seconds 0 --shapes [[2,64,8]] --d_state 4 --dtypes float32,bfloat16"),
@@ -78,11 +84,28 @@ PARTS = {
 }
 
 
+# All that may be in the folder of results: seven of them after a run.
+FILES = (
+    *(
+        "parts.json",
+        "log.txt",
+        "tests.jsonl",
+        "kernels.json",
+        "layer.json",
+        "generation.json",
+        "training.json",
+    ),
+    *("metrics.csv", "config.yaml", "results.json", "model.safetensors"),
+)
+
+
 def parts(device: str, python: str, results: Path) -> list[Part]:
     """Tests and benchmarks."""
     found = []
     for name, (limit, options) in PARTS[device].items():
-        if name == "tests":
+        if name == "backends":
+            out, command = results / "parts.json", [python]
+        elif name == "tests":
             out = results / "tests.jsonl"
             command = [python, "-m", "pytest", "-q", "--tb=short", "-p", "recorder", "--record", str(out)]
             command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
@@ -98,51 +121,58 @@ def parts(device: str, python: str, results: Path) -> list[Part]:
 def run(part: Part, variables: dict[str, str], log: IO[str], left: float, fault: str = "") -> Outcome:
     """Run a part to its end or its limit; a fault is rehearsed as soon as it has written results."""
     print(f"\n=== {part.name}: {' '.join(part.command)}", file=log, flush=True)
-    began, limit = time.monotonic(), min(part.limit, left)
+    part.result.with_suffix(".part").unlink(missing_ok=True)
+    began, limit, rehearsed = time.monotonic(), min(part.limit, left), " (rehearsed)" if fault else ""
     process = subprocess.Popen(
         part.command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
     )  # fmt: skip
-    last = [""]
+    lines: list[str] = []
 
     def copy() -> None:
         assert process.stdout is not None
         for line in process.stdout:
             log.write(line)
             log.flush()
-            last[0] = line.strip() or last[0]
+            lines.extend([line.strip()] if line.strip() else [])
             if part.saves:
                 print(line, end="", flush=True)
 
     reader = threading.Thread(target=copy, daemon=True)
     reader.start()
-    while process.poll() is None and time.monotonic() - began < limit:
-        if fault and part.result.exists() and part.result.stat().st_size:
-            os.killpg(process.pid, signal.SIGSTOP if fault == "hang" else signal.SIGSEGV)
-            limit = min(limit, time.monotonic() - began + 1) if fault == "hang" else limit
-            fault = ""
-        time.sleep(0.05)
-    state = "ok"
-    if process.poll() is None:
-        state = f"over its limit of {limit:.0f} s, killed"
-        _end(process, GRACE if part.saves else 0.0)
-    elif process.returncode < 0:
-        state = f"crashed: {signal.Signals(-process.returncode).name}"
-    elif process.returncode:
-        state = f"failed: exit {process.returncode}"
-    _signal(process.pid, signal.SIGKILL)  # what it has started and left
-    reader.join(GRACE)
-    return Outcome(part.name, state, time.monotonic() - began, "" if state == "ok" else last[0])
-
-
-def _end(process: subprocess.Popen[str], grace: float) -> None:
     try:
-        if grace:
+        while process.poll() is None and time.monotonic() - began < limit:
+            if fault and part.result.exists() and part.result.stat().st_size:
+                _signal(process.pid, signal.SIGSTOP if fault == "hang" else signal.SIGSEGV)
+                limit = min(limit, time.monotonic() - began + 1) if fault == "hang" else limit
+                fault = ""
+            time.sleep(0.05)
+        code = process.poll()
+    finally:  # also of an interrupt, which must leave nothing on the GPU
+        if process.poll() is None and part.saves:
             _signal(process.pid, signal.SIGTERM)
-        process.wait(grace)
-    except subprocess.TimeoutExpired:
-        _signal(process.pid, signal.SIGKILL)
-        process.wait()
+            _wait(process)
+        _signal(process.pid, signal.SIGKILL)  # with what it has started and left
+        _wait(process)
+        part.result.with_suffix(".part").unlink(missing_ok=True)
+    reader.join(GRACE)
+    state = "ok"
+    if code is None:
+        state = f"over its limit of {limit:.0f} s, killed"
+    elif code < 0:
+        state = f"crashed: {signal.Signals(-code).name}"
+    elif code:
+        state = f"failed: exit {code}"
+    state += rehearsed if state != "ok" else ""
+    notes = [line for line in lines if "not available: " in line] if part.name == "backends" else []
+    said = lines[-1] if lines and state != "ok" else ""
+    return Outcome(part.name, state, time.monotonic() - began, said, notes)
+
+
+def _wait(process: subprocess.Popen[str]) -> None:
+    """For some seconds: one that is stuck in a driver never ends."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
 
 
 def _signal(group: int, number: int) -> None:
@@ -150,66 +180,98 @@ def _signal(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
-def prove(
-    arguments: argparse.Namespace, python: str, variables: dict[str, str], log: IO[str]
-) -> list[Outcome]:
+def prove(run_of: "Run") -> None:
     """All parts, in the minutes there are."""
-    began, outcomes = time.monotonic(), list[Outcome]()
+    arguments = run_of.arguments
     faults = {arguments.hang: "hang", arguments.crash: "crash"}
-    for part in parts(arguments.device, python, arguments.results):
-        left = 60 * arguments.minutes - (time.monotonic() - began)
-        if left < 5:
-            outcomes.append(Outcome(part.name, "not begun: no time was left", 0.0))
+    for part in parts(arguments.device, run_of.python, arguments.results):
+        if run_of.left() < 5:
+            run_of.add(Outcome(part.name, "not begun: no time was left", 0.0))
         else:
-            outcomes.append(run(part, variables, log, left, faults.get(part.name, "")))
-        print(f"{part.name:10} {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s", flush=True)
-        keep(arguments.results, outcomes)
-    return outcomes
+            run_of.add(run(part, run_of.variables, run_of.log, run_of.left(), faults.get(part.name, "")))
 
 
-def keep(results: Path, outcomes: list[Outcome]) -> None:
-    """How the parts ended so far, in a file."""
-    (results / "parts.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+@dataclass
+class Run:
+    """What all parts share, and how those so far ended."""
+
+    arguments: argparse.Namespace
+    python: str
+    variables: dict[str, str]
+    log: IO[str]
+    began: float
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def left(self) -> float:
+        """Seconds until the minutes are over, less what the table takes."""
+        return 60 * self.arguments.minutes - (time.monotonic() - self.began) - REPORT
+
+    def add(self, outcome: Outcome) -> None:
+        """Show how a part ended, and keep it in a file."""
+        self.outcomes.append(outcome)
+        print(f"{outcome.name:10} {outcome.state}, {outcome.seconds:.0f} s", flush=True)
+        content = json.dumps([asdict(o) for o in self.outcomes], indent=1)
+        (self.arguments.results / "parts.json").write_text(content + "\n")
+
+    def report(self) -> None:
+        """Print the table."""
+        command = [self.python, "benchmarks/gpu_report.py", str(self.arguments.results)]
+        done = subprocess.run(command, cwd=ROOT, env=self.variables, capture_output=True, text=True)
+        print(done.stdout if done.returncode == 0 else done.stderr, flush=True)
+        self.log.write(done.stdout)
 
 
-def train(
-    arguments: argparse.Namespace, python: str, variables: dict[str, str], log: IO[str]
-) -> list[Outcome]:
+def train(run_of: Run) -> None:
     """A recipe for the minutes there are, the learning rate falling over the epochs that fit into them."""
-    began, device, results, recipe = time.monotonic(), arguments.device, arguments.results, arguments.recipe
-    path = {"data.path": str(arguments.data)} if arguments.data else {}
-    speed = results / "training.json"
-    command = [python, "benchmarks/training.py", "--recipes", recipe, "--device", device, "--seconds", "5"]
-    command += ["--precisions", arguments.precision, "--out", str(speed)]
-    command += ["--paths", f"{{{recipe}: {arguments.data}}}"] if arguments.data else []
-    outcomes = [] if arguments.epochs else [run(Part("speed", command, 120, speed), variables, log, 120)]
-    left = 60 * arguments.minutes - (time.monotonic() - began) - ENDING
-    epochs = arguments.epochs or _epochs(speed, left)
+    arguments, results = run_of.arguments, run_of.arguments.results
+    recipe, speed = arguments.recipe, results / "training.json"
+    if not arguments.epochs:
+        command = [run_of.python, "benchmarks/training.py", "--recipes", recipe, "--seconds", "5"]
+        command += ["--device", arguments.device, "--precisions", arguments.precision, "--out", str(speed)]
+        command += ["--paths", f"{{{recipe}: {arguments.data}}}"] if arguments.data else []
+        run_of.add(run(Part("speed", command, 120, speed), run_of.variables, run_of.log, run_of.left()))
+        if run_of.outcomes[-1].state != "ok":
+            return
+    seconds = max(1.0, run_of.left() - ENDING)
+    epochs = arguments.epochs or epochs_in(speed, seconds)
     folder = Path(tempfile.mkdtemp(dir=SCRATCH)) / "run"
     options = {
-        **path,
         "run_dir": str(folder),
-        "trainer.accelerator": device,
+        "trainer.accelerator": arguments.device,
         "trainer.devices": "1",
         "trainer.precision": arguments.precision,
         "trainer.max_epochs": str(epochs),
-        "trainer.max_time": f"00:00:{int(max(left, 1)) // 60:02}:{int(max(left, 1)) % 60:02}",
+        "trainer.max_time": f"00:00:{int(seconds) // 60:02}:{int(seconds) % 60:02}",
+        **({"data.path": str(arguments.data)} if arguments.data else {}),
     }
-    command = [python, "examples/train.py", recipe, *(x for o, v in options.items() for x in (f"--{o}", v))]
-    print(f"{recipe}, {epochs} epochs or {max(left, 1):.0f} s, {arguments.precision}", flush=True)
-    part = Part("train", command, left + ENDING, folder / "metrics.csv", saves=True)
-    outcomes.append(run(part, variables, log, left + ENDING))
-    weights = (
-        ["model.safetensors"] if (folder / "model.safetensors").is_file() else ["best.ckpt", "last.ckpt"]
-    )
-    for name in ("metrics.csv", "config.yaml", "results.json", *weights):
+    command = [run_of.python, "examples/train.py", recipe]
+    command += [text for name, value in options.items() for text in (f"--{name}", value)]
+    print(f"{recipe}: {epochs} epochs or {seconds:.0f} s, {arguments.precision}, in {folder}", flush=True)
+    part = Part("train", command, seconds + ENDING, folder / "metrics.csv", saves=True)
+    try:
+        run_of.add(run(part, run_of.variables, run_of.log, seconds + ENDING))
+    finally:
+        _keep_training(folder, results, run_of)
+
+
+def _keep_training(folder: Path, results: Path, run_of: Run) -> None:
+    """Curve, configuration, scores and weights; without the optimizer, which is twice as large."""
+    for name in ("metrics.csv", "config.yaml", "results.json", "model.safetensors"):
         if (folder / name).is_file():
             shutil.copy(folder / name, results / name)
-    keep(results, outcomes)
-    return outcomes
+    cut_short = [file for file in (folder / "best.ckpt", folder / "last.ckpt") if file.is_file()]
+    if cut_short and not (folder / "model.safetensors").is_file():
+        code = """
+import sys, torch
+from safetensors.torch import save_file
+weights = torch.load(sys.argv[1], map_location="cpu", weights_only=True)["state_dict"]
+save_file({name: weight.contiguous() for name, weight in weights.items()}, sys.argv[2])
+"""
+        command = [run_of.python, "-c", code, str(cut_short[0]), str(results / "model.safetensors")]
+        subprocess.run(command, env=run_of.variables, stdout=run_of.log, stderr=run_of.log, timeout=60)
 
 
-def _epochs(speed: Path, seconds: float) -> int:
+def epochs_in(speed: Path, seconds: float) -> int:
     """How many epochs of the recipe's training sequences fit into so many seconds, validation included."""
     try:
         cells = json.loads(speed.read_text())["cells"]
@@ -218,54 +280,79 @@ def _epochs(speed: Path, seconds: float) -> int:
     except (OSError, ValueError, StopIteration):
         return 1
     an_epoch = loader["sequences"] * (1.1 / model["per_second"] + 1 / loader["per_second"])
-    return max(1, int(seconds / an_epoch))
+    return max(1, int(0.9 * seconds / an_epoch))  # a tenth for what Lightning does around the steps
 
 
-def main() -> None:
-    """The command line, as the Makefile passes it on."""
+def command_line() -> argparse.Namespace:
+    """The options, as the Makefile passes them on; what is wrong ends the program in a line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False
     )
     add: Callable[..., object] = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny sizes, to rehearse (DEVICE)")
-    add("--results", type=Path, help="folder for results, at most 7 files; made anew if not given (RESULTS)")
+    add("--results", type=Path, help="folder for results, at most 7 files; build/gpu/results-TIME (RESULTS)")
     add("--wheels", type=Path, help="folder of `make gpu-bundle`: install from it alone (WHEELS)")
-    add("--minutes", type=float, help="for all parts, 6; or for the training, 8 (MINUTES)")
-    add("--data", type=Path, help="to train: folder with CIFAR-10's train.parquet and test.parquet (DATA)")
+    add("--minutes", type=float, help="for everything, 6; for a training 8, and at least 3 (MINUTES)")
+    add("--data", type=Path, help="to train: folder with train.parquet and test.parquet (DATA)")
     add("--train", action="store_true", help="train a recipe, and nothing else (TRAIN=1)")
-    add("--recipe", help="to train: scifar, or digits on a CPU (RECIPE)")
+    add("--recipe", help="to train, of examples/recipes: scifar, or digits on a CPU (RECIPE)")
     add("--precision", choices=("32-true", "bf16-mixed"), default="bf16-mixed", help="of it (PRECISION)")
     add("--epochs", type=int, default=0, help="of it; 0: as many as fit, from a measurement (EPOCHS)")
     add("--hang", choices=PARTS["cpu"], help="rehearse: stop this part in the middle (HANG)")
     add("--crash", choices=PARTS["cpu"], help="rehearse: crash this part in the middle (CRASH)")
-    arguments = parser.parse_args()
+    try:
+        arguments = parser.parse_args()
+    except argparse.ArgumentError as error:
+        raise SystemExit(f"make gpu: {error}") from None
     usual = 8.0 if arguments.train else 6.0 if arguments.device == "cuda" else 24.0
-    arguments.minutes = arguments.minutes or usual
+    arguments.minutes = usual if arguments.minutes is None else arguments.minutes
+    least = 3.0 if arguments.train and arguments.device == "cuda" else 0.5
+    if not arguments.minutes >= least:
+        raise SystemExit(f"make gpu: --minutes must be at least {least:g}, got {arguments.minutes:g}")
+    if arguments.epochs < 0:
+        raise SystemExit(f"make gpu: --epochs must be at least 0, got {arguments.epochs}")
     arguments.recipe = arguments.recipe or ("scifar" if arguments.device == "cuda" else "digits")
+    if not (ROOT / "examples" / "recipes" / f"{arguments.recipe}.yaml").is_file():
+        raise SystemExit(f"make gpu: --recipe: there is no examples/recipes/{arguments.recipe}.yaml")
     for option in ("wheels", "data"):
         folder = getattr(arguments, option)
         if folder is not None and not folder.is_dir():
-            parser.error(f"--{option}: there is no folder {folder}")
+            raise SystemExit(f"make gpu: --{option}: there is no folder {folder}")
         setattr(arguments, option, folder and folder.resolve())
-    if arguments.data is None and arguments.wheels and (arguments.wheels / "data").is_dir():
-        arguments.data = arguments.wheels / "data"
-    SCRATCH.mkdir(parents=True, exist_ok=True)
-    results = arguments.results or SCRATCH / time.strftime("results-%Y%m%d-%H%M%S")
-    arguments.results = results.resolve()
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    with (arguments.results / "log.txt").open("a") as log:
-        try:
-            python, variables = environment(arguments.device, arguments.wheels)
-        except (SetupError, subprocess.CalledProcessError, OSError) as error:
-            raise SystemExit(f"make gpu: {error}") from None
+    bundled = arguments.wheels and arguments.wheels / "data"
+    if arguments.train and arguments.recipe == "scifar" and bundled and bundled.is_dir():
+        arguments.data = arguments.data or bundled
+    if arguments.train and arguments.data and not (arguments.data / "train.parquet").is_file():
+        raise SystemExit(f"make gpu: --data: there is no train.parquet in {arguments.data}")
+    return arguments
+
+
+def main() -> None:
+    """Find the environment, run the parts, print the table."""
+    began, arguments = time.monotonic(), command_line()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through every finally
+    try:
+        SCRATCH.mkdir(parents=True, exist_ok=True)
+        python, variables = environment(arguments.device, arguments.wheels)
+        results = arguments.results or SCRATCH / time.strftime("results-%Y%m%d-%H%M%S")
+        arguments.results = results.resolve()
+        arguments.results.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (arguments.results / name).unlink(missing_ok=True)
+        log = (arguments.results / "log.txt").open("w")
+    except (SetupError, subprocess.CalledProcessError, OSError) as error:
+        raise SystemExit(f"make gpu: {error}") from None
+    with log:
         print(f"ready    after {time.monotonic() - began:.0f} s, results in {arguments.results}", flush=True)
-        outcomes = (train if arguments.train else prove)(arguments, python, variables, log)
-        command = [python, "benchmarks/gpu_report.py", str(arguments.results)]
-        report = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
-        print(report.stdout if report.returncode == 0 else report.stderr, flush=True)
-        log.write(report.stdout)
-    raise SystemExit(any(outcome.state != "ok" for outcome in outcomes))
+        if arguments.device == "cpu":
+            print("tiny sizes, to rehearse: the speeds mean nothing", flush=True)
+        run_of = Run(arguments, python, variables, log, began)
+        try:
+            (train if arguments.train else prove)(run_of)
+        except KeyboardInterrupt:
+            run_of.add(Outcome("interrupt", "interrupted", time.monotonic() - began))
+        run_of.report()
+    raise SystemExit(any(outcome.state != "ok" for outcome in run_of.outcomes))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Python's standard library alone, as it runs before anything is installed.
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -45,13 +46,9 @@ def environment(device: str, wheels: Path | None) -> tuple[str, dict[str, str]]:
         else:
             _pip(python, "install", "-q", "-e", f"{ROOT}[test]")
     if device == "cuda":
-        # KeOps looks for CUDA's libraries where the loader does, not where pip put those of torch.
-        code = "import importlib.util as u; print(*(u.find_spec('nvidia').submodule_search_locations))"
-        homes = [Path(home) for home in _output([python, "-c", code], variables).split()]
-        folders = [*(f.parent for h in homes for f in h.rglob("libnvrtc.so*")), Path("/usr/local/cuda/lib64")]
-        existing = dict.fromkeys(str(folder) for folder in folders if folder.is_dir())
-        variables["LD_LIBRARY_PATH"] = os.pathsep.join(
-            [*filter(None, [os.environ.get("LD_LIBRARY_PATH")]), *existing]
+        variables |= _cuda_libraries(python, variables)
+        variables["TORCHINDUCTOR_COMPILE_THREADS"] = (
+            "1"  # each of several workers would start as many as cores
         )
     print(f"C++      {_extension(python, wheels, variables)}", flush=True)
     if commit := _commit(wheels):
@@ -59,12 +56,32 @@ def environment(device: str, wheels: Path | None) -> tuple[str, dict[str, str]]:
     return python, variables
 
 
+def _cuda_libraries(python: str, variables: dict[str, str]) -> dict[str, str]:
+    """Variables by which KeOps finds NVRTC as it looks for it: libnvrtc.so, of the version that torch has.
+
+    pip's packages have no file of that name, and the system's may be of another version than torch's.
+    """
+    code = "import importlib.util as u; print(*(u.find_spec('nvidia').submodule_search_locations))"
+    homes = [Path(home) for home in _output([python, "-c", code], variables).split()]
+    found = [f for home in homes for f in sorted(home.rglob("libnvrtc.so.*")) if "alt" not in f.name]
+    if not found:
+        return {}
+    links = SCRATCH / "lib"
+    shutil.rmtree(links, ignore_errors=True)
+    links.mkdir(parents=True)
+    for name in ("libnvrtc.so", found[0].name):
+        (links / name).symlink_to(found[0])
+    folders = [str(links), str(found[0].parent), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    toolkit = {} if Path("/usr/local/cuda/include").is_dir() else {"CUDA_PATH": str(found[0].parent.parent)}
+    return {"LD_LIBRARY_PATH": os.pathsep.join(folders), **toolkit}
+
+
 def _python(device: str, wheels: Path | None) -> tuple[str, str]:
     """The first Python that has torch for the device, or else .venv, and the version of its torch."""
     own = str(ROOT / ".venv" / "bin" / "python")
     code = "import torch; print(torch.__version__, torch.cuda.is_available(), torch.version.cuda)"
     seen = ""
-    for python in (sys.executable, own):
+    for python in dict.fromkeys([sys.executable, shutil.which("python") or own, own]):
         version, *cuda = _output([python, "-c", code], dict(os.environ)).split() or ("",)
         if version and (device == "cpu" or cuda[0] == "True"):
             return python, version
@@ -118,9 +135,10 @@ def _unpack(python: str, wheels: Path, site: Path) -> None:
     chosen = [w for w in chosen if normal(w.name.split("-")[0]) != "s4-pytorch"]  # run from the tree
     shutil.rmtree(site, ignore_errors=True)
     site.mkdir(parents=True)
-    if chosen:
-        _pip(python, "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", str(site),
-             *map(str, chosen))  # fmt: skip
+    for wheel in chosen:
+        with zipfile.ZipFile(wheel) as content:  # what pip does with one that only holds Python
+            content.extractall(site)
+    print(f"wheels   {', '.join(w.name.split('-')[0] for w in chosen) or 'nothing is missing'}", flush=True)
 
 
 def _installed(python: str, variables: dict[str, str]) -> set[str]:
@@ -149,7 +167,12 @@ def requirements(extra: str) -> dict[str, str]:
                 for inner in re.findall(r"[\w-]+", requirement.split("[")[1].split("]")[0]):
                     add(project["optional-dependencies"][inner])
             else:
-                found[name] = requirement.split(";")[0].strip()
+                text, _, marker = requirement.partition(";")
+                if not marker or (sys.platform, platform.machine()) == (
+                    "linux",
+                    "x86_64",
+                ):  # the one there is
+                    found[name] = text.strip()
 
     add(project["dependencies"])
     add(project["optional-dependencies"][extra])

@@ -66,7 +66,7 @@ def groups(cells: Cells, *keys: str) -> Iterator[tuple[tuple[Any, ...], dict[str
     yield from found.items()
 
 
-def layers(cells: Cells) -> list[str]:
+def layers(cells: Cells, rates: dict[str, float]) -> list[str]:
     """Milliseconds of S4's modes beside the floor and the peers."""
     rows = []
     for (B, L, H, dtype, backward), by in groups(cells, "B", "L", "H", "dtype", "backward"):
@@ -77,7 +77,10 @@ def layers(cells: Cells) -> list[str]:
             best = min((m for m in modes if m != "auto"), key=lambda m, ms=modes: ms[m]["ms"], default="")
             took = modes.get("auto", {}).get("took", "")
             peers = [by.get(who) for who in ("bare FFT", "LSTM", "attention", "original formula")]
-            floor = next(iter(modes.values())).get("floor: bytes")
+            size = (5 if backward else 2) * (
+                4 if dtype == "float32" else 2
+            )  # bytes an input: u, y, gradients
+            floor = 1e-6 * size * B * L * H / rates["copy GB/s"] if rates else None
             rows.append(
                 [f"{name} ({B}, {L}, {H}) {dtype}{' +bwd' if backward else ''}", _ms(floor)]
                 + [
@@ -98,10 +101,12 @@ def kernels(cells: Cells, auto: str) -> list[str]:
         order = sorted((who for who in by if who != "auto"), key=lambda who, of=by: of[who]["ms"])
         two = [f"{who} {_ms(by[who]['ms'])}" for who in order[:2]] + [""] * (2 - len(order[:2]))
         name = f"{what}, H {H}, N {N}, L {L}{' +bwd' if backward else ''}"
-        rows.append([name, _ms(by.get("auto", {}).get("ms")), *two])
+        own = by.get("auto", {})
+        rows.append([name, _ms(own.get("ms")), own.get("took", ""), *two])
     if not rows:
         return []
-    return [*grid("ms of a kernel", "auto", "fastest", "next", rows=rows), auto.split("; not in")[0]]
+    lines = grid("ms of a kernel", "auto", "auto took", "fastest", "next", rows=rows)
+    return [*lines, *([auto.split("; not in")[0]] if auto else [])]
 
 
 def generation(cells: Cells) -> list[str]:
@@ -135,6 +140,8 @@ def report(folder: Path) -> list[str]:
     files = {name: read(folder, f"{name}.json") for name in ("kernels", "layer", "generation", "training")}
     counts, failures = tests(folder)
     parts: Any = read(folder, "parts.json") or []
+    bad = [part for part in parts if part["state"] != "ok"]
+    failures = [f"{part['name']}: {part['state']}; {part['said']}".rstrip("; ") for part in bad] + failures
     for name, content in files.items():
         failures += [f"{name}: {where}: {message}" for where, message in content.get("failures", {}).items()]
     rows = []
@@ -144,7 +151,9 @@ def report(folder: Path) -> list[str]:
         done += "" if content.get("complete", True) else ", not all"
         if part["name"] == "tests":
             done = ", ".join(f"{number} {outcome}" for outcome, number in counts.items())
-        rows.append([part["name"], part["state"], f"{part['seconds']:.0f} s", done, part["said"][:60]])
+        rows.append(
+            [part["name"], "ok" if part["state"] == "ok" else "FAILED", f"{part['seconds']:.0f} s", done]
+        )
     made = next((content for content in files.values() if "machine" in content), {})
     facts = [
         f"{key} {made[key]}"
@@ -152,9 +161,10 @@ def report(folder: Path) -> list[str]:
         if key in made
     ]
     head = ["", ", ".join(facts)]
-    tables = [*grid("part", "", "time", "done", "last said", rows=rows)]
+    tables = grid("part", "", "time", "done", rows=rows)
+    tables += [note[:WIDTH] for part in parts for note in part.get("notes", [])]
     for lines in (
-        layers(files["layer"].get("cells", [])),
+        layers(files["layer"].get("cells", []), files["layer"].get("rates", {})),
         kernels(files["kernels"].get("cells", []), files["kernels"].get("auto", "")),
         generation(files["generation"].get("cells", [])),
         training(files["training"].get("cells", [])),

@@ -45,17 +45,19 @@ def run(main: Callable[..., None]) -> None:
     for argument in sys.argv[1:]:
         name, equals, value = argument.partition("=")
         if name in lists and equals:
-            argument = f"{name}={_bracketed(value)}"
+            argument = f"{name}={_bracketed(name, value)}"
         elif arguments and arguments[-1] in lists:
-            argument = _bracketed(argument)
+            argument = _bracketed(arguments[-1], argument)
         arguments.append(argument)
     try:
         auto_cli(main, args=arguments, exit_on_error=False)
     except argparse.ArgumentError as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}") from None
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}; see --help") from None
 
 
-def _bracketed(text: str) -> str:
+def _bracketed(option: str, text: str) -> str:
+    if not text.strip("[] "):
+        raise SystemExit(f"{option}: give at least one value")
     return text if text.startswith(("[", "--")) else f"[{text}]"
 
 
@@ -146,6 +148,14 @@ class Budget:
     def __init__(self, seconds: float) -> None:
         self.seconds, self._began, self._free = seconds, time.monotonic(), 0.0
 
+    def begin(self) -> None:
+        """Start the clock."""
+        self._began = time.monotonic()
+
+    def end(self) -> None:
+        """Nothing more is to be measured."""
+        self.seconds = 0.0
+
     def spent(self) -> float:
         """Seconds so far."""
         return time.monotonic() - self._began - self._free
@@ -167,6 +177,15 @@ def synchronize(device: torch.device) -> None:
     """Wait for a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def lost(device: torch.device) -> bool:
+    """Whether an error has left the GPU unusable for this process."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def milliseconds(contender: Contender, backward: bool, times: int = 1) -> float:
@@ -199,8 +218,12 @@ def measure(
             first = milliseconds(contender, backward)
             peak = Peak(device)
             second = milliseconds(contender, backward)
-        except (RuntimeError, MemoryError) as error:  # out of memory, or a kernel that fails
+        except (
+            Exception
+        ) as error:  # out of memory, a kernel that fails, whatever a compiler of kernels raises
             failed[contender.who] = first_line(error)
+            if lost(device):
+                budget.end()
             continue
         budget.spare(first / 1e3, second / 1e3)
         memory[contender.who], times[contender.who] = peak.above_start(), [second]
@@ -289,6 +312,7 @@ class Report:
         self._task = self._progress.add_task("", total=total)
 
     def __enter__(self) -> "Report":
+        self.budget.begin()
         self._progress.start()
         return self
 
@@ -305,7 +329,7 @@ class Report:
         before = len(self.cells)
         self.cells += cells
         self.failures |= failures
-        self.done += (len(self.cells) - before + len(failures)) / contenders
+        self.done += (len(self.cells) - before + len(failures)) / contenders if contenders else 1
         self._progress.advance(self._task)
         self.write()
 

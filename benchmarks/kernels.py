@@ -34,7 +34,7 @@ KINDS = ("cauchy", "vandermonde", "S4 kernel", "S4D kernel")
 
 @dataclass
 class Cell(Measured):
-    """One measurement."""
+    """One measurement; `took` is the contender that "auto" is."""
 
     what: str
     who: str
@@ -42,6 +42,7 @@ class Cell(Measured):
     N: int
     L: int
     backward: bool
+    took: str = ""
 
 
 def contenders(
@@ -211,7 +212,8 @@ def main(
                     measured, failed = measure(found, backward, seconds, clock)
                     kind = f"{what}, H {H}, N {N}, L {L}{', backward' if backward else ''}"
                     report.add(
-                        (Cell(**asdict(m), what=what, who=who, H=H, N=N, L=L, backward=backward)
+                        (Cell(**asdict(m), what=what, who=who, H=H, N=N, L=L, backward=backward,
+                              took=pick(what, N, L, where) if who == "auto" else "")
                          for who, m in measured.items()),
                         {f"{who}: {kind}": message for who, message in failed.items()},
                         len(found),

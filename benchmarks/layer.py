@@ -13,10 +13,11 @@ Time and peak memory of one layer of width H against the length L, forward alone
 - with --official, the original repository's layer without its activation and output map.
 
 Backward is from a ready-made gradient to the input and all parameters. In bfloat16 inputs and outputs are
-bfloat16 and all run under autocast. Memory is above the start, where the input and the output's gradient
-already are; output and gradients count. Lines in the plot are floors: bytes that have to be read or written,
-at the bandwidth of a large copy (which a sequence that fits a cache can beat), and a scan's dense products at
-the rate of a large matrix product. Prints a table; writes JSON, and plots beside it.
+bfloat16 and all run under autocast, in which PyTorch gives an LSTM on a GPU to cuDNN in float16. Memory is
+above the start, where the input and the output's gradient already are; output and gradients count. Lines in
+the plot are floors: bytes that have to be read or written, at the bandwidth of a large copy (which a sequence
+that fits a cache can beat), and a scan's dense products at the rate of a large matrix product. Prints a
+table; writes JSON, and plots beside it.
 """
 
 from collections.abc import Callable
@@ -134,19 +135,27 @@ def fits(
 
 
 def measured_rates(device: torch.device, quick: bool) -> dict[str, float]:
-    """GB/s of a copy, read and written, and Gflop/s of a matrix product: on large tensors, if not quick."""
+    """GB/s of a copy, read and written, and Gflop/s of products by dtype: on large tensors, if not quick."""
     size = 256 if quick else 8192 if device.type == "cuda" else 2048
-    source, A = torch.randn(16 * size, size, device=device), torch.randn(size, size, device=device)
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 2**34:
+        size = min(size, 2048)
+    source = torch.randn(16 * size, size, device=device)
     target = torch.empty_like(source)
-    copy = Contender("copy", lambda: target.copy_(source), [source])
-    product = Contender("product", lambda: A @ A, [A])
-    best = [min(milliseconds(c, False) for _ in range(10)) for c in (copy, product)]
-    return {"copy GB/s": 2e-6 * source.nbytes / best[0], "product Gflop/s": 2e-6 * size**3 / best[1]}
+    found = {"copy GB/s": 2e-6 * source.nbytes / _best(lambda: target.copy_(source), source)}
+    for dtype in (torch.float32, torch.bfloat16):
+        A = source[:size].to(dtype)
+        name = f"product Gflop/s, {str(dtype).removeprefix('torch.')}"
+        found[name] = 2e-6 * size**3 / _best(lambda A=A: A @ A, A)
+    return found
+
+
+def _best(run: Callable[[], Tensor], of: Tensor) -> float:
+    return min(milliseconds(Contender("", run, [of]), False) for _ in range(10))
 
 
 def floors(rates: dict[str, float], c: Cell) -> dict[str, float]:
     """Milliseconds. Input and output, backward three more of them; 8N flop an input, backward twice more."""
-    inputs, copy, product = c.B * c.H * c.L, rates["copy GB/s"], rates["product Gflop/s"]
+    inputs, copy, product = c.B * c.H * c.L, rates["copy GB/s"], rates[f"product Gflop/s, {c.dtype}"]
     size = 4 if c.dtype == "float32" else 2
     moved, flops = (5 * size, 24 * c.N) if c.backward else (2 * size, 8 * c.N)
     return {

@@ -74,7 +74,9 @@ class Official:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         if not (folder("--official", path) / "models" / "s4" / "s4.py").is_file():
-            raise SystemExit(f"--official: no models/s4/s4.py in {path}, which must be a checkout of it")
+            raise SystemExit(
+                f"--official: no models/s4/s4.py in {path}: give a checkout of github.com/state-spaces/s4"
+            )
         sys.path.insert(0, str(path))
         try:
             self._models = import_module("models.s4.s4")

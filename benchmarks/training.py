@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 from data import Batch, SequenceData, padded  # noqa: E402
 from example_files import write_parquet  # noqa: E402
 from images import SOURCES, SequentialImages  # noqa: E402
+from storage import DataError  # noqa: E402
 from task import SequenceTask  # noqa: E402
 from train import RECIPES, TASKS  # noqa: E402
 
@@ -140,7 +141,8 @@ def main(
     Args:
         recipes: of examples/recipes.
         paths: folders of the data of recipes; the others are downloaded or made.
-        made: random images in the place of data sets of images, on which the time of a model does not depend.
+        made: random images in the place of data sets of images, for the models alone, whose time does not
+            depend on them.
         precisions: of the model, as trainer.precision has them.
         budget: seconds after which no further measurement starts.
         seconds: for each measurement.
@@ -160,11 +162,17 @@ def main(
             if not report.begin(f"{recipe}: loader"):
                 break
             content = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
-            data = data_of(content, paths.get(recipe), scratch if made else None)
+            try:
+                data = data_of(content, paths.get(recipe), scratch if made else None)
+            except DataError as error:
+                raise SystemExit(f"--paths: {recipe}: {first_line(error)}") from None
             source, sequences = batches(data, where), len(data.train_dataloader().rows)
             held = [next(source) for _ in range(HELD)]
-            times = measure(lambda s=source: next(s), seconds, where)
-            report.add([cell(recipe, "loader", "", sequences, held[0], times)], {}, 1)
+            if made:
+                report.add([], {}, 0)  # of a few images it would be too fast
+            else:
+                times = measure(lambda s=source: next(s), seconds, where)
+                report.add([cell(recipe, "loader", "", sequences, held[0], times)], {}, 1)
             for precision in precisions:
                 if not report.begin(f"{recipe}: model, {precision}"):
                     break
@@ -177,7 +185,7 @@ def main(
                         lambda t=task, o=optimizer, h=turns, p=lower: step(t, o, next(h), p), seconds, where
                     )
                     report.add([cell(recipe, "model", precision, sequences, held[0], times)], {}, 1)
-                except (RuntimeError, MemoryError) as error:  # out of memory, or a kernel that fails
+                except Exception as error:  # out of memory, or a kernel that fails
                     report.add([], {f"{recipe}: model, {precision}": first_line(error)}, 1)
                 task = optimizer = None  # the next one needs its memory
         if report.cells:

@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import os
 import random
 import re
 import subprocess
@@ -61,12 +62,13 @@ def find_checkpoint(run_dir: Path, names: tuple[str, ...]) -> Path:
 
 
 def git_commit() -> str:
-    """The commit of this program, with -dirty for uncommitted changes, or "unknown"."""
+    """The commit of this program, -dirty with uncommitted changes; without git $S4_COMMIT or "unknown"."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    unknown = os.environ.get("S4_COMMIT", "unknown")
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or "unknown"
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or unknown
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return unknown
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -1,5 +1,6 @@
 """One thread a worker, as the cases are small and xdist already fills the cores; one seed a test."""
 
+import os
 import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
@@ -30,6 +31,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch finds none"))
+
+
+@pytest.fixture(autouse=True)
+def gpu_that_answers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A failed kernel shows in its own test; a worker whose GPU is lost ends, and xdist starts another."""
+    yield
+    if request.node.get_closest_marker("gpu") and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(3)
+            raise
 
 
 @pytest.fixture(autouse=True)

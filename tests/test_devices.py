@@ -3,7 +3,6 @@
 What only a GPU can show beyond these numbers, graphs, streams and the like, is in test_gpu.py.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import oracle
@@ -42,13 +41,6 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=VALUE, ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def no_gradient_of_another_test() -> Iterator[None]:
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # a kernel that fails does so in its own test
 
 
 def built(options: dict[str, Any], dtype: torch.dtype, device: str, **more: Any) -> S4Layer:

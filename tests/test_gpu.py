@@ -16,6 +16,8 @@ pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
 USABLE = [name for name, it in _choice.BACKENDS.items() if name != "naive" and it.status(CUDA) is True]
 
+GRAPHED = [name for name in USABLE if name != "keops"]  # which waits for the stream, as no graph can
+
 
 def draw(*shape: int, dtype: torch.dtype = torch.complex128) -> Tensor:
     return torch.randn(*shape, dtype=torch.complex128).to(dtype).to(CUDA)
@@ -112,7 +114,7 @@ def replayed(run: Callable[[], Tensor], refill: Callable[[], None]) -> tuple[Ten
     return out.clone(), run()
 
 
-@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("backend", GRAPHED)
 def test_graph_records_the_sums(backend: str) -> None:
     v, z, w = problem(torch.complex64)
     got, want = replayed(lambda: grouped(backend)(v, z, w), lambda: v.copy_(draw(*v.shape)))
@@ -122,7 +124,7 @@ def test_graph_records_the_sums(backend: str) -> None:
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("backend", GRAPHED)
 def test_graph_records_the_gradients_of_the_sums(backend: str) -> None:
     v, z, w = problem(torch.complex64)
     got, want = replayed(
@@ -133,7 +135,7 @@ def test_graph_records_the_gradients_of_the_sums(backend: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["dplr", "diag"])
-@pytest.mark.parametrize("backend", ["auto", *USABLE])
+@pytest.mark.parametrize("backend", ["auto", *GRAPHED])
 def test_graph_records_a_layer(backend: str, variant: str) -> None:
     layer = S4Layer(8, 16, variant=variant, backend=backend, device=CUDA).eval()
     u = torch.randn(2, 100, 8, device=CUDA)
