@@ -330,7 +330,7 @@ def command_line() -> argparse.Namespace:
 def main() -> None:
     """Find the environment, run the parts, print the table."""
     began, arguments = time.monotonic(), command_line()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through every finally
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the parts end, the table comes
     try:
         SCRATCH.mkdir(parents=True, exist_ok=True)
         python, variables = environment(arguments.device, arguments.wheels)
@@ -342,6 +342,8 @@ def main() -> None:
         log = (arguments.results / "log.txt").open("w")
     except (SetupError, subprocess.CalledProcessError, OSError) as error:
         raise SystemExit(f"make gpu: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("make gpu: interrupted before any part had begun") from None
     with log:
         print(f"ready    after {time.monotonic() - began:.0f} s, results in {arguments.results}", flush=True)
         if arguments.device == "cpu":

@@ -376,4 +376,4 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | 
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*map(str, row))
-    Console(width=max(130, Console().width)).print(table)
+    Console(width=max(150, Console().width)).print(table)
