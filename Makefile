@@ -26,7 +26,7 @@ compat:  ## the suite on every Python, torch and instruction set, or on some: ma
 
 gpu:  ## what a GPU has to prove, in six minutes; DEVICE=cpu rehearses, benchmarks/gpu.py --help has the options
 	$(PYTHON) benchmarks/gpu.py $(if $(filter-out 0,$(TRAIN)),--train )$(call options,\
-		DEVICE RESULTS WHEELS MINUTES DATA RECIPE PRECISION EPOCHS HANG CRASH)
+		DEVICE RESULTS WHEELS MINUTES PARTS DATA RECIPE PRECISION EPOCHS HANG CRASH)
 
 gpu-bundle:  ## wheels and data that `make gpu` needs where there is no network; benchmarks/gpu_bundle.py --help
 	$(PYTHON) benchmarks/gpu_bundle.py $(call options,OUT DATA IMAGE PYTHON_VERSION)

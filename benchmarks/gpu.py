@@ -184,7 +184,8 @@ def prove(run_of: "Run") -> None:
     """All parts, in the minutes there are."""
     arguments = run_of.arguments
     faults = {arguments.hang: "hang", arguments.crash: "crash"}
-    for part in parts(arguments.device, run_of.python, arguments.results):
+    chosen = parts(arguments.device, run_of.python, arguments.results)
+    for part in (part for part in chosen if part.name in arguments.parts):
         if run_of.left() < 5:
             run_of.add(Outcome(part.name, "not begun: no time was left", 0.0))
         else:
@@ -293,6 +294,7 @@ def command_line() -> argparse.Namespace:
     add("--results", type=Path, help="folder for results, at most 7 files; build/gpu/results-TIME (RESULTS)")
     add("--wheels", type=Path, help="folder of `make gpu-bundle`: install from it alone (WHEELS)")
     add("--minutes", type=float, help="for everything, 6; for a training 8, and at least 3 (MINUTES)")
+    add("--parts", default=",".join(PARTS["cuda"]), help="those to run, all unless told (PARTS)")
     add("--data", type=Path, help="to train: folder with train.parquet and test.parquet (DATA)")
     add("--train", action="store_true", help="train a recipe, and nothing else (TRAIN=1)")
     add("--recipe", help="to train, of examples/recipes: scifar, or digits on a CPU (RECIPE)")
@@ -309,6 +311,9 @@ def command_line() -> argparse.Namespace:
     least = 3.0 if arguments.train and arguments.device == "cuda" else 0.5
     if not arguments.minutes >= least:
         raise SystemExit(f"make gpu: --minutes must be at least {least:g}, got {arguments.minutes:g}")
+    arguments.parts = arguments.parts.split(",")
+    if unknown := [part for part in arguments.parts if part not in PARTS["cuda"]]:
+        raise SystemExit(f"make gpu: --parts: {unknown[0]!r} is none of {', '.join(PARTS['cuda'])}")
     if arguments.epochs < 0:
         raise SystemExit(f"make gpu: --epochs must be at least 0, got {arguments.epochs}")
     arguments.recipe = arguments.recipe or ("scifar" if arguments.device == "cuda" else "digits")

@@ -543,6 +543,19 @@ def test_no_compiler_is_a_reason(tmp_path: Path) -> None:
     assert "CXX" in reason
 
 
+def test_keops_that_crashes_is_a_reason_and_takes_no_process_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho '  File \"nvrtc.py\", line 78' >&2\nkill -SEGV $$\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    reason = _keops._crash("cuda")
+    assert (
+        reason == 'KeOps ends the process with SIGSEGV when it compiles for cuda (File "nvrtc.py", line 78)'
+    )
+
+
 def test_a_missing_library_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_keops.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(_keops, "_probe", _keops._probe.__wrapped__)

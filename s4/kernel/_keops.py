@@ -11,6 +11,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -60,8 +62,24 @@ def status(device: torch.device) -> bool | str:
 def _probe(kind: str) -> bool | str:
     if importlib.util.find_spec("pykeops") is None:
         return 'needs pykeops: pip install "s4-pytorch[keops]"'
+    if kind == "cuda" and (crash := _crash(kind)):
+        return crash
     with ThreadPoolExecutor(1) as thread:  # where no mode of torch is active, such as that of tracing
         return thread.submit(_try, kind).result()
+
+
+def _crash(kind: str) -> str:
+    """How a process that tries it dies, nothing if it lives: KeOps 2.3 with NVRTC 13 can take Python down."""
+    code = f"import sys; sys.path[:] = {sys.path!r}; from s4.kernel import _keops; _keops._try({kind!r})"
+    command = [sys.executable, "-X", "faulthandler", "-c", code]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if done.returncode >= 0:
+        return ""  # of what it raises the attempt in this process tells
+    name = signal.Signals(-done.returncode).name
+    where = next(
+        (line.strip() for line in done.stderr.splitlines() if "File" in line), "it does not say where"
+    )
+    return f"KeOps ends the process with {name} when it compiles for {kind} ({where})"
 
 
 def _try(kind: str) -> bool | str:
