@@ -71,9 +71,29 @@ def _cuda_libraries(python: str, variables: dict[str, str]) -> dict[str, str]:
     links.mkdir(parents=True)
     for name in ("libnvrtc.so", found[0].name):
         (links / name).symlink_to(found[0])
+    compiler = _shared_standard_library(python, variables, links)
     folders = [str(links), str(found[0].parent), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     toolkit = {} if Path("/usr/local/cuda/include").is_dir() else {"CUDA_PATH": str(found[0].parent.parent)}
-    return {"LD_LIBRARY_PATH": os.pathsep.join(folders), **toolkit}
+    return {"LD_LIBRARY_PATH": os.pathsep.join(folders), **toolkit, **compiler}
+
+
+def _shared_standard_library(python: str, variables: dict[str, str], links: Path) -> dict[str, str]:
+    """CXX that links torch's libstdc++.so.6, where g++ has the static one alone.
+
+    What KeOps compiles would hold a second copy, and crash in it: seen on an image without libstdc++.so.
+    """
+    gxx = shutil.which("g++")
+    if gxx is None or os.path.isabs(_output([gxx, "-print-file-name=libstdc++.so"], variables)):
+        return {}
+    code = "import torch; print(*{x.split()[-1] for x in open('/proc/self/maps') if 'libstdc++.so' in x})"
+    loaded = _output([python, "-c", code], variables).split()
+    if not loaded:
+        return {}
+    (links / "libstdc++.so").symlink_to(loaded[0])
+    wrapper = links / "g++"
+    wrapper.write_text(f'#!/bin/sh\nexec {gxx} -L{links} "$@"\n')
+    wrapper.chmod(0o755)
+    return {"CXX": str(wrapper)}
 
 
 def _python(device: str, wheels: Path | None) -> tuple[str, str]:

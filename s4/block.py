@@ -3,8 +3,9 @@
 from einops import rearrange
 from torch import Tensor, nn
 
-from s4._checks import check_features, check_flag, check_integer, check_lengths, check_number, check_option
-from s4.layer import S4Layer, padding, zero_padding
+from s4.checks import check_features, check_flag, check_integer, check_lengths, check_number, check_option
+from s4.layer import S4Layer
+from s4.padding import padding, zero_padding
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Complex128, Float, Float64
 from torch import Tensor
 
-from s4._checks import check_integer, check_option
+from s4.checks import check_integer, check_option
 
 T = TypeVar("T")
 

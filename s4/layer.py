@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from s4 import conv, hippo, scan, ssm
 from s4._cache import Cache, usable, watched
-from s4._checks import (
+from s4.checks import (
     check_features,
     check_flag,
     check_integer,
@@ -20,6 +20,7 @@ from s4._checks import (
 )
 from s4.kernel import _cpu, _stepping, diag, dplr
 from s4.kernel._choice import check_backend, exporting, has_autocast, has_fused_powers, transformed
+from s4.padding import zero_padding
 from s4.ssm import Propagator, System
 
 _INITS = {"dplr": ("legs", "legt", "fout"), "diag": ("legs", "lin", "inv")}
@@ -365,17 +366,6 @@ class S4Layer(nn.Module):
     def _check_causal(self, what: str) -> None:
         if self.bidirectional:
             raise ValueError(f"{what} needs a causal layer, but this one has bidirectional=True")
-
-
-def padding(lengths: Tensor, L: int) -> Tensor:
-    """(B, L), True past the end of each right-padded sequence."""
-    return torch.arange(L, device=lengths.device) >= lengths[:, None]
-
-
-def zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
-    """x (B, L, ...) with zeros past the lengths, also where it holds NaN or tokens that do not exist."""
-    past = padding(lengths, x.shape[1]).view(*x.shape[:2], *(1,) * (x.dim() - 2))
-    return torch.where(past, x.new_zeros(()), x)  # half the traffic of masked_fill, which copies first
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from s4._checks import check_integer, check_lengths, check_module, check_number, check_option, check_state
 from s4.block import S4Block
-from s4.layer import zero_padding
+from s4.checks import check_integer, check_lengths, check_module, check_number, check_option, check_state
+from s4.padding import zero_padding
 
 Sampler = Callable[[Tensor], Tensor]
 Stop = Callable[[Tensor], Tensor]

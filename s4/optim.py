@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from s4._checks import check_module, check_number
+from s4.checks import check_module, check_number
 from s4.layer import S4Layer
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)

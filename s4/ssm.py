@@ -71,18 +71,16 @@ def system(
 ) -> System:
     """The parameters of a layer in double precision; each of S systems serves H / S neighbouring channels."""
     repeats = log_dt.shape[0] // log_A_real.shape[0]
-
-    def of_channels(p: Tensor) -> Tensor:
-        return p.repeat_interleave(repeats, dim=-2)
-
-    def in_pairs(p: Tensor) -> Tensor:  # view_as_complex refuses strides and offsets of flat parameters
-        return torch.complex(*p.double().unbind(-1))
-
     Lambda = torch.complex(-torch.exp(log_A_real.double()), A_imag.double())
-    inputs = in_pairs(B)
-    low_rank = inputs.new_zeros(0, *inputs.shape) if P is None else in_pairs(P)
-    dt = rate * torch.exp(log_dt.double())
-    return System(of_channels(Lambda), of_channels(low_rank), of_channels(inputs), in_pairs(C), dt)
+    inputs = _in_pairs(B)
+    low_rank = inputs.new_zeros(0, *inputs.shape) if P is None else _in_pairs(P)
+    Lambda, low_rank, inputs = (p.repeat_interleave(repeats, dim=-2) for p in (Lambda, low_rank, inputs))
+    return System(Lambda, low_rank, inputs, _in_pairs(C), rate * torch.exp(log_dt.double()))
+
+
+def _in_pairs(p: Tensor) -> Tensor:
+    """(..., 2) to complex (...): view_as_complex refuses strides and offsets of flat parameters."""
+    return torch.complex(*p.double().unbind(-1))
 
 
 class Recurrence(NamedTuple):

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from s4._checks import check_integer
+from s4.checks import check_integer
 from s4.kernel import _naive, _ops
 from s4.kernel.cauchy import check_sums, refuse_tangents
 
