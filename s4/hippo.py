@@ -10,16 +10,14 @@ References:
 """
 
 import math
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Complex128, Float, Float64
 from torch import Tensor
 
 from s4.checks import check_integer, check_option
-
-T = TypeVar("T")
 
 
 def transition(measure: str, N: int) -> tuple[Float64[Tensor, "N N"], Float64[Tensor, "N"]]:
@@ -39,7 +37,7 @@ def transition(measure: str, N: int) -> tuple[Float64[Tensor, "N N"], Float64[Te
         ValueError: unknown measure, or N odd or below 2.
     """
     with torch.device("cpu"):  # whatever the default device is
-        return _choose("measure", measure, _TRANSITIONS)(_even(N))
+        return _measure(measure).transition(_even(N))  # type: ignore[misc]
 
 
 def dplr(
@@ -62,7 +60,10 @@ def dplr(
         ValueError: unknown measure, or N odd or below 2.
     """
     with torch.device("cpu"):
-        return _dplr(measure, N)
+        Lambda, V = _modes(measure, N)
+        _, B = transition(measure, N)
+        P = torch.einsum("jn,rj->rn", V.conj(), INITS[measure].low_rank(N).to(V.dtype))  # type: ignore[misc]
+        return Lambda, P, (V.mH @ B.to(V.dtype)).real + 0j
 
 
 def diag(init: str, N: int) -> tuple[Complex128[Tensor, "n"], Complex128[Tensor, "n"]]:
@@ -81,7 +82,8 @@ def diag(init: str, N: int) -> tuple[Complex128[Tensor, "n"], Complex128[Tensor,
         ValueError: unknown init, or N odd or below 2.
     """
     with torch.device("cpu"):
-        return _choose("init", init, _DIAGONALS)(_even(N))
+        check_option("init", init, names("diag"))
+        return INITS[init].diagonal(_even(N))  # type: ignore[misc]
 
 
 def basis(measure: str, N: int, lags: Float[Tensor, "*m"]) -> Float64[Tensor, "*m N"]:
@@ -108,13 +110,13 @@ def basis(measure: str, N: int, lags: Float[Tensor, "*m"]) -> Float64[Tensor, "*
         ValueError: unknown measure, N odd or below 2, or lags negative, NaN or beyond the window.
         TypeError: lags no floating-point tensor.
     """
-    function, window = _choose("measure", measure, _BASES)
+    _, _, _, function, window, *_ = _measure(measure)
     _even(N)
     _check_floating("lags", lags)
     if not lags.is_meta and not bool(((lags >= 0) & (lags <= window)).all()):
         reach = "be at least 0" if window == math.inf else f"lie in 0..{window:g}, the window of {measure!r}"
         raise ValueError(f"lags must {reach}, got values from {lags.min():g} to {lags.max():g}")
-    return function(N, lags.double())
+    return function(N, lags.double())  # type: ignore[misc]
 
 
 def reconstruct(
@@ -183,7 +185,7 @@ def from_modes(measure: str, state: Float[Tensor, "*batch N"]) -> Float[Tensor, 
         ValueError: unknown measure, or state of odd or no size.
         TypeError: state no floating-point tensor.
     """
-    _choose("measure", measure, _TRANSITIONS)
+    _measure(measure)
     _check_floating("state", state, even=True)
     with torch.device("cpu"):
         _, V = _modes(measure, state.shape[-1])
@@ -192,29 +194,21 @@ def from_modes(measure: str, state: Float[Tensor, "*batch N"]) -> Float[Tensor, 
     return (2 * (real @ V.real.T - imag @ V.imag.T)).to(state.dtype)
 
 
-def _dplr(measure: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
-    _, B = transition(measure, N)
-    Lambda, V = _modes(measure, N)
-    P = torch.einsum("jn,rj->rn", V.conj(), _LOW_RANK[measure](N).to(V.dtype))
-    return Lambda, P, (V.mH @ B.to(V.dtype)).real + 0j
-
-
 def _modes(measure: str, N: int) -> tuple[Tensor, Tensor]:
-    """Lambda (N/2,) and V (N, N/2), complex: the normal part of A as V diag(Lambda) V* and its conjugate."""
+    """Lambda (N/2,) and V (N, N/2), complex: the normal part of A as V diag(Lambda) V* and its conjugate.
+
+    The phase of each eigenvector makes its entry of V* B real and positive.
+    """
     A, B = transition(measure, N)
-    P = _LOW_RANK[measure](N)
-    if measure == "fout":
-        # A + P P^T is already made of 2x2 rotations, the first of them zero: no eigensolver could pair
-        # its two null vectors.
-        frequency = 2 * math.pi * torch.arange(N // 2, dtype=torch.float64)
-        pair = torch.tensor([[1.0], [-1j]], dtype=torch.complex128) / math.sqrt(2)
-        return 1j * frequency, torch.kron(torch.eye(N // 2, dtype=pair.dtype), pair)
-    shift = -0.5 if measure == "legs" else 0.0
-    skew = A + P.T @ P - shift * torch.eye(N, dtype=torch.float64)
+    it = INITS[measure]
+    if it.modes is not None:
+        return it.modes(N)
+    P = it.low_rank(N)  # type: ignore[misc]
+    skew = A + P.T @ P - it.shift * torch.eye(N, dtype=torch.float64)
     frequency, V = torch.linalg.eigh(-1j * skew)  # ascending, symmetric about 0
     frequency, V = frequency[N // 2 :], V[:, N // 2 :]
     phase = V.mH @ B.to(V.dtype)
-    return torch.complex(torch.full_like(frequency, shift), frequency), V * (phase / phase.abs())
+    return torch.complex(torch.full_like(frequency, it.shift), frequency), V * (phase / phase.abs())
 
 
 def _legs(N: int) -> tuple[Tensor, Tensor]:
@@ -286,33 +280,117 @@ def _diag_inv(N: int) -> tuple[Tensor, Tensor]:
     return Lambda, torch.ones_like(Lambda)
 
 
-_TRANSITIONS: dict[str, Callable[[int], tuple[Tensor, Tensor]]] = {
-    "legs": _legs,
-    "legt": _legt,
-    "fout": _fout,
-}
-_LOW_RANK: dict[str, Callable[[int], Tensor]] = {
-    "legs": lambda N: torch.sqrt(torch.arange(N, dtype=torch.float64) + 0.5)[None],
-    "legt": _legt_low_rank,
-    "fout": lambda N: math.sqrt(2) * _endpoint(N)[None],
-}
-_DIAGONALS: dict[str, Callable[[int], tuple[Tensor, Tensor]]] = {
-    "legs": _diag_legs,
-    "lin": _diag_lin,
-    "inv": _diag_inv,
-}
-
-# functions (N, lags) -> values, and how far back they reach
-_BASES: dict[str, tuple[Callable[[int, Tensor], Tensor], float]] = {
-    "legs": (lambda N, s: _legendre(N, torch.exp(-s)), math.inf),
-    "legt": (lambda N, s: _legendre(N, 1 - s), 1.0),
-    "fout": (_fourier, 1.0),
-}
+def _fourier_modes(N: int) -> tuple[Tensor, Tensor]:
+    """A + P^T P is already made of 2x2 rotations, the first of them zero: no eigensolver could pair its nulls."""
+    frequency = 2 * math.pi * torch.arange(N // 2, dtype=torch.float64)
+    pair = torch.tensor([[1.0], [-1j]], dtype=torch.complex128) / math.sqrt(2)
+    return 1j * frequency, torch.kron(torch.eye(N // 2, dtype=pair.dtype), pair)
 
 
-def _choose(name: str, value: str, table: dict[str, T]) -> T:
-    check_option(name, value, table)
-    return table[value]
+class Init(NamedTuple):
+    """An initialisation: a line of `INITS`. A measure has the first fields, a start of S4D the last.
+
+    transition: N to the dense pair A (N, N) and B (N,).
+    low_rank: N to P (r, N), real, for which A + P^T P - shift I is skew: what `dplr` diagonalises.
+    basis: (N, lags) to the values of its functions (..., N), and `window`, how far back they reach.
+    modes: N to Lambda (N/2,) and V (N, N/2) of A + P^T P, where no eigensolver can find them.
+    diagonal: N to Lambda (N/2,) and B (N/2,), complex128.
+    """
+
+    transition: Callable[[int], tuple[Tensor, Tensor]] | None = None
+    low_rank: Callable[[int], Tensor] | None = None
+    shift: float = 0.0
+    basis: Callable[[int, Tensor], Tensor] | None = None
+    window: float = 1.0
+    modes: Callable[[int], tuple[Tensor, Tensor]] | None = None
+    diagonal: Callable[[int], tuple[Tensor, Tensor]] | None = None
+
+
+INITS: dict[str, Init] = {
+    "legs": Init(
+        _legs,
+        lambda N: torch.sqrt(torch.arange(N, dtype=torch.float64) + 0.5)[None],
+        shift=-0.5,
+        basis=lambda N, s: _legendre(N, torch.exp(-s)),
+        window=math.inf,
+        diagonal=_diag_legs,
+    ),
+    "legt": Init(_legt, _legt_low_rank, basis=lambda N, s: _legendre(N, 1 - s)),
+    "fout": Init(
+        _fout, lambda N: math.sqrt(2) * _endpoint(N)[None], basis=_fourier, modes=_fourier_modes
+    ),
+    "lin": Init(diagonal=_diag_lin),
+    "inv": Init(diagonal=_diag_inv),
+}
+
+
+def names(variant: str) -> tuple[str, ...]:
+    """The initialisations of a variant: "dplr", the measures; "diag", the diagonal ones."""
+    return tuple(n for n, it in INITS.items() if (it.transition if variant == "dplr" else it.diagonal))
+
+
+def start(init: str | Sequence[Any], variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a layer starts from: Lambda (N/2,), P (r, N/2), r = 0 for "diag", and B (N/2,), complex128.
+
+    Args:
+        init: a name of `names(variant)`, or tensors as `own` takes them.
+        variant: "dplr" or "diag".
+        N: state size.
+    """
+    if not isinstance(init, str):
+        return own(init, variant, N)
+    if variant == "dplr":
+        return dplr(init, N)
+    Lambda, B = diag(init, N)
+    return Lambda, B.new_zeros(0, len(B)), B
+
+
+def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One's own initialisation, checked: (Lambda, P, B) for "dplr", (Lambda, B) for "diag".
+
+    Each as a complex tensor, or as nested lists of [re, im] as a configuration file has them: Lambda and B
+    (N/2,), P (r, N/2) of any rank r from 1, one of each conjugate pair, of x' = (diag(Lambda) - sum of P_r
+    P_r*) x + B u.
+
+    Raises:
+        ValueError, TypeError: of another form, not finite, or unstable, Re Lambda > 0; the message says which.
+    """
+    parts = ("Lambda", "P", "B") if variant == "dplr" else ("Lambda", "B")
+    form = f"init must be a name, {', '.join(map(repr, names(variant)))}, or ({', '.join(parts)})"
+    if not isinstance(init, (tuple, list)) or len(init) != len(parts):
+        raise ValueError(f"{form} for variant={variant!r}, got {init!r}")
+    found = []
+    for name, value in zip(parts, init, strict=True):
+        if not isinstance(value, Tensor):
+            try:
+                value = torch.view_as_complex(torch.tensor(value, dtype=torch.float64))
+            except (ValueError, TypeError, RuntimeError) as error:
+                raise TypeError(f"{name} of init must be a complex tensor or lists of [re, im]: {error}") from None
+        if not value.is_complex():
+            raise TypeError(f"{name} of init must be complex, got {value.dtype}")
+        shape = tuple(value.shape)
+        if shape != ((N // 2,) if name != "P" else (*shape[:1], N // 2)) or 0 in shape:
+            want = "(r, d_state / 2)" if name == "P" else "(d_state / 2,)"
+            raise ValueError(f"{name} of init must have shape {want} with d_state={N}, got {shape}")
+        if not value.is_meta and not bool(torch.isfinite(torch.view_as_real(value)).all()):
+            raise ValueError(f"{name} of init must be finite, got {value}")
+        found.append(value.detach().to("cpu", torch.complex128))
+    if bool((found[0].real > 0).any()):
+        raise ValueError(f"Lambda of init must have no positive real part, got up to {found[0].real.max():g}")
+    Lambda, *P, B = found
+    return Lambda, P[0] if P else B.new_zeros(0, len(B)), B
+
+
+def rank(init: str | Sequence[Any], variant: str, N: int) -> int:
+    """Of the low-rank part of `start`."""
+    if variant == "diag":
+        return 0
+    return len(INITS[init].low_rank(N)) if isinstance(init, str) else len(init[1])  # type: ignore[misc]
+
+
+def _measure(name: str) -> Init:
+    check_option("measure", name, names("dplr"))
+    return INITS[name]
 
 
 def _even(N: int) -> int:

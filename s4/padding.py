@@ -13,3 +13,10 @@ def zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
     """x (B, L, ...) with zeros past the lengths, also where it holds NaN or tokens that do not exist."""
     past = padding(lengths, x.shape[1]).view(*x.shape[:2], *(1,) * (x.dim() - 2))
     return torch.where(past, x.new_zeros(()), x)  # half the traffic of masked_fill, which copies first
+
+
+def right_aligned(x: Tensor, lengths: Tensor) -> Tensor:
+    """Right-padded x (B, H, L), each sequence moved to the right, so that all end with their last input."""
+    L = x.shape[-1]
+    source = torch.arange(L, device=x.device) - (L - lengths[:, None, None])
+    return x.gather(-1, source.clamp(min=0).expand_as(x)).masked_fill(source < 0, 0)

@@ -4,9 +4,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from s4.kernel import _naive, _ops
+from s4.backends import naive
+from s4.ops import dispatch
+from s4.ops.cauchy import cauchy as operator
 
 
 def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
@@ -35,8 +36,8 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
             f"v and w must have one length of the last dimension, got {v.shape[-1]} and {w.shape[-1]}"
         )
     if backend == "naive":
-        return _naive.cauchy(v, z, w)
-    refuse_tangents(v, z, w)
+        return naive.cauchy(v, z, w)
+    dispatch.refuse_tangents(v, z, w)
     batch = torch.broadcast_shapes(v.shape[:-1], z.shape[:-1], w.shape[:-1])
     # The last leading dimension, where it is of v alone, is that of right-hand sides over the same poles.
     shared = len(batch) > 0 and all(t.dim() < 2 or t.shape[-2] == 1 for t in (z, w))
@@ -45,21 +46,13 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
         z, w = (t.squeeze(-2) if t.dim() > 1 else t for t in (z, w))
     G, nodes = math.prod(groups), z.shape[-1]
     common = math.prod(z.shape[:-1]) == 1  # the same nodes for all groups
-    sums = _ops.cauchy(
+    sums = operator(
         v.expand(*batch, v.shape[-1]).reshape(G, q, v.shape[-1]),
         z.reshape(1, nodes) if common else z.expand(*groups, nodes).reshape(G, nodes),
         w.expand(*groups, w.shape[-1]).reshape(G, w.shape[-1]),
         backend,
     )
     return sums.view(*batch, nodes)
-
-
-def refuse_tangents(*tensors: Tensor) -> None:
-    """Raise in forward-mode differentiation: it takes a custom operator for a constant, and says nothing."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError('forward-mode differentiation of these sums needs backend="naive"')
 
 
 def check_sums(tensors: dict[str, Tensor]) -> None:

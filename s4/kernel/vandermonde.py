@@ -1,33 +1,31 @@
-"""Vandermonde products over conjugate pairs: the contract, and the choice of who computes them."""
-
-import math
+"""Vandermonde products over conjugate pairs."""
 
 import torch
 from torch import Tensor
 
 from s4.checks import check_integer
-from s4.kernel import _naive, _ops
-from s4.kernel.cauchy import check_sums, refuse_tangents
+from s4.kernel.cauchy import check_sums
+from s4.ops import response
+from s4.system import readout, stack
 
 
-def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
+def vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
     """2 Re of the sum over n of v_n exp(x_n l), for l = 0, ..., L-1 (S4D equation 7).
 
-    Leading dimensions broadcast.
+    In double precision, as a phase x l must be known to far better than 1 and grows with l; in memory that
+    does not grow with n L: it is the response of a diagonal recurrence. Leading dimensions broadcast.
 
     Args:
         v: weights, complex (..., n).
         x: exponents, complex (..., n), one of each conjugate pair.
         L: number of steps, 0 or more.
-        backend: "auto" or one of `s4.kernel.backends()`.
 
     Returns:
         real (..., L), differentiable in v and x.
 
     Raises:
         TypeError: an argument is not complex, dtypes differ, or L is not an integer.
-        ValueError: the last dimensions differ, devices differ, L is negative, or the backend cannot run.
-        NotImplementedError: forward-mode differentiation by any backend but "naive".
+        ValueError: the last dimensions differ, devices differ, or L is negative.
     """
     check_sums({"v": v, "x": x})
     if v.shape[-1] != x.shape[-1]:
@@ -35,14 +33,14 @@ def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
             f"v and x must have one length of the last dimension, got {v.shape[-1]} and {x.shape[-1]}"
         )
     check_integer("L", L, 0)
-    if backend == "naive":
-        return _naive.vandermonde(v, x, L)
-    refuse_tangents(v, x)
-    batch = torch.broadcast_shapes(v.shape[:-1], x.shape[:-1])
-    # The last leading dimension, where it is of v alone, is that of right-hand sides over the same poles.
+    batch, n = torch.broadcast_shapes(v.shape[:-1], x.shape[:-1]), v.shape[-1]
+    # The last leading dimension, where it is of v alone, is that of right-hand sides with the same exponents.
     shared = len(batch) > 0 and (x.dim() < 2 or x.shape[-2] == 1)
     groups, q = (batch[:-1], batch[-1]) if shared else (batch, 1)
     x = x.squeeze(-2) if shared and x.dim() > 1 else x
-    G, n = math.prod(groups), v.shape[-1]
-    v, x = v.expand(*batch, n).reshape(G, q, n), x.expand(*groups, n).reshape(G, n)
-    return _ops.vandermonde(v, x, L, backend).view(*batch, L)
+    a = stack(torch.exp(x.to(torch.complex128).expand(*groups, n).reshape(-1, n)))
+    C = readout(v.to(torch.complex128).expand(*batch, n).reshape(-1, q, n)).transpose(0, 1)
+    none = a.new_zeros(0, *a.shape)
+    one = stack(torch.ones_like(x, dtype=torch.complex128).expand(*groups, n).reshape(-1, n))
+    K = response.plain(a, none, none, one[:, None], C, L, v.dtype.to_real())[:, 0]
+    return K.transpose(0, 1).reshape(*batch, L)

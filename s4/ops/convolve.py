@@ -1,4 +1,4 @@
-"""The convolutional view: long convolutions by FFT, causal or two-sided, never circular."""
+"""Long convolutions by FFT, causal or two-sided, never circular."""
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,22 @@ def two_sided(
     return _Circular.apply(u, torch.cat([ahead, behind.flip(-1)], -1))
 
 
+def convolve(
+    u: Float[Tensor, "B L H"],
+    k: Float[Tensor, "c H L"],
+    D: Float[Tensor, "H"],
+    more: Float[Tensor, "B H L"] | None = None,
+) -> Float[Tensor, "B L H"]:
+    """Outputs of kernels k, forward and, if there is a second, backward in time, with D a tap at lag 0.
+
+    `more` is added to them: what a state before the first input gives.
+    """
+    ahead = k[0] + pad(D[:, None], (0, k.shape[-1] - 1))
+    rows = by_channel(u)
+    y = causal(rows, ahead) if len(k) == 1 else two_sided(rows, ahead, k[1])
+    return by_time(y if more is None else y + more)
+
+
 def by_channel(u: Float[Tensor, "B L H"]) -> Float[Tensor, "B H L"]:
     """The same numbers with the steps of a sequence side by side in memory, as one matrix transpose.
 
@@ -53,18 +69,20 @@ def by_time(y: Float[Tensor, "B H L"]) -> Float[Tensor, "B L H"]:
     return _Transposed.apply(y, True)
 
 
+def transpose(x: Tensor, back: bool) -> Tensor:
+    """`by_channel` or, back, `by_time`, without a gradient of their own."""
+    if back:
+        B, H, L = x.shape
+        return x.transpose(0, 1).reshape(H, B * L).t().contiguous().view(B, L, H)
+    B, L, H = x.shape
+    return x.reshape(B * L, H).t().contiguous().view(H, B, L).transpose(0, 1)
+
+
 class _Transposed(torch.autograd.Function):
     """(B, L, H) to (B, H, L) that lies in memory as (H, B, L), and back."""
 
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, back: bool) -> Tensor:
-        if back:
-            B, H, L = x.shape
-            return x.transpose(0, 1).reshape(H, B * L).t().contiguous().view(B, L, H)
-        B, L, H = x.shape
-        return x.reshape(B * L, H).t().contiguous().view(H, B, L).transpose(0, 1)
+    forward = staticmethod(transpose)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, bool], output: Tensor) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,220 @@
+"""Which way: who computes an operation, which way a layer takes, and who is watching what torch does.
+
+The only file that asks torch whether it compiles, exports, transforms, differentiates or casts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
+
+from s4.backends import AUTO, BACKENDS, OPERATIONS, cpu
+from s4.system import Recurrence
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# max(B, 4) L from which a scan takes less time than an FFT convolution, by variant and d_state, on a CPU with
+# the fused code: measured (benchmarks/layer.py), forward and with backward.
+_LEAST = {"dplr": {32: 2048, 64: 8192, 128: 16384}, "diag": {32: 2048, 64: 8192, 128: 65536}}
+# Nodes over d_state^2 up to which Cauchy sums take less time than powers: on two cores, where both are fused, and
+# on an H200, where sums are and powers are not, measured to 16,384 (benchmarks/kernels.py).
+_SUMS = {"cpu": 1 / 8, "cuda": 4.0}
+
+
+def backends() -> dict[str, dict[str, bool | str] | str]:
+    """What each backend computes here: the operations, by name, with True or the reason why not.
+
+    Of one that cannot run on any device here, the reason alone. "torch" is the plain definition.
+    """
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    found: dict[str, dict[str, bool | str] | str] = {}
+    for name, module in BACKENDS.items():
+        state = state_of(name, *devices)
+        plain = "has none of its own: plain PyTorch"
+        own = {o: True if module is None or hasattr(module, o) else plain for o in OPERATIONS}
+        found[name] = own if state is True else str(state)
+    return found
+
+
+def state_of(backend: str, *devices: torch.device) -> bool | str:
+    """True if a backend can run on one of these devices, or else the reason why not."""
+    module = BACKENDS[backend]
+    states: list[bool | str] = [True if module is None else module.status(device) for device in devices]
+    return True if True in states else states[-1]
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless `backend` is "auto" or can run on some device here, saying why not."""
+    if backend == "auto":
+        return
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        names = ", ".join(map(repr, ["auto", *BACKENDS]))
+        raise ValueError(f"backend must be one of {names}, got {backend!r}")
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    state = state_of(backend, *devices)  # of this one alone: to probe another may take seconds
+    if state is not True:
+        raise ValueError(f"backend {backend!r} cannot run: {state}")
+
+
+def implementation(operation: str, backend: str, device: torch.device) -> Any | None:
+    """The module that computes an operation on a device, or None for the plain definition.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot run there; the message says why.
+    """
+    if backend == "auto":
+        for name in AUTO[operation].get(device.type, ()):
+            if BACKENDS[name].status(device) is True:
+                return BACKENDS[name]
+        return None
+    check_backend(backend)
+    if (state := state_of(backend, device)) is not True:
+        raise ValueError(f"backend {backend!r} cannot run: {state}")
+    module = BACKENDS[backend]
+    return module if hasattr(module, operation) else None
+
+
+def has_backward(operation: str, backend: str, device: torch.device) -> bool:
+    """Whether a backend computes the gradient too, as long as that needs none itself."""
+    module = implementation(operation, backend, device)
+    return not torch.is_grad_enabled() and hasattr(module, f"{operation}_backward")
+
+
+def constant(function: F) -> F:
+    """Mark what torch.compile asks once and compiles the answer of.
+
+    As torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
+def fused(operation: str, backend: str, device_type: str) -> bool:
+    """Whether a backend computes an operation on this type of device, not plain PyTorch."""
+    return not transformed() and implementation(operation, backend, torch.device(device_type)) is not None
+
+
+@constant
+def transformed() -> bool:
+    """Inside torch.func or forward-mode AD, which cannot see through custom operators."""
+    return maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def takes_scan(
+    mode: str, backend: str, recurrence: Recurrence, batch: int, L: int, stateful: bool
+) -> bool:
+    """Whether a sequence is processed by a scan, not by an FFT convolution.
+
+    What "auto" expects to be faster is known of the CPU only. Without the fused code the maps of a chunk take
+    several times as long. A state that goes in or comes out is free in a scan, and costs the convolution as
+    much again.
+    """
+    if (mode, backend) != ("auto", "auto") or recurrence.a.device.type != "cpu":
+        return mode == "scan"
+    least = _LEAST["dplr" if len(recurrence.F) else "diag"]
+    sizes = [size for size in least if recurrence.a.shape[1] <= size]
+    price = 1 if fused("scan", backend, "cpu") else 4
+    return bool(sizes) and max(batch, 4) * L * (4 if stateful else 1) >= least[sizes[0]] * price
+
+
+def takes_sums(d_state: int, nodes: int, device_type: str) -> bool:
+    """Whether the kernel of a DPLR layer comes by Cauchy sums at this many nodes, not by powers.
+
+    Powers take O(N^2 sqrt(L) + N L) flops a channel where fused, O(N^3 log L + N L) where not; sums O(N L) at
+    a higher price, which only fused ones repay.
+    """
+    return nodes <= _SUMS.get(device_type, 1.0) * d_state**2 and fused("cauchy", "auto", device_type)
+
+
+@constant
+def has_autocast(device_type: str) -> bool:
+    """Whether torch.autocast knows this type of device; torch 2.9 compiles the answer, not the question."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast, where the device has one."""
+    return torch.autocast(device.type, enabled=False) if has_autocast(device.type) else nullcontext()
+
+
+def product_dtype(mode: str, like: Tensor) -> torch.dtype:
+    """Of the large products of a scan: that of a parameter, or bfloat16 where autocast asks for it.
+
+    Not where "auto" chose the scan: what is chosen for its speed alone keeps its precision.
+    """
+    kind = like.device.type
+    if mode != "scan" or not has_autocast(kind) or not torch.is_autocast_enabled(kind):
+        return like.dtype
+    lower = torch.get_autocast_dtype(kind)
+    return lower if (like.dtype, lower) == (torch.float32, torch.bfloat16) else like.dtype
+
+
+@constant
+def exporting() -> bool:
+    """Inside torch.export; asked itself, torch 2.9 says so of torch.compile too."""
+    return torch.compiler.is_exporting()
+
+
+def compiling() -> bool:
+    """Inside torch.compile or torch.export."""
+    return torch.compiler.is_compiling()
+
+
+def keeps(parameter: Tensor, *tensors: Tensor) -> bool:
+    """Whether what parameters come to may be kept for the next call, made without operators.
+
+    Not where something is differentiated, traced or captured, which keeps it itself, nor where a subclass or
+    a mode of torch has to see what is done.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
+        return False
+    if type(parameter) is not torch.nn.Parameter or not {Tensor}.issuperset(map(type, tensors)):
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
+        return False
+    if torch._C._get_tracing_state() is not None:
+        return False
+    if parameter.device.type == "cuda":
+        return not torch.cuda.is_current_stream_capturing()
+    return parameter.device.type == "cpu"
+
+
+def unwatched(parameter: Tensor) -> bool:
+    """Whether nothing is differentiated, and a parameter is a plain tensor, not one of a subclass."""
+    return not torch.is_grad_enabled() and type(parameter) in (Tensor, torch.nn.Parameter)
+
+
+def through(plain: Callable[..., Any], inputs: Sequence[Tensor], grads: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of a map by its plain definition, themselves differentiable where that is asked for."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        wanted = [t for t in inputs if t.requires_grad]
+        found: Iterator[Tensor] = iter(
+            torch.autograd.grad(
+                plain(*inputs), wanted, grads, create_graph=again, allow_unused=True, materialize_grads=True
+            )
+        )
+    return tuple(next(found) if t.requires_grad else None for t in inputs)
+
+
+def refuse_tangents(*tensors: Tensor) -> None:
+    """Raise in forward-mode differentiation: it takes a custom operator for a constant, and says nothing."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError('forward-mode differentiation of these sums needs backend="naive"')
+
+
+def in_memory(t: Tensor) -> Tensor:
+    """The numbers themselves, no lazy conjugation or negation, at any strides."""
+    return t.resolve_conj().resolve_neg()
+
+
+def plain_memory(t: Tensor) -> Tensor:
+    """As `in_memory`, contiguous: what a backend reads through a pointer."""
+    return t.resolve_conj().resolve_neg().contiguous()

@@ -1,0 +1,131 @@
+"""The linear maps of one chunk of T steps, which `scan` applies to chunk after chunk.
+
+With rows u_c of T inputs, y_c of T outputs and x_c, the state before them:
+
+    y_c     = u_c Toep(K_0, ..., K_{T-1}) + x_c [C A, ..., C A^T]
+    x_{c+1} = u_c [A^{T-1} B, ..., B]     + x_c A^T
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from s4.ops import dispatch
+from s4.ops.response import checked
+from s4.powers import Propagator
+from s4.system import Recurrence
+
+
+class Maps(NamedTuple):
+    """One system a channel, applied to rows from the right.
+
+    Shapes: taps (H, 2T-1), the kernel at lags 1-T, ..., T-1; inward (H, T, N), inputs to the next state;
+    outward (H, T, N), state to outputs, transposed; onward (H, N, N), state to the next state.
+    """
+
+    taps: Tensor
+    inward: Tensor
+    outward: Tensor
+    onward: Tensor
+
+
+def maps(
+    recurrence: Recurrence, D: Tensor, T: int, dtype: torch.dtype, backend: str = "auto"
+) -> tuple[Maps, Maps | None]:
+    """The maps forward in time, with D (H,) the tap at lag 0, and backward if there is a second row C."""
+    inputs = *recurrence, D.to(recurrence.a.dtype)
+    if dispatch.fused("maps", backend, D.device.type):
+        taps, inward, outward, onward = _operator(*inputs, T, dtype, backend)
+    else:
+        taps, inward, outward, onward = plain(*inputs, T, dtype)
+    ahead = Maps(taps[0], inward, outward[0], onward)
+    return ahead, Maps(taps[1], inward.flip(1), outward[1], onward) if len(taps) == 2 else None
+
+
+def plain(
+    a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, T: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """taps (c, H, 2T-1), inward (H, T, N), outward (c, H, T, N), onward (H, N, N), of B (H, N), C (c, H, N).
+
+    Backward in time, from the second row C, the maps are strict: a chunk, its inputs from the last to the
+    first, gives y_t = sum over j > t of K_{j-t-1} u_j, as lag 0 meets the input just after an output. So its
+    taps lie at lags from -1 down, and its rows are C, C A, ..., C A^(T-1).
+    """
+    propagator = Propagator(Recurrence(a, F, G, B, C))
+    columns, rows = propagator.columns(T).mT, propagator.rows(T)
+    K = torch.einsum("htn,chn->cht", columns, C)
+    ahead = pad(torch.cat([K[0, :, :1] + D[:, None], K[0, :, 1:]], -1), (T - 1, 0))
+    taps, outward = ahead[None], rows[:1]
+    if C.shape[0] == 2:
+        strict = torch.cat([C[1, :, None], rows[1, :, :-1]], 1).flip(1)
+        taps = torch.stack([ahead, pad(K[1, :, : T - 1].flip(-1), (0, T))])
+        outward = torch.stack([rows[0], strict])
+    found = taps, columns.flip(1), outward, propagator.power(T).mT
+    return tuple(part.to(dtype).contiguous() for part in found)  # type: ignore[return-value]
+
+
+def _checked(a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor) -> tuple[Tensor, ...]:
+    a, F, G, X, C = checked(a, F, G, B[:, None], C)
+    if D.shape != a.shape[:1] or D.dtype != a.dtype or C.shape[0] > 2:
+        raise ValueError(f"need D (H,) {a.dtype} and C (1 or 2, H, N), got {tuple(D.shape)}, {tuple(C.shape)}")
+    return a, F, G, X[:, 0], C, dispatch.plain_memory(D)
+
+
+def _shapes(a: Tensor, C: Tensor, T: int) -> tuple[Any, ...]:
+    (H, N), c = a.shape, C.shape[0]
+    return (c, H, 2 * T - 1), (H, T, N), (c, H, T, N), (H, N, N)
+
+
+@torch.library.custom_op("s4::maps", mutates_args=())
+def _operator(
+    a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, T: int, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operands = _checked(a, F, G, B, C, D)
+    module = dispatch.implementation("maps", backend, a.device)
+    return (plain if module is None else module.maps)(*operands, T, dtype)
+
+
+@torch.library.custom_op("s4::maps_backward", mutates_args=())
+def _backward(grads: Sequence[Tensor], inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
+    """Gradients of a, F, G, B, C and D."""
+    operands, T = _checked(*inputs), grads[1].shape[1]
+    a, C = operands[0], operands[4]
+    kinds = {(g.dtype, g.device) for g in grads}
+    if [g.shape for g in grads] != list(_shapes(a, C, T)) or len(kinds) > 1 or grads[0].device != a.device:
+        raise ValueError(f"need gradients {_shapes(a, C, T)}, got {[tuple(g.shape) for g in grads]}, {kinds}")
+    grads = tuple(map(dispatch.plain_memory, grads))
+    module = dispatch.implementation("maps", backend, a.device)
+    if module is None:
+        raise RuntimeError(f"this graph needs backend {backend!r} for 'maps' on {a.device}")
+    return list(module.maps_backward(grads, operands))
+
+
+@_operator.register_fake
+def _(
+    a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, T: int, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(a.new_empty(s, dtype=dtype) for s in _shapes(a, C, T))  # type: ignore[return-value]
+
+
+@_backward.register_fake
+def _(grads: Sequence[Tensor], inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in inputs]
+
+
+def _save(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.T, ctx.dtype, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    if dispatch.has_backward("maps", ctx.backend, grads[0].device):
+        return *_backward(list(grads), list(ctx.saved_tensors), ctx.backend), None, None, None
+    run = partial(plain, T=ctx.T, dtype=ctx.dtype)
+    return *dispatch.through(run, ctx.saved_tensors, grads), None, None, None
+
+
+_operator.register_autograd(_gradients, setup_context=_save)

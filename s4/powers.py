@@ -1,0 +1,179 @@
+"""Many steps at once of a recurrence, through powers of its state matrix: dense, or diagonal."""
+
+import math
+from functools import reduce
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import hardshrink, pad
+
+from s4.padding import right_aligned
+from s4.system import Recurrence, block_diagonal, dense, modes, readout, row_modes, stack
+
+_LOG2_CHUNK = 6  # of the inputs that `Propagator.drive` turns into one state by a product
+_WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
+def product(A: Tensor, B: Tensor) -> Tensor:
+    """A B with all digits of its dtype.
+
+    TensorFloat-32 or bfloat16, which a user may have allowed for products of their own, halve them or worse:
+    then in double precision.
+    """
+    if A.dtype in _WIDER and torch.get_float32_matmul_precision() != "highest":
+        return (A.to(_WIDER[A.dtype]) @ B.to(_WIDER[A.dtype])).to(A.dtype)
+    return A @ B
+
+
+def add_product(C: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """C + A B of batches of matrices, with all digits."""
+    if A.dtype in _WIDER and torch.get_float32_matmul_precision() != "highest":
+        return C + product(A, B)
+    return torch.baddbmm(C, A, B)
+
+
+def without_denormals(t: Tensor) -> Tensor:
+    """t with zeros for what has decayed to denormal numbers or soon will: each costs a CPU some 100 cycles.
+
+    The gradient is that of t: what is 0 may have one, and is there to be learned.
+    """
+    vanished = t - hardshrink(t, 1e8 * torch.finfo(t.dtype).tiny)
+    return t - vanished.nan_to_num(0.0).detach()
+
+
+class Propagator:
+    """Many steps at once of a recurrence, through A^(2^j), each squared from the last when first needed.
+
+    Costs O(log L) squarings, dense unless the systems are diagonal, and never a loop over time. Rows, columns
+    and powers keep the precision of the recurrence; only the large products run in the dtype asked for.
+
+    Args:
+        recurrence: the systems, in float64 for full accuracy.
+    """
+
+    def __init__(self, recurrence: Recurrence) -> None:
+        self.recurrence = recurrence
+        self._diagonal = recurrence.F.shape[0] == 0
+        self._squares: list[Tensor] = []
+
+    def response(self, X: Float[Tensor, "H N q"], L: int, dtype: torch.dtype) -> Float[Tensor, "c q H L"]:
+        """C A^l X for l = 0, ..., L-1: one product of rows C A^(a T) and columns A^b X, with l = a T + b.
+
+        The convolution kernel for X = B (a Krylov product). 2 L N flop a channel, beside O(sqrt(L)) rows and
+        columns; no H N L numbers are held.
+        """
+        C = self.recurrence.C
+        c, q = C.shape[0], X.shape[-1]
+        j = round(math.log2(max(1, L * c / max(q, 1))) / 2)
+        T = 2**j
+        a = max(1, -(-L // T))
+        R = self._rows(C.transpose(0, 1), a, j)
+        V = self._leave(self._columns(self._enter(X), T))
+        K = product(without_denormals(R.to(dtype)), V.to(dtype))
+        return rearrange(K, "h (a c) (b q) -> c q h (a b)", a=a, b=T, c=c, q=q)[..., :L]
+
+    def continuation(self, x: Float[Tensor, "B H N"], L: int) -> Float[Tensor, "B H {L}"]:
+        """C A^(l+1) x for l = 0, ..., L-1, in the dtype of x: what a state adds to the next L outputs."""
+        X = rearrange(x.to(self.recurrence.a.dtype), "b h n -> h n b")
+        moved = self._leave(self._left(0, self._enter(X)))
+        return rearrange(self.response(moved, L, x.dtype), "1 b h l -> b h l")
+
+    def drive(self, u: Float[Tensor, "B H L"]) -> Float[Tensor, "B H N"]:
+        """Sum over l of A^(L-1-l) B u_l, in the dtype of u: the state that inputs leave behind, from zero.
+
+        Chunks of inputs become states by one product, then neighbours merge, in log2 of their number rounds.
+        """
+        batch, _, L = u.shape
+        j = min(_LOG2_CHUNK, max(L - 1, 0).bit_length())
+        T = 2**j
+        c = max(1, -(-L // T))
+        chunks = rearrange(pad(u, (c * T - L, 0)), "b h (c t) -> h t (b c)", t=T, c=c)
+        V = self._leave(self._columns(self._enter(self.recurrence.B[..., None]), T)).flip(-1)
+        S = self._enter(product(V.to(u.dtype), chunks)).unflatten(-1, (batch, c))
+        while S.shape[-1] > 1:
+            S = pad(S, (S.shape[-1] % 2, 0))
+            early, late = S[..., 0::2], S[..., 1::2]
+            S = self._left(j, early.flatten(-2)).view_as(early) + late
+            j += 1
+        return rearrange(self._leave(S[..., 0]), "h n b -> b h n")
+
+    def after(
+        self, u: Float[Tensor, "B L H"], x: Float[Tensor, "B H N"] | None, lengths: Int[Tensor, "B"] | None
+    ) -> Float[Tensor, "B H N"]:
+        """The state after the inputs u, zero past the lengths, from the state x or zero."""
+        batch, L, _ = u.shape
+        inputs = u.mT if lengths is None else right_aligned(u.mT, lengths)
+        driven = self.drive(inputs)
+        if x is None:
+            return driven
+        steps = torch.full((batch,), L, device=u.device) if lengths is None else lengths
+        return driven + self.advance(x, steps, L)
+
+    def advance(
+        self, x: Float[Tensor, "B H N"], steps: Int[Tensor, "B"], longest: int
+    ) -> Float[Tensor, "B H N"]:
+        """A^steps x, with a number of steps, at most `longest`, for each sequence of the batch."""
+        X = self._enter(rearrange(x, "b h n -> h n b"))
+        for j in range(longest.bit_length()):
+            X = torch.where((steps >> j) % 2 == 1, self._left(j, X), X)
+        return rearrange(self._leave(X), "h n b -> b h n")
+
+    def columns(self, T: int) -> Float[Tensor, "H N {T}"]:
+        """A^b B for b < T, a power of two."""
+        return self._leave(self._columns(self._enter(self.recurrence.B[..., None]), T))
+
+    def rows(self, T: int) -> Float[Tensor, "c H {T} N"]:
+        """C A^(b+1) for b < T, a power of two."""
+        C = self.recurrence.C.transpose(0, 1)
+        first = readout(row_modes(C) * self._power(0)[:, None]) if self._diagonal else C @ self._power(0)
+        return rearrange(self._rows(first, T, 0), "h (t c) n -> c h t n", t=T)
+
+    def power(self, t: int) -> Float[Tensor, "H N N"]:
+        """A^t, t >= 1."""
+        factors = [self._power(j) for j in range(t.bit_length()) if t >> j & 1]
+        A = reduce(torch.mul if self._diagonal else torch.matmul, factors)
+        return block_diagonal(stack(A)) if self._diagonal else A
+
+    def _enter(self, X: Tensor) -> Tensor:
+        return torch.complex(*X.chunk(2, -2)) if self._diagonal else X
+
+    def _leave(self, X: Tensor) -> Tensor:
+        return torch.cat([X.real, X.imag], -2) if self._diagonal else X
+
+    def _power(self, j: int) -> Tensor:
+        """A^(2^j): complex diagonals (H, n) on modes, or real matrices (H, N, N)."""
+        if not self._squares:
+            self._squares.append(modes(self.recurrence.a) if self._diagonal else dense(self.recurrence))
+        while len(self._squares) <= j:
+            last = self._squares[-1]
+            self._squares.append(last * last if self._diagonal else last @ last)
+        return self._squares[j]
+
+    def _left(self, j: int, X: Tensor) -> Tensor:
+        """A^(2^j) X."""
+        A = self._power(j).to(X.dtype)
+        return A[..., None] * X if self._diagonal else product(A, X)
+
+    def _columns(self, X: Tensor, count: int) -> Tensor:
+        """[X, A X, ..., A^(count-1) X] side by side, (H, N, count q), by doubling."""
+        count, j = count * X.shape[-1], 0
+        while X.shape[-1] < count:
+            X = torch.cat([X, self._left(j, X[..., : count - X.shape[-1]])], -1)
+            j += 1
+        return X
+
+    def _rows(self, C: Tensor, count: int, j: int) -> Tensor:
+        """[C, C A^m, ..., C A^(m (count-1))] below each other, m = 2^j: (H, count c, N), by doubling."""
+        if self._diagonal:
+            return readout(self._doubled(row_modes(C), count, j))
+        return self._doubled(C, count, j)
+
+    def _doubled(self, C: Tensor, count: int, j: int) -> Tensor:
+        count *= C.shape[1]
+        while C.shape[1] < count:
+            more = C[:, : count - C.shape[1]]
+            C = torch.cat([C, more * self._power(j)[:, None] if self._diagonal else more @ self._power(j)], 1)
+            j += 1
+        return C
