@@ -1,0 +1,1 @@
+"""Who else computes the operations: one module a backend."""
