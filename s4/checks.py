@@ -47,10 +47,8 @@ def check_module(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.nn.Module, got {value!r}")
 
 
-def check_device(name: str, value: Tensor, like: Tensor) -> None:
-    """On the device of the parameters."""
-    if value.device != like.device:
-        raise ValueError(f"{name} must be on the parameters' device {like.device}, got {value.device}")
+def _elsewhere(name: str, value: Tensor, like: Tensor) -> ValueError:
+    return ValueError(f"{name} must be on the parameters' device {like.device}, got {value.device}")
 
 
 def check_features(name: str, value: Any, like: Tensor, *dims: str) -> None:
@@ -62,7 +60,8 @@ def check_features(name: str, value: Any, like: Tensor, *dims: str) -> None:
         raise ValueError(
             f"{name} must have shape ({', '.join(dims)}, {like.shape[0]}), got {tuple(value.shape)}"
         )
-    check_device(name, value, like)
+    if value.device != like.device:
+        raise _elsewhere(name, value, like)
 
 
 def check_state(
@@ -75,7 +74,8 @@ def check_state(
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     if value.dtype != (dtype or like.dtype):
         raise TypeError(f"{name} must have dtype {dtype or like.dtype}, got {value.dtype}")
-    check_device(name, value, like)
+    if value.device != like.device:
+        raise _elsewhere(name, value, like)
 
 
 def check_lengths(lengths: Any, batch: int, L: int, like: Tensor) -> Tensor:
@@ -85,7 +85,8 @@ def check_lengths(lengths: Any, batch: int, L: int, like: Tensor) -> Tensor:
         raise TypeError(f"lengths must be a tensor of integers, got {got}")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths must have shape ({batch},), got {tuple(lengths.shape)}")
-    check_device("lengths", lengths, like)
+    if lengths.device != like.device:
+        raise _elsewhere("lengths", lengths, like)
     lengths = lengths.long()
     unread = torch.compiler.is_compiling() or lengths.is_meta
     if not unread and bool(((lengths < 0) | (lengths > L)).any()):

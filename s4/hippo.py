@@ -281,7 +281,7 @@ def _diag_inv(N: int) -> tuple[Tensor, Tensor]:
 
 
 def _fourier_modes(N: int) -> tuple[Tensor, Tensor]:
-    """A + P^T P is already made of 2x2 rotations, the first of them zero: no eigensolver could pair its nulls."""
+    """A + P^T P is already made of 2x2 rotations, the first of them zero: no solver could pair its nulls."""
     frequency = 2 * math.pi * torch.arange(N // 2, dtype=torch.float64)
     pair = torch.tensor([[1.0], [-1j]], dtype=torch.complex128) / math.sqrt(2)
     return 1j * frequency, torch.kron(torch.eye(N // 2, dtype=pair.dtype), pair)
@@ -316,9 +316,7 @@ INITS: dict[str, Init] = {
         diagonal=_diag_legs,
     ),
     "legt": Init(_legt, _legt_low_rank, basis=lambda N, s: _legendre(N, 1 - s)),
-    "fout": Init(
-        _fout, lambda N: math.sqrt(2) * _endpoint(N)[None], basis=_fourier, modes=_fourier_modes
-    ),
+    "fout": Init(_fout, lambda N: math.sqrt(2) * _endpoint(N)[None], basis=_fourier, modes=_fourier_modes),
     "lin": Init(diagonal=_diag_lin),
     "inv": Init(diagonal=_diag_inv),
 }
@@ -353,7 +351,7 @@ def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
     P_r*) x + B u.
 
     Raises:
-        ValueError, TypeError: of another form, not finite, or unstable, Re Lambda > 0; the message says which.
+        ValueError, TypeError: of another form, not finite, or unstable (Re Lambda > 0).
     """
     parts = ("Lambda", "P", "B") if variant == "dplr" else ("Lambda", "B")
     form = f"init must be a name, {', '.join(map(repr, names(variant)))}, or ({', '.join(parts)})"
@@ -365,7 +363,9 @@ def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
             try:
                 value = torch.view_as_complex(torch.tensor(value, dtype=torch.float64))
             except (ValueError, TypeError, RuntimeError) as error:
-                raise TypeError(f"{name} of init must be a complex tensor or lists of [re, im]: {error}") from None
+                raise TypeError(
+                    f"{name} of init must be a complex tensor or lists of [re, im]: {error}"
+                ) from None
         if not value.is_complex():
             raise TypeError(f"{name} of init must be complex, got {value.dtype}")
         shape = tuple(value.shape)

@@ -1,11 +1,12 @@
-"""`python -m s4.info`: versions, devices, and which backends can run here."""
+"""`python -m s4.info`: versions, devices, and operation by operation what can run here and what "auto" picks."""
 
 import platform
 
 import torch
 
 import s4
-from s4.kernel import _choice, _cpu
+from s4.backends import OPERATIONS, cpu
+from s4.ops import dispatch
 
 
 def report() -> str:
@@ -20,17 +21,17 @@ def report() -> str:
         lines.append(f"cuda:{i}   {torch.cuda.get_device_name(i)}")
     if not torch.cuda.is_available():
         lines.append("cuda     not available")
-    lines.append("kernel backends")
-    for name, state in s4.kernel.backends().items():
-        usable = f"available, instruction set {_cpu.level()}" if name == "cpu" else "available"
-        lines.append(f"  {name:<8} {usable if state is True else f'not available: {state}'}")
-    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    for start, device in zip(["auto", *[""] * len(devices)], devices, strict=False):
-        sums = _choice.best(torch.device(device))
-        short = "powers" if sums == "torch" else "these sums at short L, powers at long L"
-        lines.append(
-            f"  {start:<8} on {device}: sums by {sums!r}, kernels of S4 by {short}, of S4D by powers"
-        )
+    lines.append("backends")
+    for name, operations in dispatch.backends().items():
+        if isinstance(operations, str):
+            lines.append(f"  {name:<8} not available: {operations}")
+            continue
+        own = [operation for operation, state in operations.items() if state is True]
+        level = f", instruction set {cpu.level()}" if name == "cpu" else ""
+        lines.append(f"  {name:<8} available: {', '.join(own)}{level}")
+    for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+        picks = (f"{o} by {dispatch.picked(o, torch.device(device))!r}" for o in OPERATIONS)
+        lines.append(f"auto on {device}: {', '.join(picks)}")
     return "\n".join(lines)
 
 

@@ -22,7 +22,7 @@ from s4.ops.convolve import convolve
 from s4.ops.scan import scan
 from s4.padding import zero_padding
 from s4.powers import Propagator
-from s4.system import DISCRETIZATIONS, Recurrence, System, dense, discretize, system
+from s4.system import DISCRETIZATIONS, dense, discretize, system
 
 _VARIANTS = {"dplr": "bilinear", "diag": "zoh"}  # and the discretisation of each, unless told
 _PAPERS = {"s4": "dplr", "s4d": "diag"}  # names that the papers give the variants
@@ -95,7 +95,9 @@ class S4Layer(nn.Module):
         if d_model % n_ssm:
             raise ValueError(f"n_ssm must divide d_model ({d_model}), got {n_ssm}")
         if variant in _PAPERS:
-            raise ValueError(f"variant must be 'dplr' or 'diag', got {variant!r}: it is {_PAPERS[variant]!r} here")
+            raise ValueError(
+                f"variant must be 'dplr' or 'diag', got {variant!r}: it is {_PAPERS[variant]!r} here"
+            )
         check_option("variant", variant, _VARIANTS)
         if isinstance(init, str):
             check_option("init", init, hippo.names(variant), f" for variant={variant!r}")
@@ -106,7 +108,7 @@ class S4Layer(nn.Module):
         check_number("dt_max", dt_max, dt_min)
         check_flag("bidirectional", bidirectional)
         dtype = torch.get_default_dtype() if dtype is None else _DTYPES.get(str(dtype), dtype)
-        if dtype not in _DTYPES.values():
+        if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES.values():
             raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
 
         self.d_model = d_model
@@ -139,7 +141,9 @@ class S4Layer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """Options are checked as in the constructor, or read-only once they are set."""
         if name in _FIXED and name in self.__dict__:
-            raise AttributeError(f"{name} is read-only: make a new layer, S4Layer(**{{**layer.config(), ...}})")
+            raise AttributeError(
+                f"{name} is read-only: make a new layer, S4Layer(**{{**layer.config(), ...}})"
+            )
         if name == "discretization":
             low_rank = self.variant == "dplr"
             names = [n for n, it in DISCRETIZATIONS.items() if it.low_rank or not low_rank]
@@ -223,20 +227,22 @@ class S4Layer(nn.Module):
             check_state("state", state, (batch, self.d_model, self.d_state), self.D)
         if lengths is not None:
             lengths = check_lengths(lengths, batch, L, self.D)
-        options = dispatch.product_dtype(self.mode, self.D), self.backend
+        # What "auto" chooses for its speed alone keeps its precision.
+        products = dispatch.product_dtype(self.D) if self.mode == "scan" else self.D.dtype
         with dispatch.full_precision(u.device):
             x = u.to(self.D.dtype)
             if lengths is not None:
                 x = zero_padding(x, lengths)
-            systems = self._system(rate)
+            systems = system(*self._systems(rate))
             recurrence = discretize(systems)
             stateful = return_state or state is not None
             after = None
             if dispatch.takes_scan(self.mode, self.backend, recurrence, batch, L, stateful):
                 whole = return_state and lengths is None
-                y, after = scan(x, recurrence, self.D, state, *options, return_state=whole)
+                y, after = scan(x, recurrence, self.D, state, products, self.backend, return_state=whole)
             else:
-                k = self._kernel(systems, recurrence, L, "auto")
+                dtype, backend = self.D.dtype, self.backend
+                k = kernel.kernel(systems, recurrence, L, dtype, method="auto", backend=backend)
                 more = None if state is None else Propagator(recurrence).continuation(state, L)
                 y = convolve(x, k, self.D, more)
             if lengths is not None:
@@ -264,12 +270,10 @@ class S4Layer(nn.Module):
         check_features("u", u, self.D, "batch")
         check_state("state", state, (u.shape[0], self.d_model, self.d_state), self.D)
         y, state = step.advance(
-            self._parameters_of_system(),
+            self._systems(rate),
             self.D,
             state,
             u.to(self.D.dtype),
-            rate,
-            self.discretization,
             self.backend,
             None if self.training else self._kept,
         )
@@ -294,8 +298,8 @@ class S4Layer(nn.Module):
         check_integer("L", L, 0)
         check_option("method", method, kernel.METHODS)
         with dispatch.full_precision(self.D.device):
-            systems = self._system(rate)
-            k = self._kernel(systems, discretize(systems), L, method)
+            systems, dtype = system(*self._systems(rate)), self.D.dtype
+            k = kernel.kernel(systems, discretize(systems), L, dtype, method=method, backend=self.backend)
         return k if self.bidirectional else k[0]
 
     def dense(self, *, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -305,7 +309,7 @@ class S4Layer(nn.Module):
             A (H, N, N), B (H, N), C (H, N), or (2, H, N) if bidirectional, and D (H,).
         """
         self._check(rate)
-        recurrence = discretize(self._system(rate))
+        recurrence = discretize(system(*self._systems(rate)))
         C = recurrence.C if self.bidirectional else recurrence.C[0]
         return dense(recurrence), recurrence.B, C, self.D.double()
 
@@ -325,17 +329,10 @@ class S4Layer(nn.Module):
         shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters())
         return f"{', '.join(parts)}\n{shapes}"
 
-    def _system(self, rate: float) -> System:
-        """Parameters in double precision, one system a channel."""
-        return system(*self._parameters_of_system(), rate, self.discretization)
-
-    def _parameters_of_system(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    def _systems(self, rate: float) -> tuple[Any, ...]:
+        """The arguments of `s4.system.system`."""
         P = self.P if self.variant == "dplr" else None
-        return self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, P
-
-    def _kernel(self, systems: System, recurrence: Recurrence, L: int, method: str) -> Tensor:
-        dtype, backend = self.D.dtype, self.backend
-        return kernel.kernel(systems, recurrence, L, dtype, method=method, backend=backend)
+        return self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, P, rate, self.discretization
 
     def _check(self, rate: float, causal: str = "") -> None:
         """Of what every call needs; `causal` names what a bidirectional layer does not have."""
@@ -344,6 +341,7 @@ class S4Layer(nn.Module):
                 f"S4Layer computes with float32 or float64 parameters, got {self.D.dtype}: "
                 "keep the layer in float32 and use torch.autocast for reduced precision"
             )
-        check_number("rate", rate, 0, above=True)
+        if type(rate) is not float or not 0 < rate < math.inf:
+            check_number("rate", rate, 0, above=True)
         if causal and self.bidirectional:
             raise ValueError(f"{causal} needs a causal layer, but this one has bidirectional=True")

@@ -1,4 +1,4 @@
-"""From the parameters of a layer to discrete recurrences: one function and one line of a table a discretisation.
+"""From a layer's parameters to discrete recurrences; a discretisation is a function and a line of a table.
 
 A state is N reals: the real, then the imaginary parts of n = N/2 modes, each of which stands for a conjugate
 pair. A `System` is continuous in time, a `Recurrence` discrete; both keep O(N) numbers a channel.

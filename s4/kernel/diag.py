@@ -9,7 +9,7 @@ from s4.system import Recurrence, modes, row_modes
 
 
 def kernel(recurrence: Recurrence, L: int, dtype: torch.dtype) -> Float[Tensor, "c H {L}"]:
-    """A Vandermonde product, in double precision: the phases of fast, slowly decaying modes need it at large L.
+    """A Vandermonde product in double precision, which the phases of fast modes with slow decay need.
 
     Args:
         recurrence: of diagonal systems, in float64.

@@ -1,6 +1,7 @@
 """Cauchy sums: sum over n of v_n / (z - w_n) + conj(v_n) / (z - conj(w_n)), at nodes z (S4 section 3.3).
 
-Here v (G, q, n): q right-hand sides over the same poles w (G, n), at nodes z (G, l) or, for all groups, (1, l).
+Here v (G, q, n) are q right-hand sides over the same poles w (G, n), at nodes z (G, l) or, for all groups,
+(1, l).
 """
 
 from collections.abc import Iterator

@@ -51,26 +51,17 @@ def convolve(
     `more` is added to them: what a state before the first input gives.
     """
     ahead = k[0] + pad(D[:, None], (0, k.shape[-1] - 1))
-    rows = by_channel(u)
+    rows = Transposed.apply(u, False)
     y = causal(rows, ahead) if len(k) == 1 else two_sided(rows, ahead, k[1])
-    return by_time(y if more is None else y + more)
-
-
-def by_channel(u: Float[Tensor, "B L H"]) -> Float[Tensor, "B H L"]:
-    """The same numbers with the steps of a sequence side by side in memory, as one matrix transpose.
-
-    A copy by blocks of a batch takes several times as long.
-    """
-    return _Transposed.apply(u, False)
-
-
-def by_time(y: Float[Tensor, "B H L"]) -> Float[Tensor, "B L H"]:
-    """The inverse of `by_channel`, contiguous."""
-    return _Transposed.apply(y, True)
+    y = y if more is None else y + more
+    return Transposed.apply(y, True)
 
 
 def transpose(x: Tensor, back: bool) -> Tensor:
-    """`by_channel` or, back, `by_time`, without a gradient of their own."""
+    """(B, L, H) to (B, H, L) with the steps of a sequence side by side in memory; back, the inverse.
+
+    The same numbers, as one matrix transpose: a copy by blocks of a batch takes several times as long.
+    """
     if back:
         B, H, L = x.shape
         return x.transpose(0, 1).reshape(H, B * L).t().contiguous().view(B, L, H)
@@ -78,8 +69,8 @@ def transpose(x: Tensor, back: bool) -> Tensor:
     return x.reshape(B * L, H).t().contiguous().view(H, B, L).transpose(0, 1)
 
 
-class _Transposed(torch.autograd.Function):
-    """(B, L, H) to (B, H, L) that lies in memory as (H, B, L), and back."""
+class Transposed(torch.autograd.Function):
+    """`transpose`, whose gradient is its inverse."""
 
     generate_vmap_rule = True
     forward = staticmethod(transpose)
@@ -90,7 +81,7 @@ class _Transposed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        return _Transposed.apply(g, not ctx.back), None
+        return Transposed.apply(g, not ctx.back), None
 
 
 class _Circular(torch.autograd.Function):

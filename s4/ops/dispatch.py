@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
-from s4.backends import AUTO, BACKENDS, OPERATIONS, cpu
+from s4.backends import AUTO, BACKENDS, OPERATIONS
 from s4.system import Recurrence
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -20,9 +20,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 # max(B, 4) L from which a scan takes less time than an FFT convolution, by variant and d_state, on a CPU with
 # the fused code: measured (benchmarks/layer.py), forward and with backward.
 _LEAST = {"dplr": {32: 2048, 64: 8192, 128: 16384}, "diag": {32: 2048, 64: 8192, 128: 65536}}
-# Nodes over d_state^2 up to which Cauchy sums take less time than powers: on two cores, where both are fused, and
-# on an H200, where sums are and powers are not, measured to 16,384 (benchmarks/kernels.py).
+# Nodes over d_state^2 up to which Cauchy sums take less time than powers (benchmarks/kernels.py): on two
+# cores, where both are fused, and on an H200, where sums are and powers are not, measured to 16,384.
 _SUMS = {"cpu": 1 / 8, "cuda": 4.0}
+
+_AUTOCAST = {kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind)}
 
 
 def backends() -> dict[str, dict[str, bool | str] | str]:
@@ -67,15 +69,18 @@ def implementation(operation: str, backend: str, device: torch.device) -> Any | 
         ValueError: an unknown backend, or one that cannot run there; the message says why.
     """
     if backend == "auto":
-        for name in AUTO[operation].get(device.type, ()):
-            if BACKENDS[name].status(device) is True:
-                return BACKENDS[name]
-        return None
+        return BACKENDS[picked(operation, device)]
     check_backend(backend)
     if (state := state_of(backend, device)) is not True:
         raise ValueError(f"backend {backend!r} cannot run: {state}")
     module = BACKENDS[backend]
     return module if hasattr(module, operation) else None
+
+
+def picked(operation: str, device: torch.device) -> str:
+    """The name of the backend that "auto" takes for an operation on a device."""
+    names = AUTO[operation].get(device.type, ())
+    return next((name for name in names if BACKENDS[name].status(device) is True), "torch")
 
 
 def has_backward(operation: str, backend: str, device: torch.device) -> bool:
@@ -105,9 +110,7 @@ def transformed() -> bool:
     return maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
-def takes_scan(
-    mode: str, backend: str, recurrence: Recurrence, batch: int, L: int, stateful: bool
-) -> bool:
+def takes_scan(mode: str, backend: str, recurrence: Recurrence, batch: int, L: int, stateful: bool) -> bool:
     """Whether a sequence is processed by a scan, not by an FFT convolution.
 
     What "auto" expects to be faster is known of the CPU only. Without the fused code the maps of a chunk take
@@ -131,24 +134,15 @@ def takes_sums(d_state: int, nodes: int, device_type: str) -> bool:
     return nodes <= _SUMS.get(device_type, 1.0) * d_state**2 and fused("cauchy", "auto", device_type)
 
 
-@constant
-def has_autocast(device_type: str) -> bool:
-    """Whether torch.autocast knows this type of device; torch 2.9 compiles the answer, not the question."""
-    return torch.amp.is_autocast_available(device_type)
-
-
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """No autocast, where the device has one."""
-    return torch.autocast(device.type, enabled=False) if has_autocast(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if device.type in _AUTOCAST else nullcontext()
 
 
-def product_dtype(mode: str, like: Tensor) -> torch.dtype:
-    """Of the large products of a scan: that of a parameter, or bfloat16 where autocast asks for it.
-
-    Not where "auto" chose the scan: what is chosen for its speed alone keeps its precision.
-    """
+def product_dtype(like: Tensor) -> torch.dtype:
+    """Of the large products of a scan: that of a parameter, or bfloat16 where autocast asks for it."""
     kind = like.device.type
-    if mode != "scan" or not has_autocast(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in _AUTOCAST or not torch.is_autocast_enabled(kind):
         return like.dtype
     lower = torch.get_autocast_dtype(kind)
     return lower if (like.dtype, lower) == (torch.float32, torch.bfloat16) else like.dtype
@@ -171,7 +165,9 @@ def keeps(parameter: Tensor, *tensors: Tensor) -> bool:
     Not where something is differentiated, traced or captured, which keeps it itself, nor where a subclass or
     a mode of torch has to see what is done.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if maybe_current_level() is not None or forward_ad._current_level >= 0:  # as `transformed`
         return False
     if type(parameter) is not torch.nn.Parameter or not {Tensor}.issuperset(map(type, tensors)):
         return False
@@ -210,11 +206,6 @@ def refuse_tangents(*tensors: Tensor) -> None:
         raise NotImplementedError('forward-mode differentiation of these sums needs backend="naive"')
 
 
-def in_memory(t: Tensor) -> Tensor:
-    """The numbers themselves, no lazy conjugation or negation, at any strides."""
-    return t.resolve_conj().resolve_neg()
-
-
 def plain_memory(t: Tensor) -> Tensor:
-    """As `in_memory`, contiguous: what a backend reads through a pointer."""
+    """The numbers themselves, no lazy conjugation or negation, contiguous: what a backend reads as memory."""
     return t.resolve_conj().resolve_neg().contiguous()

@@ -6,7 +6,7 @@ With rows u_c of T inputs, y_c of T outputs and x_c, the state before them:
     x_{c+1} = u_c [A^{T-1} B, ..., B]     + x_c A^T
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,7 +71,9 @@ def plain(
 def _checked(a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor) -> tuple[Tensor, ...]:
     a, F, G, X, C = checked(a, F, G, B[:, None], C)
     if D.shape != a.shape[:1] or D.dtype != a.dtype or C.shape[0] > 2:
-        raise ValueError(f"need D (H,) {a.dtype} and C (1 or 2, H, N), got {tuple(D.shape)}, {tuple(C.shape)}")
+        raise ValueError(
+            f"need D (H,) {a.dtype} and C (1 or 2, H, N), got {tuple(D.shape)}, {tuple(C.shape)}"
+        )
     return a, F, G, X[:, 0], C, dispatch.plain_memory(D)
 
 
@@ -86,7 +88,8 @@ def _operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     operands = _checked(a, F, G, B, C, D)
     module = dispatch.implementation("maps", backend, a.device)
-    return (plain if module is None else module.maps)(*operands, T, dtype)
+    run: Callable[..., Any] = plain if module is None else module.maps
+    return run(*operands, T, dtype)
 
 
 @torch.library.custom_op("s4::maps_backward", mutates_args=())

@@ -1,9 +1,10 @@
 """The response C A^l X of recurrences, for l = 0, ..., L-1: their convolution kernel, for X = B.
 
-A = diag(a) + sum over r of F_r G_r as in `s4.system.Recurrence`, with a (H, N), F and G (r, H, N); X (H, q, N),
-C (c, H, N).
+A = diag(a) + sum over r of F_r G_r as in `s4.system.Recurrence`: a (H, N), F and G (r, H, N), X (H, q, N)
+and C (c, H, N).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -48,7 +49,8 @@ def _operator(
 ) -> Tensor:
     operands = checked(a, F, G, X, C)
     module = dispatch.implementation("response", backend, a.device)
-    return (plain if module is None else module.response)(*operands, L, dtype).contiguous()
+    run: Callable[..., Tensor] = plain if module is None else module.response
+    return run(*operands, L, dtype).contiguous()
 
 
 @torch.library.custom_op("s4::response_backward", mutates_args=())
@@ -57,7 +59,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     operands = checked(a, F, G, X, C)
     shape = (C.shape[0], X.shape[1], a.shape[0])
-    if grad.shape[:-1] != shape or grad.dtype not in (torch.float32, torch.float64) or grad.device != a.device:
+    if (
+        grad.shape[:-1] != shape
+        or grad.dtype not in (torch.float32, torch.float64)
+        or grad.device != a.device
+    ):
         got = f"{tuple(grad.shape)} of {grad.dtype} on {grad.device}"
         raise ValueError(f"need grad {(*shape, 'L')} of float32 or float64 on {a.device}, got {got}")
     module = dispatch.implementation("response", backend, a.device)

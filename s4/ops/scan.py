@@ -1,10 +1,11 @@
 """The chunked scan: matrix products over chunks of T steps, a recurrence from chunk to chunk.
 
-Exact, linear in the length, no FFT: the maps of a chunk (`s4.ops.maps`) applied to all chunks at once, between
-which only states pass. The gradient is a scan of the transposed maps, from the last chunk to the first.
+Exact, linear in the length, no FFT: the maps of a chunk (`s4.ops.maps`) applied to all chunks at once. Only
+states pass between them. The gradient is a scan of the transposed maps, from the last chunk to the first.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from s4.ops import dispatch
-from s4.ops.convolve import by_channel, by_time, transpose
+from s4.ops.convolve import Transposed, transpose
 from s4.ops.maps import maps
 from s4.powers import Propagator, add_product, product, without_denormals
 from s4.system import Recurrence
@@ -91,8 +92,9 @@ def plain(
     X outward^T. The state is that after the last whole chunk; in reverse from the last chunk to the first,
     and that after all.
     """
-    y, last = _forward(by_channel(u).transpose(0, 1), x, taps, inward, outward, onward, reverse, products)
-    return by_time(y.transpose(0, 1)), last
+    rows = Transposed.apply(u, False).transpose(0, 1)
+    y, last = _forward(rows, x, taps, inward, outward, onward, reverse, products)
+    return Transposed.apply(y.transpose(0, 1), True), last
 
 
 def plain_backward(
@@ -222,7 +224,7 @@ def _states(
 
 
 def _recur(S: Tensor, x: Tensor, P: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """All but the last of x_{i+1} = x_i P + S_i, (h, B, c, N), and the last; in reverse x_{i-1} = x_i P + S_i.
+    """All but the last of x_{i+1} = x_i P + S_i, (h, B, c, N), and the last; reversed, x_{i-1} = x_i P + S_i.
 
     Many chunks are merged into half as many, x_{i+2} = x_i P^2 + (S_i P + S_{i+1}), whose states are every
     other state; x_{i+1} then follows from x_i. In reverse the later chunk of a pair is its first, and an odd
@@ -255,11 +257,14 @@ def _checked(inputs: Sequence[Tensor], *grads: Tensor) -> tuple[tuple[Tensor, ..
     B, L, H = u.shape
     shapes = [(B, L, H), (H, B, N), (H, 2 * T - 1), (H, T, N), (H, T, N), (H, N, N), (B, L, H), (H, B, N)]
     tensors = (*inputs, *grads)
-    if [t.shape for t in tensors] != shapes[: len(tensors)] or len({(t.dtype, t.device) for t in tensors}) > 1:
+    if [t.shape for t in tensors] != shapes[: len(tensors)] or len(
+        {(t.dtype, t.device) for t in tensors}
+    ) > 1:
         given = [(tuple(t.shape), t.dtype, str(t.device)) for t in tensors]
         raise ValueError(f"need operands of shapes {shapes}, of one dtype and device, got {given}")
-    read = [dispatch.in_memory(t) if i in (0, 6) else dispatch.plain_memory(t) for i, t in enumerate(tensors)]
-    return tuple(read[:6]), tuple(read[6:])
+    u, *others = (t.resolve_neg() for t in tensors)  # the sequences, u and its gradient, at any strides
+    read = [t if i == 5 else t.contiguous() for i, t in enumerate(others)]
+    return (u, *read[:5]), tuple(read[5:])
 
 
 @torch.library.custom_op("s4::scan", mutates_args=())
@@ -289,7 +294,9 @@ def _operator_backward(
     grads: Sequence[Tensor], inputs: Sequence[Tensor], reverse: bool, products: torch.dtype, backend: str
 ) -> list[Tensor]:
     inputs, grads = _checked(inputs, *grads)
-    module = dispatch.implementation("scan", backend, inputs[0].device) if products == inputs[0].dtype else None
+    module = (
+        dispatch.implementation("scan", backend, inputs[0].device) if products == inputs[0].dtype else None
+    )
     if hasattr(module, "scan_backward"):
         return list(module.scan_backward(grads, inputs, reverse))
     return [t.contiguous() for t in plain_backward(grads, inputs, reverse, products)]
@@ -325,7 +332,8 @@ def _save(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # 
 def _gradients(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     options = ctx.reverse, ctx.products
     if torch.is_grad_enabled():
-        found = dispatch.through(lambda *inputs: plain(*inputs, *options), ctx.saved_tensors, grads)
+        run = partial(plain, reverse=ctx.reverse, products=ctx.products)
+        found = dispatch.through(run, ctx.saved_tensors, grads)
         return *found, None, None, None
     return *_operator_backward(list(grads), list(ctx.saved_tensors), *options, ctx.backend), None, None, None
 

@@ -40,48 +40,39 @@ def plain(
 
 
 def advance(
-    parameters: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
-    D: Tensor,
-    x: Tensor,
-    u: Tensor,
-    rate: float,
-    discretization: str,
-    backend: str,
-    kept: "Kept | None",
+    systems: tuple[Any, ...], D: Tensor, x: Tensor, u: Tensor, backend: str, kept: "Kept | None"
 ) -> tuple[Tensor, Tensor]:
     """`plain`, from the parameters of `s4.system.system`: the outputs and the next state.
 
     Args:
-        parameters, rate, discretization: of the systems.
+        systems: the arguments of `s4.system.system`.
         D, x, u: as in `plain`.
         backend: who computes, "auto" or one of `s4.kernel.backends()`.
         kept: what keeps the recurrence between steps, or None where parameters are in training.
     """
     if kept is not None and dispatch.keeps(D, x, u):
-        tensors = [p for p in parameters if p is not None]
-        recurrence = kept.get(
-            tensors, (rate, discretization), lambda: _made(parameters, D, x, rate, discretization)
-        )
+        tensors = [p for p in systems[:6] if p is not None]
+        recurrence = kept.get(tensors, systems[6:], lambda: _made(systems, D, x))
         module = dispatch.implementation("step", backend, D.device)
         if module is not None and len(recurrence.F) <= _RANK:
             # Without an operator, whose call takes a third of the time of a step.
-            y, after = module.step(*recurrence, *map(dispatch.plain_memory, (D, x, u)))
+            y, after = module.step(*recurrence, *[t.resolve_neg().contiguous() for t in (D, x, u)])
             return y, after
         with dispatch.full_precision(u.device):
             return plain(recurrence, D, x, u)
-    P = parameters[-1]
+    P = systems[5]
     still = dispatch.unwatched(D) and (P is None or len(P) <= _RANK)
     fused = still and dispatch.fused("step", backend, D.device.type)
     if fused and kept is not None and dispatch.compiling() and not dispatch.exporting():
-        return step_kept(parameters, D, x, u, rate, discretization, backend)
+        return step_kept(systems[:6], D, x, u, *systems[6:], backend)
     with dispatch.full_precision(u.device):
-        recurrence = discretize(system(*parameters, rate, discretization)).to(D.dtype)
+        recurrence = discretize(system(*systems)).to(D.dtype)
         return step(*recurrence, D, x, u, backend) if fused else plain(recurrence, D, x, u)
 
 
-def _made(parameters: Any, D: Tensor, x: Tensor, rate: float, discretization: str) -> Recurrence:
+def _made(systems: tuple[Any, ...], D: Tensor, x: Tensor) -> Recurrence:
     """The recurrence in the precision of D, checked: what a backend reads through pointers is all there."""
-    recurrence = discretize(system(*parameters, rate, discretization)).to(D.dtype)
+    recurrence = discretize(system(*systems)).to(D.dtype)
     (_, H, N), rank = x.shape, len(recurrence.F)
     shapes = [(H, N), (rank, H, N), (rank, H, N), (H, N), (1, H, N), (H,)]
     if (given := [tuple(part.shape) for part in (*recurrence, D)]) != shapes:
@@ -114,7 +105,11 @@ class Kept:
             return make()
         key = options, *((t.data_ptr(), t._version, t.dtype) for t in tensors)
         if entry is None or entry[0] != key:
-            entry = key, [t.detach() for t in tensors], make()  # so that no other comes to lie at their address
+            entry = (
+                key,
+                [t.detach() for t in tensors],
+                make(),
+            )  # so that no other comes to lie at their address
             self._entry = entry
         return entry[2]
 

@@ -109,7 +109,7 @@ def vandermonde_backward(grad: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Te
     return grad_v, grad_x
 
 
-def krylov(a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor, L: int, dtype: torch.dtype) -> Tensor:
+def response(a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor, L: int, dtype: torch.dtype) -> Tensor:
     """C A^l X for l < L, (c, q, H, L) in dtype, of A = diag(a) + F G; shapes as in `_ops.krylov`."""
     c, q = C.shape[0], X.shape[1]
     out = a.new_empty(c, q, a.shape[0], L, dtype=dtype)
@@ -117,7 +117,7 @@ def krylov(a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor, L: int, dtype:
     return out
 
 
-def krylov_backward(
+def response_backward(
     grad: Tensor, a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     make = torch.zeros_like if grad.shape[3] == 0 else torch.empty_like
@@ -127,7 +127,7 @@ def krylov_backward(
     return grads
 
 
-def chunk(
+def maps(
     a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, T: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """taps (c, H, 2T-1), inward (H, T, N), outward (c, H, T, N), onward (H, N, N): see `s4.scan.chunks`."""
@@ -138,7 +138,7 @@ def chunk(
     return taps, inward, outward, onward
 
 
-def chunk_backward(
+def maps_backward(
     grads: tuple[Tensor, Tensor, Tensor, Tensor], inputs: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     a, F, _, _, C, _ = inputs
@@ -158,22 +158,12 @@ def scan(
     return y, last
 
 
-def scan_backward(
-    u: Tensor,
-    x: Tensor,
-    taps: Tensor,
-    inward: Tensor,
-    outward: Tensor,
-    onward: Tensor,
-    grad_y: Tensor,
-    grad_last: Tensor,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (u, x, taps, inward, outward, onward)
-    gu, gx, gtaps, gin, gout, gon = grads = tuple(t.new_empty(t.shape) for t in inputs)
-    sizes = [*_chunked(u, inward, reverse), *u.stride(), *grad_y.stride()]
-    _call("scan_backward", u.dtype, [*inputs, grad_y, grad_last, *grads], sizes)
-    return gu, gx, gtaps, gin, gout, gon
+def scan_backward(grads, inputs, reverse):
+    u, inward = inputs[0], inputs[3]
+    found = tuple(t.new_empty(t.shape) for t in inputs)
+    sizes = [*_chunked(u, inward, reverse), *u.stride(), *grads[0].stride()]
+    _call("scan_backward", u.dtype, [*inputs, *grads, *found], sizes)
+    return found
 
 
 def step(
