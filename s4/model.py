@@ -183,7 +183,7 @@ class S4Model(nn.Module):
     ) -> Iterator[Tensor]:
         """`generate`, yielding (B, ...) as it goes, until all sequences ended; each step costs the same.
 
-        The prompt is run at the call, which raises what there is to raise; each `next` runs one step.
+        The prompt is run at the call, which raises what there is to raise; later inputs wait for `next`.
         """
         if self.pooling != "none":
             raise ValueError(f"generation needs a model with pooling='none', got {self.pooling!r}")

@@ -27,6 +27,7 @@ from stacks import (
 )
 from torch import nn
 
+import s4
 from s4 import S4Block, S4Layer, S4Model, State
 
 
@@ -333,6 +334,22 @@ ERRORS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
     "no rate": (lambda: small()(T, rate=0.0), ValueError, "rate.*0"),
     "last of nothing": (lambda: small("last")(T[:, :0]), ValueError, "last"),
 }
+
+
+def test_public_names() -> None:
+    names = [
+        "S4Block",
+        "S4Layer",
+        "S4Model",
+        "State",
+        "categorical",
+        "greedy",
+        "hippo",
+        "kernel",
+        "param_groups",
+    ]
+    assert sorted(s4.__all__) == names
+    assert all(hasattr(s4, name) for name in names)
 
 
 @pytest.mark.usefixtures("unchecked")
