@@ -32,8 +32,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from peers import HEAD_DIM, Attention
 from torch import Tensor, nn
 
-from s4 import S4Block, S4Layer, S4Model
-from s4.model import ModelState
+from s4 import S4Block, S4Layer, S4Model, State
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 TURN = 0.05  # seconds of a turn at least: the next one finds the caches full of other contenders' numbers
@@ -218,7 +217,7 @@ def decoding(
     layers = [noise(*x.shape) for x in state.layers]
 
     def advance(u: Tensor, held: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        y, after = model.step(u, ModelState(tuple(held[:-2]), held[-2], held[-1]))
+        y, after = model.step(u, State(tuple(held[:-2]), held[-2], held[-1]))
         return y, [*after.layers, after.total, after.length]
 
     return Decoding(advance, token, [*layers, state.total, state.length + context], compiled)

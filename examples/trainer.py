@@ -12,8 +12,7 @@ from rich.markup import escape
 from storage import load_checkpoint
 from task import SequenceTask
 
-from s4 import S4Model
-from s4.model import categorical
+from s4 import S4Model, categorical
 
 
 class ConfigError(Exception):

@@ -2,9 +2,21 @@
 
 from s4 import hippo, kernel
 from s4.block import S4Block
+from s4.generation import categorical, greedy
 from s4.layer import S4Layer
 from s4.model import S4Model
 from s4.optim import param_groups
+from s4.state import State
 
 __version__ = "0.1.0"
-__all__ = ["S4Block", "S4Layer", "S4Model", "hippo", "kernel", "param_groups"]
+__all__ = [
+    "S4Block",
+    "S4Layer",
+    "S4Model",
+    "State",
+    "categorical",
+    "greedy",
+    "hippo",
+    "kernel",
+    "param_groups",
+]

@@ -7,13 +7,17 @@ from s4.checks import check_features, check_flag, check_integer, check_lengths, 
 from s4.layer import S4Layer
 from s4.padding import padding, zero_padding
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {
+_ACTIVATION_OPTIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "relu": nn.ReLU,
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
 }
-_NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "rms": nn.RMSNorm}
+_NORM_OPTIONS: dict[str, type[nn.Module]] = {
+    "layer": nn.LayerNorm,
+    "batch": nn.BatchNorm1d,
+    "rms": nn.RMSNorm,
+}
 
 
 class S4Block(nn.Module):
@@ -50,9 +54,9 @@ class S4Block(nn.Module):
         super().__init__()
         if not isinstance(layer, S4Layer):
             raise TypeError(f"layer must be an S4Layer, got {type(layer).__name__}")
-        check_option("norm", norm, _NORMS)
+        check_option("norm", norm, _NORM_OPTIONS)
         check_flag("prenorm", prenorm)
-        check_option("activation", activation, _ACTIVATIONS)
+        check_option("activation", activation, _ACTIVATION_OPTIONS)
         check_number("dropout", dropout, 0)
         if dropout >= 1:
             raise ValueError(f"dropout must be below 1, got {dropout}")
@@ -65,9 +69,9 @@ class S4Block(nn.Module):
             return nn.Linear(d_in, d_out, device=device, dtype=dtype)
 
         self.prenorm = prenorm
-        self.norm = _NORMS[norm](d_model, device=device, dtype=dtype)
+        self.norm = _NORM_OPTIONS[norm](d_model, device=device, dtype=dtype)
         self.layer = layer
-        self.activation = _ACTIVATIONS[activation]()
+        self.activation = _ACTIVATION_OPTIONS[activation]()
         self.dropout = nn.Dropout1d(dropout) if tie_dropout else nn.Dropout(dropout)
         self.mixer: nn.Module = (
             nn.Sequential(linear(d_model, 2 * d_model), nn.GLU(dim=-1))
@@ -77,7 +81,7 @@ class S4Block(nn.Module):
         self.feed_forward = (
             nn.ModuleDict(
                 {
-                    "norm": _NORMS[norm](d_model, device=device, dtype=dtype),
+                    "norm": _NORM_OPTIONS[norm](d_model, device=device, dtype=dtype),
                     "up": linear(d_model, d_ff),
                     "down": linear(d_ff, d_model),
                 }

@@ -11,6 +11,11 @@ from torch import Tensor
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+def kind_of(value: Any) -> str:
+    """What a message says that it got: the shape of a tensor, the type of anything else."""
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
 def check_option(name: str, value: Any, options: Iterable[str], where: str = "") -> None:
     """One of the options."""
     options = tuple(options)

@@ -1,67 +1,17 @@
 """S4Model: a stack of blocks between an encoder and a decoder, and generation from it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
-from numbers import Real
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from s4.block import S4Block
-from s4.checks import check_integer, check_lengths, check_module, check_number, check_option, check_state
+from s4.checks import check_integer, check_lengths, check_module, check_option, check_state, kind_of
+from s4.generation import Sampler, Stop, check_generation, feed_back, greedy
 from s4.padding import zero_padding
-
-Sampler = Callable[[Tensor], Tensor]
-Stop = Callable[[Tensor], Tensor]
-
-
-class ModelState(NamedTuple):
-    """The state of a whole stack after some inputs.
-
-    Shapes: layers, one (B, H, N) a block; total (B, d_model) and length (B,), the sum and the number of the
-    outputs of the last block so far, from which mean pooling goes on. As a dict of plain tensors it is
-    `state._asdict()`, which `torch.save` takes, and comes back as `ModelState(**torch.load(file))`.
-    """
-
-    layers: tuple[Tensor, ...]
-    total: Tensor
-    length: Tensor
-
-    def select(self, rows: Tensor | Sequence[int] | slice) -> "ModelState":
-        """Some rows of the batch, in any order and any number of times: what goes on in a beam search.
-
-        Args:
-            rows: a slice, or a one-dimensional sequence or tensor of row numbers or of booleans.
-
-        Raises:
-            ValueError: rows of another kind. IndexError: a row that does not exist.
-        """
-        if not isinstance(rows, slice):
-            index = torch.as_tensor(rows, device=self.length.device)
-            if index.dim() != 1 or (index.is_floating_point() and len(index)):
-                raise ValueError(f"rows must be a slice, or row numbers in one dimension, got {rows!r}")
-            rows = index if index.dtype == torch.bool else index.long()
-        return ModelState(tuple(x[rows] for x in self.layers), self.total[rows], self.length[rows])
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "ModelState":
-        """On another device, in another floating-point dtype, or both; `length` stays an integer."""
-        layers = tuple(x.to(device=device, dtype=dtype) for x in self.layers)
-        return ModelState(layers, self.total.to(device=device, dtype=dtype), self.length.to(device=device))
-
-    @staticmethod
-    def cat(states: Sequence["ModelState"]) -> "ModelState":
-        """One batch of several, one below the other: the inverse of `select`.
-
-        Raises:
-            ValueError: no states, or of stacks of different depths.
-        """
-        depths = [len(state.layers) for state in states]
-        if len(set(depths)) != 1:
-            raise ValueError(f"states must be one or more, of as many layers each, got {depths} layers")
-        layers = tuple(torch.cat(parts) for parts in zip(*(state.layers for state in states), strict=True))
-        total, length = torch.cat([s.total for s in states]), torch.cat([s.length for s in states])
-        return ModelState(layers, total, length)
+from s4.state import State
 
 
 class S4Model(nn.Module):
@@ -111,12 +61,12 @@ class S4Model(nn.Module):
     def forward(
         self,
         u: Tensor,
-        state: ModelState | None = None,
+        state: State | None = None,
         *,
         lengths: Tensor | None = None,
         rate: float = 1.0,
         return_state: bool = False,
-    ) -> Tensor | tuple[Tensor, ModelState]:
+    ) -> Tensor | tuple[Tensor, State]:
         """Outputs for a batch of sequences.
 
         Args:
@@ -134,7 +84,7 @@ class S4Model(nn.Module):
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
         if not isinstance(u, Tensor) or u.dim() < 2:
-            raise ValueError(f"u must be a tensor of shape (batch, length, ...), got {_shape(u)}")
+            raise ValueError(f"u must be a tensor of shape (batch, length, ...), got {kind_of(u)}")
         if lengths is not None:
             lengths = check_lengths(lengths, u.shape[0], u.shape[1], self.blocks[0].layer.D)
         x, layers = self._run(u, state, lengths, rate, return_state)
@@ -151,7 +101,7 @@ class S4Model(nn.Module):
                 y = zero_padding(y, lengths)
         return (y, after) if return_state and after is not None else y
 
-    def step(self, u: Tensor, state: ModelState, *, rate: float = 1.0) -> tuple[Tensor, ModelState]:
+    def step(self, u: Tensor, state: State, *, rate: float = 1.0) -> tuple[Tensor, State]:
         """One time step.
 
         Args:
@@ -164,7 +114,7 @@ class S4Model(nn.Module):
             and the next state.
         """
         if not isinstance(u, Tensor) or u.dim() < 1:
-            raise ValueError(f"u must be a tensor of shape (batch, ...), got {_shape(u)}")
+            raise ValueError(f"u must be a tensor of shape (batch, ...), got {kind_of(u)}")
         self._check_state(state, u.shape[0])
         x = self.encoder(u[:, None])[:, 0]
         layers = []
@@ -173,14 +123,14 @@ class S4Model(nn.Module):
             layers.append(layer_state)
         if self.norm is not None:
             x = self.norm(x[:, None])[:, 0]
-        after = ModelState(tuple(layers), state.total + x, state.length + 1)
+        after = State(tuple(layers), state.total + x, state.length + 1)
         return self.decoder(_mean(after) if self.pooling == "mean" else x), after
 
-    def initial_state(self, batch_size: int) -> ModelState:
+    def initial_state(self, batch_size: int) -> State:
         """The state before any input."""
         layers = tuple(block.initial_state(batch_size) for block in self.blocks)
         total = layers[0].new_zeros(layers[0].shape[:2])
-        return ModelState(layers, total, torch.zeros(batch_size, dtype=torch.long, device=total.device))
+        return State(layers, total, torch.zeros(batch_size, dtype=torch.long, device=total.device))
 
     def generate(
         self,
@@ -190,7 +140,7 @@ class S4Model(nn.Module):
         *,
         stop: int | Stop | None = None,
         pad: float | int = 0,
-        state: ModelState | None = None,
+        state: State | None = None,
         lengths: Tensor | None = None,
         rate: float = 1.0,
     ) -> Tensor:
@@ -227,53 +177,30 @@ class S4Model(nn.Module):
         *,
         stop: int | Stop | None = None,
         pad: float | int = 0,
-        state: ModelState | None = None,
+        state: State | None = None,
         lengths: Tensor | None = None,
         rate: float = 1.0,
     ) -> Iterator[Tensor]:
-        """`generate`, yielding (B, ...) as it goes, until all sequences ended; each step costs the same."""
+        """`generate`, yielding (B, ...) as it goes, until all sequences ended; each step costs the same.
+
+        The prompt is run at the call, which raises what there is to raise; later inputs wait for `next`.
+        """
         if self.pooling != "none":
             raise ValueError(f"generation needs a model with pooling='none', got {self.pooling!r}")
-        if not isinstance(prompt, Tensor) or prompt.dim() < 2 or prompt.shape[1] < 1:
-            raise ValueError(
-                f"prompt must be a tensor of shape (batch, length of at least 1, ...), got {_shape(prompt)}"
-            )
-        sample = greedy if sample is None else sample
-        if not callable(sample):
-            raise TypeError(f"sample must be a function of the decoder's output, got {sample!r}")
-        if stop is not None and not callable(stop):
-            check_integer("stop", stop, 0)
-        if not isinstance(pad, Real):
-            raise TypeError(f"pad must be a number, got {pad!r}")
-        batch = prompt.shape[0]
+        check_generation(prompt, sample, stop, pad)
         if lengths is not None:
-            lengths = check_lengths(lengths, batch, prompt.shape[1], self.blocks[0].layer.D)
+            lengths = check_lengths(lengths, prompt.shape[0], prompt.shape[1], self.blocks[0].layer.D)
             if bool((lengths < 1).any()):
                 raise ValueError(f"lengths must be at least 1 to generate, got {lengths.tolist()}")
-        with torch.no_grad():  # never held across a yield: the caller's code keeps its own gradient mode
+        with torch.no_grad():
             x, layers = self._run(prompt, state, lengths, rate, True)
             state = self._pool(x, layers, state, lengths)
             y = self.decoder(_last(x, lengths))
-        ended = torch.zeros(batch, dtype=torch.bool, device=x.device)
-        del x, layers  # as long as the prompt
-        while True:
-            with torch.no_grad():
-                new = sample(y)
-                if not isinstance(new, Tensor) or new.shape[:1] != (batch,):
-                    raise ValueError(f"sample must return the next inputs ({batch}, ...), got {_shape(new)}")
-                met = None if stop is None else _meets(stop, new)
-            if met is None:
-                yield new
-            else:
-                yield new.masked_fill(ended.view(-1, *(1,) * (new.dim() - 1)), pad)
-                ended = ended | met
-                if bool(ended.all()):
-                    return
-            with torch.no_grad():
-                y, state = self.step(new, state, rate=rate)
+        step = partial(self.step, rate=rate)
+        return feed_back(step, y, state, greedy if sample is None else sample, stop, pad)
 
     def _run(
-        self, u: Tensor, state: ModelState | None, lengths: Tensor | None, rate: float, return_state: bool
+        self, u: Tensor, state: State | None, lengths: Tensor | None, rate: float, return_state: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Outputs of the last block (B, L, d_model), zero past the lengths, and the layers' states."""
         if state is not None:
@@ -294,20 +221,21 @@ class S4Model(nn.Module):
         return x, tuple(layers)
 
     def _pool(
-        self, x: Tensor, layers: tuple[Tensor, ...], before: ModelState | None, lengths: Tensor | None
-    ) -> ModelState:
+        self, x: Tensor, layers: tuple[Tensor, ...], before: State | None, lengths: Tensor | None
+    ) -> State:
         length = torch.full(x.shape[:1], x.shape[1], device=x.device) if lengths is None else lengths
         total = x.sum(1, dtype=self.blocks[0].layer.D.dtype)
         if before is not None:
             total, length = total + before.total, length + before.length
-        return ModelState(layers, total, length)
+        return State(layers, total, length)
 
-    def _check_state(self, state: ModelState, batch: int) -> None:
-        valid = isinstance(state, ModelState) and isinstance(state.layers, tuple)
+    def _check_state(self, state: State, batch: int) -> None:
+        valid = isinstance(state, State) and isinstance(state.layers, tuple)
         if not valid or len(state.layers) != len(self.blocks):
+            got = f"one of {len(state.layers)}" if valid else type(state).__name__
             raise ValueError(
-                f"state must be a ModelState of {len(self.blocks)} layers, as initial_state, forward and "
-                f"step return it, got {type(state).__name__}"
+                f"state must be a State of {len(self.blocks)} layers, as initial_state, forward and "
+                f"step return it, got {got}"
             )
         D = self.blocks[0].layer.D
         check_state("state.total", state.total, (batch, D.shape[0]), D)
@@ -317,64 +245,7 @@ class S4Model(nn.Module):
             check_state(f"state.layers[{i}]", layer_state, shape, block.layer.D)
 
 
-def greedy(logits: Tensor) -> Tensor:
-    """The most likely token: (B, vocabulary) to (B,)."""
-    return logits.argmax(-1)
-
-
-def categorical(
-    temperature: float = 1.0,
-    *,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Sampler:
-    """A sampler that draws tokens from softmax(logits / temperature).
-
-    Args:
-        temperature: above 0; below 1 sharpens, towards `greedy`.
-        top_k: draw from the k most likely tokens only.
-        top_p: draw from the fewest tokens that hold this share of the probability, of what top_k leaves
-            (nucleus sampling, arXiv 1904.09751).
-        generator: source of randomness, for draws that can be repeated.
-
-    Returns:
-        a function from logits (B, vocabulary) to tokens (B,).
-    """
-    check_number("temperature", temperature, 0, above=True)
-    if top_k is not None:
-        check_integer("top_k", top_k, 1)
-    if top_p is not None:
-        check_number("top_p", top_p, 0, above=True)
-        if top_p > 1:
-            raise ValueError(f"top_p must be at most 1, got {top_p}")
-
-    def sample(logits: Tensor) -> Tensor:
-        p = torch.softmax((logits - logits.amax(-1, keepdim=True)).double() / temperature, -1)
-        p, token = p.sort(dim=-1, descending=True, stable=True)
-        if top_k is not None:
-            p[:, top_k:] = 0
-        if top_p is not None:
-            p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0
-        return token.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
-
-    return sample
-
-
-def _meets(stop: int | Stop, new: Tensor) -> Tensor:
-    """(B,), True where an input ends its sequence."""
-    met = stop(new) if callable(stop) else new == stop
-    if not isinstance(met, Tensor) or met.shape != new.shape[:1] or met.dtype != torch.bool:
-        got = f"{met.dtype} of shape {tuple(met.shape)}" if isinstance(met, Tensor) else type(met).__name__
-        raise ValueError(f"stop must tell for each of {len(new)} sequences, True or False, got {got}")
-    return met
-
-
-def _shape(value: object) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _mean(state: ModelState) -> Tensor:
+def _mean(state: State) -> Tensor:
     return state.total / state.length.clamp(min=1)[:, None]
 
 

@@ -7,10 +7,13 @@ from torch import nn
 from s4.checks import check_module, check_number
 from s4.layer import S4Layer
 
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+# Their parameters, by their kind, do not decay.
+_UNDECAYED_MODULES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
-def param_groups(model: nn.Module, lr: float, weight_decay: float, ssm_lr: float) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.05, ssm_lr: float = 1e-3
+) -> list[dict[str, Any]]:
     """Parameter groups for a torch optimizer, such as AdamW (S4 appendix D.2).
 
     dt, A and B of every `S4Layer` train at min(ssm_lr, lr) without weight decay; D, biases and the parameters
@@ -19,8 +22,8 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float, ssm_lr: float
     Args:
         model: any module, with S4 layers anywhere in it.
         lr: learning rate.
-        weight_decay: of what decays.
-        ssm_lr: largest learning rate of dt, A and B.
+        weight_decay: of what decays; the papers' 0.05.
+        ssm_lr: largest learning rate of dt, A and B; the papers' 0.001.
 
     Returns:
         up to three groups, named "ssm", "no_decay" and "decay", with every parameter in exactly one.
@@ -37,7 +40,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float, ssm_lr: float
     ssm, plain = set(), set()
     for path, module in model.named_modules():
         plain |= {id(p) for name, p in module.named_parameters(recurse=False) if "bias" in name}
-        if isinstance(module, _NORMS):
+        if isinstance(module, _UNDECAYED_MODULES):
             plain |= {id(p) for p in module.parameters(recurse=False)}
         elif isinstance(module, S4Layer):
             ssm |= {id(p) for p in module.ssm_parameters()}

@@ -1,7 +1,10 @@
 """param_groups: which rate and decay each parameter gets, and that none is missed or doubled."""
 
+from typing import Any
+
 import pytest
 import torch
+from refusals import EITHER, Kind, refuses
 from torch import nn
 
 from s4 import S4Block, S4Layer, S4Model, param_groups
@@ -48,6 +51,19 @@ def test_every_parameter_gets_what_its_kind_gets(norm: str, mixer: str) -> None:
     # dplr has five SSM parameters, diag four; C of both, two mixers, encoder and decoder decay
     assert kinds["ssm"] == 9
     assert kinds["decay"] == 6
+
+
+def test_defaults_are_those_of_the_papers() -> None:
+    model = build()
+
+    def set_to(*arguments: float, **keywords: float) -> list[tuple[str, float, float]]:
+        return [(g["name"], g["lr"], g["weight_decay"]) for g in param_groups(model, *arguments, **keywords)]
+
+    want = [("ssm", 0.001, 0.0), ("no_decay", 0.01, 0.0), ("decay", 0.01, 0.05)]
+    assert set_to(0.01) == set_to(lr=0.01) == want
+    # The order of the arguments is a promise.
+    assert set_to(0.01, 0.3, 0.002) == set_to(lr=0.01, weight_decay=0.3, ssm_lr=0.002)
+    assert set_to(0.01, 0.3, 0.002) == [("ssm", 0.002, 0.0), ("no_decay", 0.01, 0.0), ("decay", 0.01, 0.3)]
 
 
 def test_the_ssm_rate_is_never_above_the_other() -> None:
@@ -116,3 +132,30 @@ def test_training_with_the_groups_moves_what_it_should() -> None:
         owner, _, leaf = name.rpartition(".")
         frozen = owner.endswith("layer") and leaf in SSM
         assert torch.equal(before[name], p) == frozen, name
+
+
+BELOW_ZERO = {"lr": -1.0, "weight_decay": -0.1, "ssm_lr": -1e-3}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("name", "value"), BELOW_ZERO.items(), ids=BELOW_ZERO)
+@pytest.mark.parametrize("nan", [False, True])
+def test_numbers_out_of_range(name: str, value: float, nan: bool) -> None:
+    keywords = {"lr": 0.1, "weight_decay": 0.1, "ssm_lr": 0.1} | {name: float("nan") if nan else value}
+    refuses(ValueError, f"{name}.*{'nan' if nan else value}", lambda: param_groups(S4Layer(4, 8), **keywords))
+
+
+OTHER_KINDS = {
+    "a list of modules": ({"model": [nn.Linear(2, 2)]}, TypeError, "model.*Linear"),
+    "lr a word": ({"lr": "1"}, EITHER, "lr.*1"),
+    "lr infinite": ({"lr": float("inf")}, ValueError, "lr.*inf"),
+    "ssm_lr infinite": ({"ssm_lr": float("inf")}, ValueError, "ssm_lr.*inf"),
+    "weight_decay none": ({"weight_decay": None}, EITHER, "weight_decay.*None"),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("changed", "kind", "match"), OTHER_KINDS.values(), ids=OTHER_KINDS)
+def test_arguments_of_another_kind(changed: dict[str, Any], kind: Kind, match: str) -> None:
+    keywords = {"model": S4Layer(4, 8), "lr": 0.1, "weight_decay": 0.1, "ssm_lr": 0.1} | changed
+    refuses(kind, match, lambda: param_groups(**keywords))

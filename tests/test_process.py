@@ -37,7 +37,7 @@ def run(program: str, *arguments: str) -> str:
 COMPILE = """
 import os, shutil, subprocess
 import torch
-from s4 import S4Block, S4Layer, S4Model
+from s4 import S4Block, S4Layer, S4Model, State
 torch.manual_seed(0)
 u, x = torch.randn(2, 9, 4), torch.randn(2, 4, 8)
 
@@ -62,6 +62,9 @@ check(block.eval(), u, lengths=torch.tensor([3, 9]))
 model = S4Model(torch.nn.Linear(4, 4), [S4Block(S4Layer(4, 8))], torch.nn.Linear(4, 2), pooling="mean")
 with torch.no_grad():
     check(lambda u, state: tuple(model.step(u, state)[0:1]), u[:, 0], model.initial_state(2))
+    state = model(u, return_state=True)[1]
+    check(lambda state: State.cat([state.select([1, 0, 0]), state.reset([1]).detach()]), state)
+    check(lambda state, new: model.step(u[:, 0], state.reset(new)), state, torch.tensor([True, False]))
     compiler = shutil.which(os.environ.get("CXX", "g++"))  # the default backend generates code for one
     if compiler and subprocess.run([compiler, "--version"], capture_output=True).returncode == 0:
         torch._inductor.config.fx_graph_cache = False  # which knows no ATEN_CPU_CAPABILITY
@@ -166,6 +169,36 @@ optional = ("triton", "pykeops", "lightning", "matplotlib", "scipy", "torch._dyn
 print([name for name in optional if name in sys.modules])
 """)
     assert out.strip() == "[]"
+
+
+WITHOUT_NUMPY = """
+import sys, warnings
+sys.modules["numpy"] = None  # every import of it raises
+import torch
+torch.tensor([0.0])  # by now torch has said that it misses it
+warnings.simplefilter("error")
+import s4, s4.info
+from s4 import S4Block, S4Layer, S4Model, State, categorical, param_groups
+u = torch.randn(2, 9, 4)
+for mode in ("fft", "scan"):
+    for variant, both in (("dplr", False), ("diag", False), ("dplr", True)):
+        layer = S4Layer(4, 8, variant=variant, mode=mode, bidirectional=both)
+        layer(u, lengths=torch.tensor([9, 3])).sum().backward()
+        layer.kernel(5), layer.dense()
+        if not both:
+            y, state = layer(u, return_state=True)
+            layer.step(u[:, 0], state)
+model = S4Model(torch.nn.Embedding(7, 4), [S4Block(S4Layer(4, 8))], torch.nn.Linear(4, 7))
+torch.optim.AdamW(param_groups(model, 0.01))
+prompt = torch.zeros(2, 3, dtype=torch.long)
+print(tuple(model.eval().generate(prompt, 5, categorical()).shape))
+state = model.initial_state(2)
+State.cat([state.select([0, 1]), state.reset([True, False])])
+"""
+
+
+def test_numpy_is_not_needed() -> None:
+    assert run(WITHOUT_NUMPY).strip() == "(2, 5)"
 
 
 def test_suite_is_collected_without_the_examples_extra(

@@ -1,0 +1,121 @@
+"""From outputs to the next inputs: samplers, and the loop that feeds them back."""
+
+from collections.abc import Callable, Iterator
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s4.checks import check_integer, check_number, kind_of
+from s4.state import State
+
+Sampler = Callable[[Tensor], Tensor]
+Stop = Callable[[Tensor], Tensor]
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The most likely token: (B, vocabulary) to (B,)."""
+    return logits.argmax(-1)
+
+
+def categorical(
+    temperature: float = 1.0,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Sampler:
+    """A sampler that draws tokens from softmax(logits / temperature).
+
+    Args:
+        temperature: above 0; below 1 sharpens, towards `greedy`.
+        top_k: draw from the k most likely tokens only.
+        top_p: draw from the fewest tokens that hold this share of the probability, of what top_k leaves
+            (nucleus sampling, arXiv 1904.09751).
+        generator: source of randomness, for draws that can be repeated.
+
+    Returns:
+        a function from logits (B, vocabulary) to tokens (B,).
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong kind; the message names it.
+    """
+    check_number("temperature", temperature, 0, above=True)
+    if top_k is not None:
+        check_integer("top_k", top_k, 1)
+    if top_p is not None:
+        check_number("top_p", top_p, 0, above=True)
+        if top_p > 1:
+            raise ValueError(f"top_p must be at most 1, got {top_p}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
+
+    def sample(logits: Tensor) -> Tensor:
+        p = torch.softmax((logits - logits.amax(-1, keepdim=True)).double() / temperature, -1)
+        p, token = p.sort(dim=-1, descending=True, stable=True)
+        if top_k is not None:
+            p[:, top_k:] = 0
+        if top_p is not None:
+            p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0
+        return token.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
+
+    return sample
+
+
+def check_generation(prompt: Any, sample: Any, stop: Any, pad: Any) -> None:
+    """The arguments of `S4Model.generate` that mean nothing to the model itself."""
+    if not isinstance(prompt, Tensor) or prompt.dim() < 2 or prompt.shape[1] < 1:
+        raise ValueError(
+            f"prompt must be a tensor of shape (batch, length of at least 1, ...), got {kind_of(prompt)}"
+        )
+    if sample is not None and not callable(sample):
+        raise TypeError(f"sample must be a function of the decoder's output, got {sample!r}")
+    if stop is not None and not callable(stop):
+        check_integer("stop", stop, 0)
+    if not isinstance(pad, Real):
+        raise TypeError(f"pad must be a number, got {pad!r}")
+
+
+def feed_back(
+    step: Callable[[Tensor, State], tuple[Tensor, State]],
+    y: Tensor,
+    state: State,
+    sample: Sampler,
+    stop: int | Stop | None,
+    pad: float | int,
+) -> Iterator[Tensor]:
+    """Each output's sample (B, ...), which is the next input, until all sequences have ended.
+
+    Args:
+        step: from an input and the state before it to an output and the state after it.
+        y: the first output.
+        state: the state that it left.
+        sample, stop, pad: those of `S4Model.generate`.
+    """
+    batch = state.length.shape[0]
+    ended = torch.zeros_like(state.length, dtype=torch.bool)
+    while True:
+        with torch.no_grad():  # never held across a yield: the caller's code keeps its own gradient mode
+            new = sample(y)
+            if not isinstance(new, Tensor) or new.shape[:1] != (batch,):
+                raise ValueError(f"sample must return the next inputs ({batch}, ...), got {kind_of(new)}")
+            met = None if stop is None else _meets(stop, new)
+        if met is None:
+            yield new
+        else:
+            yield new.masked_fill(ended.view(-1, *(1,) * (new.dim() - 1)), pad)
+            ended = ended | met
+            if bool(ended.all()):
+                return
+        with torch.no_grad():
+            y, state = step(new, state)
+
+
+def _meets(stop: int | Stop, new: Tensor) -> Tensor:
+    """(B,), True where an input ends its sequence."""
+    met = stop(new) if callable(stop) else new == stop
+    if not isinstance(met, Tensor) or met.shape != new.shape[:1] or met.dtype != torch.bool:
+        got = f"{met.dtype} of shape {tuple(met.shape)}" if isinstance(met, Tensor) else type(met).__name__
+        raise ValueError(f"stop must tell for each of {len(new)} sequences, True or False, got {got}")
+    return met

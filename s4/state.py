@@ -1,0 +1,110 @@
+"""State: what a stack of blocks carries from one input to the next."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class State(NamedTuple):
+    """The state of a whole stack after some inputs.
+
+    Shapes: layers, one (B, H, N) a block; total (B, d_model) and length (B,), the sum and the number of the
+    outputs of the last block so far, from which mean pooling goes on. As a dict of plain tensors it is
+    `state._asdict()`, which `torch.save` takes, and comes back as `State(**torch.load(file))`. No method
+    changes the state that it is called on.
+    """
+
+    layers: tuple[Tensor, ...]
+    total: Tensor
+    length: Tensor
+
+    def select(self, rows: Tensor | Sequence[int] | slice) -> "State":
+        """Some rows of the batch, in any order and any number of times: what goes on in a beam search.
+
+        Args:
+            rows: a slice, or a one-dimensional sequence or tensor of row numbers or of booleans.
+
+        Raises:
+            ValueError: rows of another kind. IndexError: a row that does not exist; numbers on a GPU are not
+                looked at, as that would wait for it.
+        """
+        index = _index(rows, self.length)
+        return State(tuple(x[index] for x in self.layers), self.total[index], self.length[index])
+
+    def reset(self, rows: Tensor | Sequence[int] | slice) -> "State":
+        """The same batch with some rows as before any input, whatever they held: new sequences start there.
+
+        Args:
+            rows: as those of `select`, with the same errors.
+        """
+        new = torch.zeros_like(self.length, dtype=torch.bool)
+        new[_index(rows, self.length)] = True
+        layers = tuple(torch.where(new[:, None, None], x.new_zeros(()), x) for x in self.layers)
+        total = torch.where(new[:, None], self.total.new_zeros(()), self.total)
+        return State(layers, total, self.length.masked_fill(new, 0))
+
+    def detach(self) -> "State":
+        """The same values without their history: where backpropagation through time ends."""
+        return State(tuple(x.detach() for x in self.layers), self.total.detach(), self.length.detach())
+
+    def to(self, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None) -> "State":
+        """On another device, in another floating-point dtype, or both; `length` stays an integer.
+
+        Raises:
+            TypeError: no device, or a dtype that is not of floating-point numbers.
+        """
+        if device is not None and not isinstance(device, (torch.device, str, int)):
+            raise TypeError(f"device must be a torch.device or the name of one, got {device!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+        layers = tuple(x.to(device=device, dtype=dtype) for x in self.layers)
+        return State(layers, self.total.to(device=device, dtype=dtype), self.length.to(device=device))
+
+    @staticmethod
+    def cat(states: Sequence["State"]) -> "State":
+        """One batch of several, one below the other: the inverse of `select`.
+
+        Raises:
+            TypeError: something other than states.
+            ValueError: no states, or states that differ in more than their batch.
+        """
+        if isinstance(states, State) or not isinstance(states, Sequence):
+            raise TypeError(f"states must be a sequence of State, got {type(states).__name__}")
+        if not all(isinstance(state, State) for state in states):
+            raise TypeError(f"states must be a sequence of State, got {[type(s).__name__ for s in states]}")
+        kinds = [[(*x.shape[1:], x.dtype, x.device) for x in (*s.layers, s.total)] for s in states]
+        if not kinds or any(kind != kinds[0] for kind in kinds):
+            got = "; ".join(map(_described, states)) or "none"
+            raise ValueError(f"states must be one or more, alike in all but their batch, got {got}")
+        layers = tuple(torch.cat(parts) for parts in zip(*(s.layers for s in states), strict=True))
+        return State(layers, torch.cat([s.total for s in states]), torch.cat([s.length for s in states]))
+
+
+def _index(rows: Any, length: Tensor) -> Tensor | slice:
+    """What indexes the batch of `length` (B,) by these rows."""
+    if isinstance(rows, slice):
+        return rows
+    try:
+        index = torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError):
+        index = torch.zeros(())
+    if index.dim() != 1 or (len(index) and (index.is_floating_point() or index.is_complex())):
+        raise ValueError(f"rows must be a slice, or row numbers or booleans in one dimension, got {rows!r}")
+    batch = length.shape[0]
+    if index.dtype == torch.bool:
+        if index.shape[0] != batch:
+            raise ValueError(f"rows must be {batch} booleans, one a row of the batch, got {index.shape[0]}")
+        return index.to(length.device)
+    index = index.long()
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = index[(index < -batch) | (index >= batch)]
+        if len(outside):
+            raise IndexError(f"rows must lie in {-batch}..{batch - 1}, got {outside.tolist()}")
+    return index.to(length.device)
+
+
+def _described(state: State) -> str:
+    shapes = [tuple(x.shape) for x in state.layers]
+    return f"{len(shapes)} layers {shapes} of {state.total.dtype} on {state.total.device}"
