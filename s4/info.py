@@ -1,4 +1,4 @@
-"""`python -m s4.info`: versions, devices, and operation by operation what can run here and what "auto" picks."""
+"""`python -m s4.info`: versions, devices, what each backend can run here, and what "auto" picks."""
 
 import platform
 

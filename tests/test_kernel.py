@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import s4
-from s4 import hippo, ssm
-from s4.kernel import _cpu, diag, dplr
+from s4 import hippo, system
+from s4.backends import cpu
+from s4.kernel import convolution, diag, dplr
+from s4.ops.response import response
 
 INITS = [
     ("dplr", "legs"),
@@ -42,24 +44,25 @@ def parameters(
 
 
 def kernel(way: str, values: dict[str, torch.Tensor], L: int, dtype: torch.dtype) -> torch.Tensor:
-    """Ways: "krylov", "cauchy BACKEND" for DPLR; "zoh BACKEND", "bilinear BACKEND" for diagonal systems."""
+    """Ways: "powers", "cauchy BACKEND" for DPLR; "zoh" and "bilinear", with "powers" or "sums", for diagonal."""
     Lambda = torch.complex(-values["log_A_real"].exp(), values["A_imag"])
     B, C = oracle.complex128(values["B"]), oracle.complex128(values["C"])
     P = oracle.complex128(values["P"]) if "P" in values else B.new_zeros(0, *B.shape)
-    system = ssm.System(Lambda, P, B, C, values["log_dt"].exp())
-    name, _, backend = way.partition(" ")
+    method = "zoh" if way.startswith("zoh") else "bilinear"
+    systems = system.System(Lambda, P, B, C, values["log_dt"].exp(), method)
+    name, _, how = way.partition(" ")
     if name == "cauchy":
-        return dplr.cauchy_kernel(system, L, dtype, backend)
-    propagator = ssm.Propagator(ssm.discretize(system, "zoh" if name == "zoh" else "bilinear"))
-    if name == "krylov":
-        return dplr.krylov_kernel(propagator, L, dtype)
-    return diag.kernel(propagator, L, dtype, backend)
+        return dplr.kernel(systems, L, dtype, how)
+    recurrence = system.discretize(systems)
+    if "powers" in way:
+        return response(recurrence, L, dtype, "torch" if how == "torch" else "auto")
+    return diag.kernel(recurrence, L, dtype)
 
 
 def ways(variant: str, *backends: str) -> list[str]:
     if variant == "dplr":
-        return ["krylov", *(f"cauchy {b}" for b in backends)]
-    return [f"{method} {b}" for method in ("zoh", "bilinear") for b in ("auto", *backends)]
+        return ["powers", "powers torch", *(f"cauchy {b}" for b in backends)]
+    return [f"{method} {how}" for method in ("zoh", "bilinear") for how in ("powers", "sums")]
 
 
 def per_channel(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
@@ -110,7 +113,7 @@ def test_long_kernels(init: tuple[str, str], N: int, L: int) -> None:
                     per_channel(kernel(way, values, L, dtype), want, tolerance)
 
 
-@pytest.mark.parametrize("way", ["krylov", "cauchy torch", "cauchy naive"])
+@pytest.mark.parametrize("way", ["powers", "cauchy torch", "cauchy naive"])
 def test_a_mode_at_the_nyquist_node(way: str) -> None:
     """A fast mode under a long step has Abar near -1, where z = -1 is a node: nothing divides by 1 + z."""
     values = parameters("dplr", "fout", 8, [10.0, 1000.0])
@@ -118,7 +121,7 @@ def test_a_mode_at_the_nyquist_node(way: str) -> None:
     per_channel(kernel(way, values, 50, torch.float64), want, 1e-9)
 
 
-@pytest.mark.parametrize("way", ["krylov", "cauchy torch"])
+@pytest.mark.parametrize("way", ["powers", "cauchy torch"])
 def test_a_kernel_that_has_not_begun_to_decay(way: str) -> None:
     """Far less than one time constant: what the kernel does after L must not come back as an alias."""
     values = parameters("dplr", "legt", 32, [1e-4])
@@ -131,14 +134,15 @@ def test_a_kernel_that_has_not_begun_to_decay(way: str) -> None:
 @pytest.mark.parametrize(
     ("way", "method"),
     [
-        ("krylov", "bilinear"),
+        ("powers", "bilinear"),
         ("cauchy torch", "bilinear"),
-        ("zoh torch", "zoh"),
-        ("bilinear auto", "bilinear"),
+        ("zoh sums", "zoh"),
+        ("bilinear powers", "bilinear"),
+        ("bilinear sums", "bilinear"),
     ],
 )
 def test_gradients_of_every_parameter(way: str, method: str) -> None:
-    dense = method == "zoh" or way == "bilinear auto"
+    dense = " " in way and "cauchy" not in way
     start = parameters(*(("diag", "lin") if dense else ("dplr", "legt")), 8, [0.02, 0.2], 2)
     weight = torch.randn(2, 2, 23).double()
     grads = []
@@ -155,7 +159,7 @@ def test_gradients_of_every_parameter(way: str, method: str) -> None:
         oracle.close(grads[0][name], grads[1][name], 1e-8, name)
 
 
-@pytest.mark.skipif(s4.kernel.backends()["cpu"] is not True, reason="the C++ extension is not built")
+@pytest.mark.skipif(isinstance(s4.kernel.backends()["cpu"], str), reason="the C++ extension is not built")
 @pytest.mark.parametrize(
     ("dtype", "longest"), [(torch.float32, 32), (torch.float64, 8)], ids=["float32", "float64"]
 )
@@ -164,27 +168,35 @@ def test_auto_takes_sums_for_short_kernels_and_powers_for_long(
 ) -> None:
     """At N = 16 sums serve up to N^2 / 8 nodes: L, or 4 L in float64. Without the extension powers do."""
     taken: list[str] = []
-    for name in ("cauchy_kernel", "krylov_kernel"):
-        way = getattr(dplr, name)
+    for module, name in ((dplr, "kernel"), (convolution, "response")):
+        way = getattr(module, name)
 
         def spy(*arguments: object, way: Callable[..., torch.Tensor] = way, name: str = name) -> torch.Tensor:
-            taken.append(name)
+            taken.append("sums" if name == "kernel" else "powers")
             return way(*arguments)
 
-        monkeypatch.setattr(dplr, name, spy)
+        monkeypatch.setattr(module, name, spy)
     layer = s4.S4Layer(2, 16, dtype=dtype)
     layer.kernel(longest)
     layer.kernel(longest + 1)
-    assert taken == ["cauchy_kernel", "krylov_kernel"]
-    monkeypatch.setattr(_cpu, "_library", lambda: "not built")
+    assert taken == ["sums", "powers"]
+    layer.kernel(longest + 1, method="sums")
+    layer.kernel(longest, method="powers")
+    assert taken[2:] == ["sums", "powers"]
+    layer.backend = "torch"
+    layer.kernel(longest + 1)
+    layer.kernel(longest, method="powers")
+    assert taken[4:] == ["sums", "powers"]
+    layer.backend = "auto"
+    monkeypatch.setattr(cpu, "_library", lambda: "not built")
     layer.kernel(longest)
-    assert taken[2:] == ["krylov_kernel"]
+    assert taken[6:] == ["powers"]
 
 
 def test_a_row_of_zeros_is_there_to_be_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers next to denormal ones are dropped from products; the gradient of a zero is not among them."""
-    for library in (_cpu._library, lambda: "not built"):
-        monkeypatch.setattr(_cpu, "_library", library)
+    for library in (cpu._library, lambda: "not built"):
+        monkeypatch.setattr(cpu, "_library", library)
         layer = s4.S4Layer(2, 8)
         with torch.no_grad():
             layer.C.zero_()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from s4.kernel._choice import BACKENDS
+from s4.backends import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 BOUNDED = [

@@ -10,7 +10,9 @@ import torch
 from test_process import run
 from torch import Tensor
 
-from s4 import S4Layer, kernel, scan
+import s4.layer
+from s4 import S4Layer, kernel
+from s4.ops import scan
 
 H = 4
 
@@ -156,9 +158,11 @@ def test_merging_chunks_is_going_over_them(c: int, reverse: bool, monkeypatch: p
 
 @pytest.mark.parametrize("blocks", ["whole"], indirect=True)
 def test_the_operator_is_sound() -> None:
-    arguments = (torch.randn(3, 2, 40, 4), torch.randn(3, 2, 4), torch.randn(3, 4, 4) / 3)
+    H, B, L, T, N = 3, 2, 40, 8, 4
+    shapes = ((B, L, H), (H, B, N), (H, 2 * T - 1), (H, T, N), (H, T, N), (H, N, N))
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
     for reverse in (False, True):
-        torch.library.opcheck(scan._recur_op, (*arguments, reverse))
+        torch.library.opcheck(scan._operator, (*tensors, reverse, torch.float32, "torch"))
 
 
 def test_a_row_of_zeros_learns() -> None:
@@ -474,12 +478,12 @@ def test_auto_takes_the_way_of_its_table(variant: str, monkeypatch: pytest.Monke
     taken: list[str] = []
     whole = scan.scan
 
-    def spy(*arguments: object) -> object:
+    def spy(*arguments: object, **options: object) -> object:
         taken.append("scan")
-        return whole(*arguments)
+        return whole(*arguments, **options)
 
-    monkeypatch.setattr(scan, "scan", spy)
-    fused = kernel.backends()["cpu"] is True
+    monkeypatch.setattr(s4.layer, "scan", spy)
+    fused = not isinstance(kernel.backends()["cpu"], str)
     cases = [  # B, L, N, stateful, whether it scans with the fused code, and without
         (1, 256, 32, False, False, False),
         (1, 512, 32, False, True, False),

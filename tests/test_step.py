@@ -18,12 +18,12 @@ from torch.nn.utils import parametrize
 
 import s4.kernel
 from s4 import S4Layer
-from s4._cache import Cache
-from s4.kernel import _cpu, _stepping
-from s4.ssm import Recurrence
+from s4.backends import cpu
+from s4.ops import step as op
+from s4.system import Recurrence, discretize, system
 
-FUSED = s4.kernel.backends()["cpu"] is True
-LEVELS = ["v4", "v3", "base"][["v4", "v3", "base"].index(_cpu.level()) :] if FUSED else []
+FUSED = not isinstance(s4.kernel.backends()["cpu"], str)
+LEVELS = ["v4", "v3", "base"][["v4", "v3", "base"].index(cpu.level()) :] if FUSED else []
 fused = pytest.mark.skipif(not FUSED, reason="the C++ extension is not built")
 SYSTEMS = [("dplr", "legs"), ("dplr", "legt"), ("diag", "lin")]
 H, N = 3, 10  # five modes: not a whole number of vectors
@@ -32,14 +32,14 @@ H, N = 3, 10  # five modes: not a whole number of vectors
 @pytest.fixture(params=LEVELS)
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each instruction set in the library that this processor has."""
-    monkeypatch.setattr(_cpu, "level", lambda: request.param)
+    monkeypatch.setattr(cpu, "level", lambda: request.param)
 
 
 @pytest.fixture(params=[pytest.param("fused", marks=fused), "plain"])
 def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the library, and as where it could not be built."""
     if request.param == "plain":
-        monkeypatch.setattr(_cpu, "_library", lambda: "not built")
+        monkeypatch.setattr(cpu, "_library", lambda: "not built")
 
 
 @pytest.fixture
@@ -166,12 +166,14 @@ def test_silence_leaves_no_denormal_numbers_and_nan_stays(dtype: torch.dtype) ->
 def test_the_operator_is_sound_and_checks() -> None:
     layer = build("dplr", "legt", dtype=torch.float32)
     u, x = operands(layer)
-    arguments = [t.detach() for t in (*layer._recurrence(1.0), layer.D, x, u)]
-    torch.library.opcheck(_stepping.step, tuple(arguments))
+    arguments = [
+        t.detach() for t in (*discretize(system(*layer._systems(1.0))).to(layer.D.dtype), layer.D, x, u)
+    ]
+    torch.library.opcheck(op.step, (*arguments, "auto"))
     for i, wrong in enumerate(arguments):
         for bad in (wrong[..., :-1], wrong.double()):
             with pytest.raises((ValueError, RuntimeError)):
-                _stepping.step(*arguments[:i], bad, *arguments[i + 1 :])
+                op.step(*arguments[:i], bad, *arguments[i + 1 :], "auto")
 
 
 @fused
@@ -182,17 +184,17 @@ def test_the_operator_that_keeps_is_sound(variant: str, init: str, monkeypatch: 
     layer = build(variant, init)
     u, x = operands(layer)
     method = layer.discretization
-    values = [None if p is None else p.detach() for p in layer._of_system()]
-    torch.library.opcheck(_stepping.step_kept, (values, layer.D.detach(), x, u, 0.5, method))
-    monkeypatch.setattr(_stepping, "_KEPT", 2)
+    values = [None if p is None else p.detach() for p in layer._systems(1.0)[:6]]
+    torch.library.opcheck(op.step_kept, (values, layer.D.detach(), x, u, 0.5, method, "auto"))
+    monkeypatch.setattr(op, "_KEPT", 2)
     layers = [build(variant, init) for _ in range(4)]
     for layer in layers * 2:
-        got = _stepping.step_kept(layer._of_system(), layer.D, x, u, 1.0, method)
+        got = op.step_kept(layer._systems(1.0)[:6], layer.D, x, u, 1.0, method, "auto")
         for g, w in zip(got, truth(layer, u, x), strict=True):
             close(g, w, 1e-12)
-    assert len(_stepping._kept) == 2
+    assert len(op._kept) == 2
     layer.C.mul_(2)
-    got = _stepping.step_kept(layer._of_system(), layer.D, x, u, 1.0, method)
+    got = op.step_kept(layer._systems(1.0)[:6], layer.D, x, u, 1.0, method, "auto")
     close(got[0], truth(layer, u, x)[0], 1e-12)
 
 
@@ -349,7 +351,7 @@ def test_copies_carry_nothing_kept() -> None:
     size = len(pickle.dumps(layer))
     with torch.no_grad():
         want = layer.step(u, x)
-    assert layer._cache._entry is not None
+    assert layer._kept._entry is not None
     assert list(layer.state_dict()) == names
     assert len(pickle.dumps(layer)) == size
     file = io.BytesIO()
@@ -360,7 +362,7 @@ def test_copies_carry_nothing_kept() -> None:
         setattr(replica, name, p.detach().clone())
     copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)]
     for other in copies:
-        assert other._cache._entry is None
+        assert other._kept._entry is None
     for other in (*copies, copy.copy(layer), replica):
         with torch.no_grad():
             close(other.step(u, x)[0], want[0], 1e-12)
@@ -411,7 +413,7 @@ def test_inference_mode() -> None:
 
 def test_kept_by_address_and_version() -> None:
     """As on a GPU; "meta" stands for it, as anything but the CPU does."""
-    cache: Cache[object] = Cache()
+    cache: op.Kept[object] = op.Kept()
     t = torch.ones(3, device="meta")
     first = cache.get([t], 1.0, object)
     assert cache.get([t], 1.0, object) is first
@@ -493,10 +495,10 @@ COMPILE = """
 import torch
 from torch._dynamo.utils import counters
 from s4 import S4Layer
-from s4.kernel import _stepping
+from s4.ops import step as op
 torch.manual_seed(0)
-made, discretize = [], _stepping.discretize
-_stepping.discretize = lambda *system: made.append(None) or discretize(*system)
+made, discretize = [], op.discretize
+op.discretize = lambda *system: made.append(None) or discretize(*system)
 for variant in ("dplr", "diag"):
     for training in (False, True):
         torch.compiler.reset()
@@ -576,7 +578,7 @@ def test_kept_numbers_are_those_of_the_layer() -> None:
 def test_snapshot_of_another_number_of_tensors() -> None:
     """A layer may come to lie where one of another variant was, which has a parameter more."""
     tensors = [torch.randn(3), torch.randn(2, 2)]
-    snapshot = _cpu.Snapshot(tensors)
+    snapshot = cpu.Snapshot(tensors)
     assert snapshot.matches(tensors)
     assert not snapshot.matches(tensors[:1])
     assert not snapshot.matches([*tensors, torch.randn(1)])

@@ -294,10 +294,9 @@ def _operator_backward(
     grads: Sequence[Tensor], inputs: Sequence[Tensor], reverse: bool, products: torch.dtype, backend: str
 ) -> list[Tensor]:
     inputs, grads = _checked(inputs, *grads)
-    module = (
-        dispatch.implementation("scan", backend, inputs[0].device) if products == inputs[0].dtype else None
-    )
-    if hasattr(module, "scan_backward"):
+    u = inputs[0]
+    module = dispatch.implementation("scan", backend, u.device) if products == u.dtype else None
+    if module is not None and hasattr(module, "scan_backward"):
         return list(module.scan_backward(grads, inputs, reverse))
     return [t.contiguous() for t in plain_backward(grads, inputs, reverse, products)]
 

@@ -5,7 +5,7 @@ import oracle
 import pytest
 import torch
 
-from s4 import conv
+from s4.ops import convolve as conv
 
 
 def smooth_even(n: int) -> bool:
