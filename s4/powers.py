@@ -7,40 +7,13 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import hardshrink, pad
+from torch.nn.functional import pad
 
 from s4.padding import right_aligned
+from s4.precision import product, without_denormals
 from s4.system import Recurrence, block_diagonal, dense, modes, readout, row_modes, stack
 
 _LOG2_CHUNK = 6  # of the inputs that `Propagator.drive` turns into one state by a product
-_WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
-
-
-def product(A: Tensor, B: Tensor) -> Tensor:
-    """A B with all digits of its dtype.
-
-    TensorFloat-32 or bfloat16, which a user may have allowed for products of their own, halve them or worse:
-    then in double precision.
-    """
-    if A.dtype in _WIDER and torch.get_float32_matmul_precision() != "highest":
-        return (A.to(_WIDER[A.dtype]) @ B.to(_WIDER[A.dtype])).to(A.dtype)
-    return A @ B
-
-
-def add_product(C: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """C + A B of batches of matrices, with all digits."""
-    if A.dtype in _WIDER and torch.get_float32_matmul_precision() != "highest":
-        return C + product(A, B)
-    return torch.baddbmm(C, A, B)
-
-
-def without_denormals(t: Tensor) -> Tensor:
-    """t with zeros for what has decayed to denormal numbers or soon will: each costs a CPU some 100 cycles.
-
-    The gradient is that of t: what is 0 may have one, and is there to be learned.
-    """
-    vanished = t - hardshrink(t, 1e8 * torch.finfo(t.dtype).tiny)
-    return t - vanished.nan_to_num(0.0).detach()
 
 
 class Propagator:

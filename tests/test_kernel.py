@@ -44,7 +44,7 @@ def parameters(
 
 
 def kernel(way: str, values: dict[str, torch.Tensor], L: int, dtype: torch.dtype) -> torch.Tensor:
-    """Ways: "powers", "cauchy BACKEND" for DPLR; "zoh" and "bilinear", with "powers" or "sums", for diagonal."""
+    """By "powers", "cauchy BACKEND" for DPLR; "zoh" and "bilinear", with "powers" or "sums", for diagonal."""
     Lambda = torch.complex(-values["log_A_real"].exp(), values["A_imag"])
     B, C = oracle.complex128(values["B"]), oracle.complex128(values["C"])
     P = oracle.complex128(values["P"]) if "P" in values else B.new_zeros(0, *B.shape)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from s4 import system
-from s4.ops import step
+from s4.ops.step import plain
 from s4.powers import Propagator
 
 
@@ -44,7 +44,7 @@ def test_structured_discretisation_is_the_dense_one(variant: str) -> None:
 def test_structured_step_is_the_dense_one(variant: str) -> None:
     recurrence, (A, B, C, D) = structured(variant)
     x, u = torch.randn(2, 3, 8).double(), torch.randn(2, 3).double()
-    y, after = step.plain(recurrence, D, x, u)
+    y, after = plain(recurrence, D, x, u)
     want = torch.einsum("hnm,bhm->bhn", A, x) + B * u[..., None]
     oracle.close(after, want, 1e-13)
     oracle.close(y, (C[0] * want).sum(-1) + D * u, 1e-13)

@@ -316,14 +316,14 @@ def test_a_system_is_discretised_once(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = build()
     u, x = operands(layer)
     made = []
-    make = layer._recurrence
-    monkeypatch.setattr(layer, "_recurrence", lambda rate: made.append(rate) or make(rate))
+    make = op.discretize
+    monkeypatch.setattr(op, "discretize", lambda systems: made.append(systems) or make(systems))
     for _ in range(3):
         layer.step(u, x)
-    assert made == [1.0]
+    assert len(made) == 1
     layer.C.mul_(2)
     layer.step(u, x), layer.step(u, x)
-    assert made == [1.0, 1.0]
+    assert len(made) == 2
     layer.train()
     layer.step(u, x), layer.step(u, x)
     assert len(made) == 4
@@ -413,17 +413,21 @@ def test_inference_mode() -> None:
 
 def test_kept_by_address_and_version() -> None:
     """As on a GPU; "meta" stands for it, as anything but the CPU does."""
-    cache: op.Kept[object] = op.Kept()
+    cache = op.Kept()
+
+    def new() -> Recurrence:
+        return Recurrence(*torch.ones(5, 2, 2, 2))
+
     t = torch.ones(3, device="meta")
-    first = cache.get([t], 1.0, object)
-    assert cache.get([t], 1.0, object) is first
-    assert cache.get([t], 2.0, object) is not first
-    second = cache.get([t], 1.0, object)
+    first = cache.get([t], 1.0, new)
+    assert cache.get([t], 1.0, new) is first
+    assert cache.get([t], 2.0, new) is not first
+    second = cache.get([t], 1.0, new)
     t.mul_(2)
-    assert cache.get([t], 1.0, object) is not second
+    assert cache.get([t], 1.0, new) is not second
     with torch.inference_mode():
         t = torch.ones(3, device="meta")
-        assert cache.get([t], 1.0, object) is not cache.get([t], 1.0, object)
+        assert cache.get([t], 1.0, new) is not cache.get([t], 1.0, new)
 
 
 class Step(nn.Module):

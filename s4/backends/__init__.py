@@ -13,13 +13,12 @@ To add one, write the module, and name it in `BACKENDS` and, if "auto" is to tak
 from types import ModuleType
 from typing import Any
 
-from s4.backends import cpu, cuda, keops, naive, triton
+from s4.backends import cpu, cuda, keops, naive, plain, triton
 
 OPERATIONS = ("cauchy", "response", "maps", "scan", "step")
-# "torch" is the plain definition of every operation, and has no module.
 BACKENDS: dict[str, ModuleType | Any] = {
     "naive": naive,
-    "torch": None,
+    "torch": plain,
     "cpu": cpu,
     "cuda": cuda,
     "triton": triton,

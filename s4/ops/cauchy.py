@@ -11,7 +11,7 @@ from torch import Tensor
 
 from s4.backends import naive
 from s4.ops import dispatch
-from s4.powers import product
+from s4.precision import product
 
 _BLOCK = 1 << 20  # elements of one block of 1 / (z - w)
 

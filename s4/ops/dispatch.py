@@ -5,7 +5,7 @@ The only file that asks torch whether it compiles, exports, transforms, differen
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,8 @@ from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
 from s4.backends import AUTO, BACKENDS, OPERATIONS
+from s4.precision import constant
 from s4.system import Recurrence
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 # max(B, 4) L from which a scan takes less time than an FFT convolution, by variant and d_state, on a CPU with
 # the fused code: measured (benchmarks/layer.py), forward and with backward.
@@ -37,15 +36,14 @@ def backends() -> dict[str, dict[str, bool | str] | str]:
     for name, module in BACKENDS.items():
         state = state_of(name, *devices)
         plain = "has none of its own: plain PyTorch"
-        own = {o: True if module is None or hasattr(module, o) else plain for o in OPERATIONS}
+        own = {o: True if name == "torch" or hasattr(module, o) else plain for o in OPERATIONS}
         found[name] = own if state is True else str(state)
     return found
 
 
 def state_of(backend: str, *devices: torch.device) -> bool | str:
     """True if a backend can run on one of these devices, or else the reason why not."""
-    module = BACKENDS[backend]
-    states: list[bool | str] = [True if module is None else module.status(device) for device in devices]
+    states: list[bool | str] = [BACKENDS[backend].status(device) for device in devices]
     return True if True in states else states[-1]
 
 
@@ -69,10 +67,11 @@ def implementation(operation: str, backend: str, device: torch.device) -> Any | 
         ValueError: an unknown backend, or one that cannot run there; the message says why.
     """
     if backend == "auto":
-        return BACKENDS[picked(operation, device)]
-    check_backend(backend)
-    if (state := state_of(backend, device)) is not True:
-        raise ValueError(f"backend {backend!r} cannot run: {state}")
+        backend = picked(operation, device)
+    else:
+        check_backend(backend)
+        if (state := BACKENDS[backend].status(device)) is not True:
+            raise ValueError(f"backend {backend!r} cannot run: {state}")
     module = BACKENDS[backend]
     return module if hasattr(module, operation) else None
 
@@ -87,15 +86,6 @@ def has_backward(operation: str, backend: str, device: torch.device) -> bool:
     """Whether a backend computes the gradient too, as long as that needs none itself."""
     module = implementation(operation, backend, device)
     return not torch.is_grad_enabled() and hasattr(module, f"{operation}_backward")
-
-
-def constant(function: F) -> F:
-    """Mark what torch.compile asks once and compiles the answer of.
-
-    As torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @constant

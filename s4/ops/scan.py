@@ -16,7 +16,8 @@ from torch.nn.functional import pad
 from s4.ops import dispatch
 from s4.ops.convolve import Transposed, transpose
 from s4.ops.maps import maps
-from s4.powers import Propagator, add_product, product, without_denormals
+from s4.powers import Propagator
+from s4.precision import add_product, product, without_denormals
 from s4.system import Recurrence
 
 _BLOCK = 1 << 19  # inputs in flight on a CPU: what a core's cache holds, with the products made of them
@@ -199,7 +200,9 @@ def _joined(Y: Tensor, like: Tensor) -> Tensor:
 
 def _toeplitz(taps: Tensor) -> Tensor:
     """(h, 2T-1) to (h, T, T): row i, column j has the lag j - i."""
-    return taps.unfold(-1, taps.shape[-1] // 2 + 1, 1).flip(-2)
+    T = taps.shape[-1] // 2 + 1
+    step = torch.arange(T, device=taps.device)
+    return taps[:, step - step[:, None] + T - 1]
 
 
 def _diagonal_sums(M: Tensor) -> Tensor:

@@ -1,0 +1,53 @@
+"""Products with all digits of their dtype, whatever torch was told of the user's own; no denormal numbers."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import hardshrink
+
+F = TypeVar("F", bound=Callable[..., Any])
+_WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
+def constant(function: F) -> F:
+    """Mark what torch.compile asks once and compiles the answer of.
+
+    As torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
+def _reduced() -> bool:
+    """Whether torch may take fewer digits: a change of that makes torch.compile compile anew."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def product(A: Tensor, B: Tensor) -> Tensor:
+    """A B with all digits of its dtype.
+
+    TensorFloat-32 or bfloat16, which a user may have allowed for products of their own, halve them or worse:
+    then in double precision.
+    """
+    if A.dtype in _WIDER and _reduced():
+        return (A.to(_WIDER[A.dtype]) @ B.to(_WIDER[A.dtype])).to(A.dtype)
+    return A @ B
+
+
+def add_product(C: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """C + A B of batches of matrices, with all digits."""
+    if A.dtype in _WIDER and _reduced():
+        return C + product(A, B)
+    return torch.baddbmm(C, A, B)
+
+
+def without_denormals(t: Tensor) -> Tensor:
+    """t with zeros for what has decayed to denormal numbers or soon will: each costs a CPU some 100 cycles.
+
+    The gradient is that of t: what is 0 may have one, and is there to be learned.
+    """
+    vanished = t - hardshrink(t, 1e8 * torch.finfo(t.dtype).tiny)
+    return t - vanished.nan_to_num(0.0).detach()
