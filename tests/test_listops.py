@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("rich", reason="the examples need the extra 'examples'")
 
-import listops
-from listops import Limits, generate, read
+from data import listops
+from data.listops import Limits, generate, read
 
 SMALL = Limits(min_length=20, max_length=60, max_depth=5, max_arguments=4)
 FUNCTIONS = {

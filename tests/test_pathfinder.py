@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("rich", reason="the examples need the extra 'examples'")
 
-import pathfinder
-from pathfinder import Picture, draw, generate, read
+from data import pathfinder
+from data.pathfinder import Picture, draw, generate, read
 from PIL import Image, ImageDraw
 from scipy import ndimage
 

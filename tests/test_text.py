@@ -12,17 +12,17 @@ import yaml
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
-import language
 import pyarrow
 import pyarrow.parquet
 import train
-from adaptive import AdaptiveEmbedding
-from data import Batch, SequenceData, Spec
+from data import language
+from data.base import Batch, SequenceData, Spec
+from data.language import Characters, Words
+from data.retrieval import PaperPairs
+from data.storage import DataError
+from data.text import Reviews
 from example_files import TINY, WRITERS, fails
-from language import Characters, Words
-from retrieval import PaperPairs
-from storage import DataError
-from text import Reviews
+from trainer.adaptive import AdaptiveEmbedding
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),

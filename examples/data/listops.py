@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from parallel import run_blocks
+from data.parallel import run_blocks
 
 if TYPE_CHECKING:  # the processes that make examples do without
     from torch import Tensor

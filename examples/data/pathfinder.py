@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from dashes import Canvas, Setting
-from parallel import run_blocks
+from data.dashes import Canvas, Setting
+from data.parallel import run_blocks
 from PIL import Image
 
 if TYPE_CHECKING:  # the processes that make images do without
