@@ -186,7 +186,10 @@ def test_limits_that_no_tree_meets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    listops.main(count=2, max_length=40)
+    pytest.importorskip("jsonargparse", reason="the examples need the extra 'examples'")
+    import listops as example
+
+    example.main(count=2, max_length=40)
     shown = capsys.readouterr().out
     assert "value" in shown
     assert shown.count("]") >= 2

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
 from data.parallel import run_blocks
 
 if TYPE_CHECKING:  # the processes that make examples do without
@@ -215,29 +216,3 @@ def _applied(operator: np.ndarray, arguments: np.ndarray, values: np.ndarray) ->
     middle = table[each, (arguments - 1) // 2] + table[each, arguments // 2]
     total = np.add.reduceat(values, arguments.cumsum() - arguments)
     return np.choose(operator, (table[:, 0], table[each, arguments - 1], middle // 2, total % 10))
-
-
-def main(count: int = 3, seed: int = 0, max_length: int = 100) -> None:
-    """Print expressions and their values.
-
-    Args:
-        count: how many.
-        seed: of the expressions.
-        max_length: they have fewer tokens, and more than half as many.
-    """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    made = generate(seed, count, limits=Limits(max_length // 2, max_length), workers=1)
-    table = Table("expression", "value", show_lines=True)
-    for row, label in enumerate(made["labels"].tolist()):
-        begin, end = made["offsets"][row : row + 2].tolist()
-        table.add_row(Text(text(made["tokens"][begin:end].numpy())), str(label))
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    from jsonargparse import auto_cli
-
-    auto_cli(main)

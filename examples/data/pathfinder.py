@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from PIL import Image
+
 from data.dashes import Canvas, Setting
 from data.parallel import run_blocks
-from PIL import Image
 
 if TYPE_CHECKING:  # the processes that make images do without
     from torch import Tensor
@@ -150,28 +151,3 @@ def _gathered(blocks: Iterable[tuple[np.ndarray, list[int]]], size: int, count: 
         images[len(labels) : len(labels) + len(block)] = block.reshape(len(block), -1, 1)
         labels += block_labels
     return {"images": torch.from_numpy(images), "labels": torch.tensor(labels, dtype=torch.int64)}
-
-
-def main(size: int = 32, seed: int = 0, show: Path = Path("pathfinder.png")) -> None:
-    """Write a figure of the first images.
-
-    Args:
-        size: pixels of a side: 32, 64, 128 or 256.
-        seed: of the images.
-        show: the file to write.
-    """
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 4, figsize=(12, 6.4), layout="constrained")
-    images = generate(seed, size, axes.size, workers=1)
-    for axis, image, label in zip(axes.flat, images["images"], images["labels"], strict=True):
-        axis.imshow(image.numpy().reshape(size, size), cmap="gray", vmin=0, vmax=255)
-        axis.set(xticks=[], yticks=[], title="joined" if label else "not joined")
-    figure.savefig(show, dpi=100)
-    plt.close(figure)
-
-
-if __name__ == "__main__":
-    from jsonargparse import auto_cli
-
-    auto_cli(main)
