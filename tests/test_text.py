@@ -14,6 +14,8 @@ pytest.importorskip("lightning", reason="the examples need the extra 'examples'"
 
 import pyarrow
 import pyarrow.parquet
+from example_files import TINY, WRITERS, fails
+
 import train
 from data import language
 from data.base import Batch, SequenceData, Spec
@@ -21,7 +23,6 @@ from data.language import Characters, Words
 from data.retrieval import PaperPairs
 from data.storage import DataError
 from data.text import Reviews
-from example_files import TINY, WRITERS, fails
 from trainer.adaptive import AdaptiveEmbedding
 
 pytestmark = [

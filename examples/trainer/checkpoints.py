@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data.storage import UNREADABLE, atomic_save, first_line
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from data.storage import UNREADABLE, atomic_save, first_line
 
 # What testing and resuming read of a checkpoint.
 CONTENT = (
