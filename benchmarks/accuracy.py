@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 import torch
+from harness import ROOT, provenance, result_file, run
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from harness import ROOT, provenance, result_file, run
 from s4 import S4Layer
 
 sys.path.insert(0, str(ROOT / "tests"))

@@ -27,12 +27,12 @@ from typing import Literal
 
 import matplotlib.pyplot as plt
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor, nn
-
 from harness import Budget, Peak, Report, first_line, lost, result_file, run, show, synchronize, usable
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from peers.language_models import LSTM, Sizes, Transformer, matched, n_parameters, s4_model
 from peers.layers import HEAD_DIM
+from torch import Tensor, nn
+
 from s4.model import ModelState
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200

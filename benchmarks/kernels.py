@@ -17,13 +17,13 @@ from typing import Literal
 
 import matplotlib.pyplot as plt
 import torch
+from harness import Budget, Contender, Measured, Report, measure, result_file, run, show, usable
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from peers.layers import BROADCAST_LIMIT, Official, original_kernel
 from rich.console import Console
 from torch import Tensor, nn
 
 import s4
-from harness import Budget, Contender, Measured, Report, measure, result_file, run, show, usable
-from peers.layers import BROADCAST_LIMIT, Official, original_kernel
 from s4 import S4Layer
 from s4.kernel._choice import BACKENDS, best
 from s4.kernel.dplr import krylov_kernel, sums_pay

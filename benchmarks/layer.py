@@ -29,13 +29,13 @@ from unittest import mock
 
 import matplotlib.pyplot as plt
 import torch
+from harness import Budget, Contender, Measured, Report, measure, milliseconds, result_file, run, show, usable
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from peers.layers import BROADCAST_LIMIT, HEAD_DIM, Attention, Official, fft_convolution, original_kernel
 from rich.console import Console
 from torch import Tensor, nn
 
 import s4.scan
-from harness import Budget, Contender, Measured, Report, measure, milliseconds, result_file, run, show, usable
-from peers.layers import BROADCAST_LIMIT, HEAD_DIM, Attention, Official, fft_convolution, original_kernel
 from s4 import S4Layer
 
 Shape = tuple[PositiveInt, PositiveInt, PositiveInt]

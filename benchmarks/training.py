@@ -20,18 +20,17 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from harness import ROOT, Budget, Report, first_line, folder, result_file, run, show, synchronize, usable
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat
 
-from harness import ROOT, Budget, Report, first_line, folder, result_file, run, show, synchronize, usable
 from s4 import param_groups
 
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
-from example_files import write_parquet  # noqa: E402
-
 from data.base import Batch, SequenceData, padded  # noqa: E402
 from data.images import SOURCES, SequentialImages  # noqa: E402
 from data.storage import DataError  # noqa: E402
+from example_files import write_parquet  # noqa: E402
 from train import RECIPES, TASKS  # noqa: E402
 from trainer.task import SequenceTask  # noqa: E402
 

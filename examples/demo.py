@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from rich.progress import track
 from torch import Tensor
-
-from s4 import S4Model
 from train import run
 from trainer.report import print_results
+
+from s4 import S4Model
 
 MIN_ACCURACY = 0.97
 MAX_DIFFERENCE = 1e-3

@@ -1,11 +1,10 @@
 """Print expressions of ListOps and their values: python examples/listops.py [--options]."""
 
+from data.listops import Limits, generate, text
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-from data.listops import Limits, generate, text
 
 
 def main(count: int = 3, seed: int = 0, max_length: int = 100) -> None:

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from jsonargparse import auto_cli
-
 from data.pathfinder import generate
+from jsonargparse import auto_cli
 
 
 def main(size: int = 32, seed: int = 0, show: Path = Path("pathfinder.png")) -> None:

@@ -16,6 +16,16 @@ from typing import Any
 
 import torch
 import yaml
+from data.arena import ListOps, Pathfinder
+from data.audio import SpokenWords
+from data.base import SequenceData
+from data.forecast import Forecasting
+from data.images import SequentialImages
+from data.language import Characters, Words
+from data.memory import Copying, Delay
+from data.retrieval import PaperPairs
+from data.storage import DataError, first_line
+from data.text import Reviews
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -31,17 +41,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.markup import escape
 from safetensors.torch import save_file
-
-from data.arena import ListOps, Pathfinder
-from data.audio import SpokenWords
-from data.base import SequenceData
-from data.forecast import Forecasting
-from data.images import SequentialImages
-from data.language import Characters, Words
-from data.memory import Copying, Delay
-from data.retrieval import PaperPairs
-from data.storage import DataError, first_line
-from data.text import Reviews
 from trainer.checkpoints import AtomicCheckpointIO, CheckpointError, load_checkpoint
 from trainer.report import learning_curve, print_results, write_labels, write_values
 from trainer.runs import (

@@ -62,9 +62,8 @@ def unchecked() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder of parquet files for each data set that is not embedded."""
-    from example_files import write_parquet
-
     from data import images
+    from example_files import write_parquet
 
     root = tmp_path_factory.mktemp("data")
     return {name: write_parquet(root / name, images.SOURCES[name]) for name in ("mnist", "cifar10")}

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 import train
 from data import images
 

@@ -10,12 +10,11 @@ import yaml
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
-from PIL import Image
-
 import train
 from data import listops, pathfinder
 from data.arena import ListOps, Pathfinder
 from data.storage import DataError
+from PIL import Image
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),

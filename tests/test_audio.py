@@ -10,13 +10,12 @@ import torch
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
-from example_files import TINY, fails, step_losses
-
 import train
 from data import audio
 from data.audio import SpokenWords
 from data.base import Batch
 from data.storage import DataError
+from example_files import TINY, fails, step_losses
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),

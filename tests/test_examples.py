@@ -12,12 +12,11 @@ import yaml
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
-from example_files import TINY, WRITERS, fails, step_losses, write_parquet
-from lightning.pytorch.callbacks import LearningRateMonitor
-
 import train
 from data import images, storage
 from data.base import Batch, Spec
+from example_files import TINY, WRITERS, fails, step_losses, write_parquet
+from lightning.pytorch.callbacks import LearningRateMonitor
 from trainer import runs
 from trainer.checkpoints import CONTENT, CheckpointError, load_checkpoint
 

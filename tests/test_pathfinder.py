@@ -9,11 +9,10 @@ import torch
 
 pytest.importorskip("rich", reason="the examples need the extra 'examples'")
 
-from PIL import Image, ImageDraw
-from scipy import ndimage
-
 from data import pathfinder
 from data.pathfinder import Picture, draw, generate, read
+from PIL import Image, ImageDraw
+from scipy import ndimage
 
 # Size: margins, distance of the first ends, radius of a dot, length and thickness of a dash, most it can turn
 # in a gap, short paths, border, brightness of long and short paths; as the Long Range Arena publishes them.

@@ -13,8 +13,6 @@ pytest.importorskip("lightning", reason="the examples need the extra 'examples'"
 
 import pyarrow
 import pyarrow.parquet
-from example_files import TINY, WRITERS, fails
-
 import train
 from data import language
 from data.base import SequenceData
@@ -22,6 +20,7 @@ from data.language import Characters, Words
 from data.retrieval import PaperPairs
 from data.storage import DataError
 from data.text import Reviews
+from example_files import TINY, WRITERS, fails
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),

@@ -14,12 +14,11 @@ import torch
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
-from example_files import TINY, fails, step_losses, write_parquet
-from safetensors.torch import load_file
-
 import train
 from data import images
 from data.storage import atomic_save
+from example_files import TINY, fails, step_losses, write_parquet
+from safetensors.torch import load_file
 from trainer import runs
 from trainer.checkpoints import CONTENT, load_checkpoint
 

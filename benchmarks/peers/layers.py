@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
+from harness import folder
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from harness import folder
 from s4.kernel import cauchy
 
 HEAD_DIM = 64

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-
 from data.storage import UNREADABLE, atomic_save, first_line
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 # What testing and resuming read of a checkpoint.
 CONTENT = (

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from data.base import Batch, Spec
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanMetric, Metric, R2Score
 from torchmetrics.classification import MulticlassAccuracy
 
-from data.base import Batch, Spec
 from s4 import S4Block, S4Layer, S4Model, param_groups
 from trainer.adaptive import AdaptiveEmbedding
 from trainer.baselines import LSTMModel

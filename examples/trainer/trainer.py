@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
+from data.base import SequenceData
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.markup import escape
 
-from data.base import SequenceData
 from s4 import S4Model
 from s4.model import categorical
 from trainer.checkpoints import load_checkpoint
