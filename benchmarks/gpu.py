@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
-from gpu_environment import ROOT, SCRATCH, SetupError, environment
+from make_gpu.environment import ROOT, SCRATCH, SetupError, environment
 
 GRACE = 10.0  # seconds for a training to save in, between SIGTERM and SIGKILL
 REPORT = 8.0  # seconds kept for the table
@@ -107,7 +107,8 @@ def parts(device: str, python: str, results: Path) -> list[Part]:
             out, command = results / "parts.json", [python]
         elif name == "tests":
             out = results / "tests.jsonl"
-            command = [python, "-m", "pytest", "-q", "--tb=short", "-p", "recorder", "--record", str(out)]
+            command = [python, "-m", "pytest", "-q", "--tb=short"]
+            command += ["-p", "make_gpu.recorder", "--record", str(out)]
             command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
             command += ["-n", str(min(8, os.cpu_count() or 1))] if device == "cuda" else []
         else:
@@ -216,7 +217,7 @@ class Run:
 
     def report(self) -> None:
         """Print the table."""
-        command = [self.python, "benchmarks/gpu_report.py", str(self.arguments.results)]
+        command = [self.python, "benchmarks/make_gpu/report.py", str(self.arguments.results)]
         done = subprocess.run(command, cwd=ROOT, env=self.variables, capture_output=True, text=True)
         print(done.stdout if done.returncode == 0 else done.stderr, flush=True)
         self.log.write(done.stdout)

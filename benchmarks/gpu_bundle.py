@@ -13,7 +13,7 @@ import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
 
-from gpu_environment import ROOT, digest, normal, requirements
+from make_gpu.environment import ROOT, digest, normal, requirements
 
 try:
     from packaging.requirements import Requirement
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument(
         "--image",
         type=Path,
-        default=Path(__file__).parent / "gpu-image.txt",
+        default=Path(__file__).parent / "make_gpu" / "image.txt",
         help="what the machine has, as pip list --format=freeze prints it (IMAGE)",
     )
     parser.add_argument("--python-version", default="3.12", help="the machine's: 3.12")

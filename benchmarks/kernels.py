@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import torch
 from harness import Budget, Contender, Measured, Report, measure, result_file, run, show, usable
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
-from peers import BROADCAST_LIMIT, Official, original_kernel
+from peers.layers import BROADCAST_LIMIT, Official, original_kernel
 from rich.console import Console
 from torch import Tensor, nn
 

@@ -31,7 +31,7 @@ import matplotlib.pyplot as plt
 import torch
 from harness import Budget, Contender, Measured, Report, measure, milliseconds, result_file, run, show, usable
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
-from peers import BROADCAST_LIMIT, HEAD_DIM, Attention, Official, fft_convolution, original_kernel
+from peers.layers import BROADCAST_LIMIT, HEAD_DIM, Attention, Official, fft_convolution, original_kernel
 from rich.console import Console
 from torch import Tensor, nn
 

@@ -27,12 +27,12 @@ from s4 import param_groups
 
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
-from data import Batch, SequenceData, padded  # noqa: E402
+from data.base import Batch, SequenceData, padded  # noqa: E402
+from data.images import SOURCES, SequentialImages  # noqa: E402
+from data.storage import DataError  # noqa: E402
 from example_files import write_parquet  # noqa: E402
-from images import SOURCES, SequentialImages  # noqa: E402
-from storage import DataError  # noqa: E402
-from task import SequenceTask  # noqa: E402
 from train import RECIPES, TASKS  # noqa: E402
+from trainer.task import SequenceTask  # noqa: E402
 
 MIN_ROUNDS = 3
 HELD = 8  # batches that the model gets in turn

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
-from report import print_results
 from rich.progress import track
 from torch import Tensor
 from train import run
+from trainer.report import print_results
 
 from s4 import S4Model
 

@@ -16,13 +16,17 @@ from typing import Any
 
 import torch
 import yaml
-from arena import ListOps, Pathfinder
-from audio import SpokenWords
-from data import SequenceData
-from forecast import Forecasting
-from images import SequentialImages
+from data.arena import ListOps, Pathfinder
+from data.audio import SpokenWords
+from data.base import SequenceData
+from data.forecast import Forecasting
+from data.images import SequentialImages
+from data.language import Characters, Words
+from data.memory import Copying, Delay
+from data.retrieval import PaperPairs
+from data.storage import DataError, first_line
+from data.text import Reviews
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
-from language import Characters, Words
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
@@ -34,12 +38,12 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from memory import Copying, Delay
-from report import learning_curve, print_results, write_labels, write_values
-from retrieval import PaperPairs
 from rich.console import Console
 from rich.markup import escape
-from runs import (
+from safetensors.torch import save_file
+from trainer.checkpoints import AtomicCheckpointIO, CheckpointError, load_checkpoint
+from trainer.report import learning_curve, print_results, write_labels, write_values
+from trainer.runs import (
     BarProgress,
     BestCheckpoint,
     LastCheckpoint,
@@ -50,11 +54,8 @@ from runs import (
     git_commit,
     new_run,
 )
-from safetensors.torch import save_file
-from storage import AtomicCheckpointIO, CheckpointError, DataError, first_line, load_checkpoint
-from task import SequenceTask
-from text import Reviews
-from trainer import ConfigError, ExampleTrainer
+from trainer.task import SequenceTask
+from trainer.trainer import ConfigError, ExampleTrainer
 
 RECIPES = Path(__file__).parent / "recipes"
 COMMANDS = ("fit", "validate", "test", "predict", "generate")

@@ -62,7 +62,7 @@ def unchecked() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder of parquet files for each data set that is not embedded."""
-    import images
+    from data import images
     from example_files import write_parquet
 
     root = tmp_path_factory.mktemp("data")
@@ -72,7 +72,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs and caches stay within the test."""
-    import data
+    from data import base
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "default_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(base, "default_cache", lambda: tmp_path / "cache")

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import images
 import numpy as np
 import pytest
 import train
+from data import images
 
 TINY = [
     *("--model.d_model", "8", "--model.n_layers", "1", "--model.d_state", "4"),

@@ -10,12 +10,11 @@ import yaml
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
-import listops
-import pathfinder
 import train
-from arena import ListOps, Pathfinder
+from data import listops, pathfinder
+from data.arena import ListOps, Pathfinder
+from data.storage import DataError
 from PIL import Image
-from storage import DataError
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),

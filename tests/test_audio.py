@@ -10,12 +10,12 @@ import torch
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
-import audio
 import train
-from audio import SpokenWords
-from data import Batch
+from data import audio
+from data.audio import SpokenWords
+from data.base import Batch
+from data.storage import DataError
 from example_files import TINY, fails, step_losses
-from storage import DataError
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),

@@ -9,11 +9,11 @@ import torch
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
-import images
-from data import Batch, Loader, hold_out, padded
+from data import images
+from data.base import Batch, Loader, hold_out, padded
+from data.images import SequentialImages
+from data.storage import DataError
 from example_files import write_parquet
-from images import SequentialImages
-from storage import DataError
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

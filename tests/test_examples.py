@@ -12,14 +12,13 @@ import yaml
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
-import images
-import runs
-import storage
 import train
-from data import Batch, Spec
+from data import images, storage
+from data.base import Batch, Spec
 from example_files import TINY, WRITERS, fails, step_losses, write_parquet
 from lightning.pytorch.callbacks import LearningRateMonitor
-from storage import CONTENT, CheckpointError, load_checkpoint
+from trainer import runs
+from trainer.checkpoints import CONTENT, CheckpointError, load_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),

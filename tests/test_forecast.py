@@ -13,10 +13,10 @@ import torch
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
-import forecast
+from data import forecast
+from data.forecast import SOURCES, Forecasting, calendar_features, window_starts
+from data.storage import DataError
 from example_files import write_series
-from forecast import SOURCES, Forecasting, calendar_features, window_starts
-from storage import DataError
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 PARTS = ("train", "val", "test")

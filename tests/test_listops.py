@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("rich", reason="the examples need the extra 'examples'")
 
-import listops
-from listops import Limits, generate, read
+from data import listops
+from data.listops import Limits, generate, read
 
 SMALL = Limits(min_length=20, max_length=60, max_depth=5, max_arguments=4)
 FUNCTIONS = {
@@ -186,7 +186,10 @@ def test_limits_that_no_tree_meets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    listops.main(count=2, max_length=40)
+    pytest.importorskip("jsonargparse", reason="the examples need the extra 'examples'")
+    import listops as example
+
+    example.main(count=2, max_length=40)
     shown = capsys.readouterr().out
     assert "value" in shown
     assert shown.count("]") >= 2

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("rich", reason="the examples need the extra 'examples'")
 
-import pathfinder
-from pathfinder import Picture, draw, generate, read
+from data import pathfinder
+from data.pathfinder import Picture, draw, generate, read
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
@@ -227,6 +227,10 @@ def test_reads_published_folders(tmp_path: Path) -> None:
 
 
 def test_shows_images(tmp_path: Path) -> None:
-    pathfinder.main(size=32, show=tmp_path / "samples.png")
+    for package in ("jsonargparse", "matplotlib"):
+        pytest.importorskip(package, reason="the examples need the extra 'examples'")
+    import pathfinder as example
+
+    example.main(size=32, show=tmp_path / "samples.png")
     with Image.open(tmp_path / "samples.png") as figure:
         assert figure.size == (1200, 640)

@@ -14,12 +14,13 @@ import torch
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
-import images
-import runs
 import train
+from data import images
+from data.storage import atomic_save
 from example_files import TINY, fails, step_losses, write_parquet
 from safetensors.torch import load_file
-from storage import CONTENT, atomic_save, load_checkpoint
+from trainer import runs
+from trainer.checkpoints import CONTENT, load_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),
@@ -268,7 +269,7 @@ def test_full_disk_is_an_os_error() -> None:
     program = """
 import resource, signal, sys, torch
 from pathlib import Path
-from storage import atomic_save
+from data.storage import atomic_save
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:

@@ -211,7 +211,7 @@ def losses(folder: Path) -> dict[str, float]:
 def write_run() -> None:
     """run/last.ckpt, of a run in its middle, and run/losses.json, what the run logged from there on."""
     import train
-    from storage import AtomicCheckpointIO
+    from trainer.checkpoints import AtomicCheckpointIO
 
     with tempfile.TemporaryDirectory() as folder:
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import listops
 import numpy as np
-import pathfinder
-from data import SPLIT_SEED, Batch, Ragged, SequenceData, Spec
-from storage import DataError, first_line
 from torch import Tensor
+
+from data import listops, pathfinder
+from data.base import SPLIT_SEED, Batch, Ragged, SequenceData, Spec
+from data.storage import DataError, first_line
 
 MADE_SEED = 0  # of what is made, which the seed of a run does not change
 

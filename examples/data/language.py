@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import Batch, SequenceData, Spec
-from parquet import parquet_files, rows
-from storage import DataError, first_line
 from torch import Tensor
+
+from data.base import Batch, SequenceData, Spec
+from data.parquet import parquet_files, rows
+from data.storage import DataError, first_line
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import Batch, Ragged, SequenceData, Spec
-from storage import DataError, first_line
-from text import check_labels, documents
 from torch import Tensor
+
+from data.base import Batch, Ragged, SequenceData, Spec
+from data.storage import DataError, first_line
+from data.text import check_labels, documents
 
 FILES = {
     split: f"new_aan_pairs.{name}.tsv"

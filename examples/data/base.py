@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from storage import DataError, cached, default_cache
 from torch import Tensor
+
+from data.storage import DataError, cached, default_cache
 
 SPLIT_SEED = 0  # which rows are held out never depends on the seed of a run
 

@@ -3,16 +3,16 @@
 from pathlib import Path
 
 import torch
-from data import SequenceData
+from data.base import SequenceData
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from report import print_results
 from rich.console import Console
 from rich.markup import escape
-from storage import load_checkpoint
-from task import SequenceTask
 
 from s4 import S4Model, categorical
+from trainer.checkpoints import load_checkpoint
+from trainer.report import print_results
+from trainer.task import SequenceTask
 
 
 class ConfigError(Exception):

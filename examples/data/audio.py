@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from data import Batch, Loader, Ragged, SequenceData, Spec, hold_out
-from parquet import parquet_files, rows
 from rich.progress import track
-from storage import DataError
 from torch import Tensor
+
+from data.base import Batch, Loader, Ragged, SequenceData, Spec, hold_out
+from data.parquet import parquet_files, rows
+from data.storage import DataError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COMMANDS = (

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from data import Batch, Ragged, SequenceData, Spec, hold_out
-from parquet import parquet_files, rows
-from storage import DataError
 from torch import Tensor
+
+from data.base import Batch, Ragged, SequenceData, Spec, hold_out
+from data.parquet import parquet_files, rows
+from data.storage import DataError
 
 if TYPE_CHECKING:
     import pyarrow

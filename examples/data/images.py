@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from data import Batch, SequenceData, Spec, hold_out
-from parquet import parquet_files, rows
 from rich.progress import track
-from storage import DataError
 from torch import Tensor
+
+from data.base import Batch, SequenceData, Spec, hold_out
+from data.parquet import parquet_files, rows
+from data.storage import DataError
 
 PERMUTATION_SEED = 42  # the one pixel order of permuted MNIST
 

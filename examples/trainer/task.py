@@ -6,17 +6,17 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from adaptive import AdaptiveEmbedding
-from baselines import LSTMModel
-from data import Batch, Spec
+from data.base import Batch, Spec
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from storage import CheckpointError
 from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanMetric, Metric, R2Score
 from torchmetrics.classification import MulticlassAccuracy
 
 from s4 import S4Block, S4Layer, S4Model, param_groups
+from trainer.adaptive import AdaptiveEmbedding
+from trainer.baselines import LSTMModel
+from trainer.checkpoints import CheckpointError
 
 
 class SequenceTask(pl.LightningModule):

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ROOT / "build" / "gpu"
 INSTALL_LIMIT = 900.0  # seconds, where torch has to be downloaded; with wheels it takes a few
 

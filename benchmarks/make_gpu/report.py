@@ -1,4 +1,6 @@
-"""The table that `make gpu` ends with, from the files of its parts: python benchmarks/gpu_report.py FOLDER.
+"""The table that `make gpu` ends with, from the files of its parts.
+
+    python benchmarks/make_gpu/report.py FOLDER
 
 At most 60 lines: what failed, milliseconds beside floors and peers, who won where and what `auto` took.
 """

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from data import Batch, SequenceData, Spec
-from storage import DataError, first_line
 from torch import Tensor
+
+from data.base import Batch, SequenceData, Spec
+from data.storage import DataError, first_line
 
 ETT = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small"
 DAYS = {"day": 1.0, "week": 7.0, "year": 365.25}

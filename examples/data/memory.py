@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import Batch, SequenceData, Spec
 from torch import Tensor
+
+from data.base import Batch, SequenceData, Spec
 
 _SEEDS = {"train": 0, "val": 1, "test": 2}  # of the data, which the seed of a run does not change
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checkpoints that say when they are damaged, a cache."""
+"""Files that are whole or absent: atomic writes, and a cache of tensors."""
 
 import hashlib
 import os
@@ -9,30 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 # What torch.load raises on a file that is truncated, empty, or not one of its own.
 UNREADABLE = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError)
 
-# What testing and resuming read of a checkpoint.
-CONTENT = (
-    "epoch",
-    "global_step",
-    "loops",
-    "lr_schedulers",
-    "optimizer_states",
-    "pytorch-lightning_version",
-    "state_dict",
-)
-
 
 class DataError(Exception):
     """Data that cannot be used; the message says what was found and what was expected."""
-
-
-class CheckpointError(Exception):
-    """A checkpoint that is missing, damaged, or of another run; the message names the file."""
 
 
 def first_line(error: Exception) -> str:
@@ -59,50 +43,6 @@ def atomic_save(content: object, path: Path) -> None:
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
-
-
-def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """The content of a checkpoint written by Lightning.
-
-    Raises:
-        CheckpointError: if the file is missing, damaged or no Lightning checkpoint.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
-    try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
-    except UNREADABLE as error:
-        # What torch says of a file that is none of its own is how to open it in spite of the danger.
-        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
-        raise CheckpointError(
-            f"{path} is damaged or not a checkpoint{reason}; nothing was changed"
-        ) from error
-    if missing := [name for name in CONTENT if not isinstance(content, dict) or name not in content]:
-        raise CheckpointError(
-            f"{path} is not a checkpoint of this program, it has no {', '.join(missing)}; nothing was changed"
-        )
-    return content
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files through `atomic_save` and `load_checkpoint`."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: object | None = None
-    ) -> None:
-        """Write `checkpoint` to `path`, or leave what was there."""
-        for partial in Path(path).parent.glob(f".{Path(path).name}.*"):  # left by a run that was killed
-            partial.unlink()
-        atomic_save(checkpoint, Path(path))
-
-    def load_checkpoint(
-        self,
-        path: str | Path,
-        map_location: Callable[..., Any] | None = lambda storage, location: storage,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        """Read `path`; only tensors and plain values are ever unpickled, whatever `weights_only` says."""
-        return load_checkpoint(Path(path), map_location)
 
 
 def cached(file: Path, build: Callable[[], dict[str, Tensor]]) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
-from storage import CheckpointError
+
+from trainer.checkpoints import CheckpointError
 
 
 def runs_of(run_dir: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from storage import UNREADABLE, DataError, first_line
+from data.storage import UNREADABLE, DataError, first_line
 
 
 def parquet_files(path: Path, split: str, columns: tuple[str, ...]) -> list[Path]:
