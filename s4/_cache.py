@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from s4.kernel import _cpu
+from s4.backends import cpu
 
 T = TypeVar("T")
 
@@ -15,7 +15,7 @@ class Cache(Generic[T]):
     """One value, of one set of tensors. Copies and pickles of it are empty."""
 
     def __init__(self) -> None:
-        self._entry: tuple[object, _cpu.Snapshot | list[Tensor], T] | None = None
+        self._entry: tuple[object, cpu.Snapshot | list[Tensor], T] | None = None
 
     def get(self, tensors: Sequence[Tensor], options: object, make: Callable[[], T]) -> T:
         """The value last made, if options and numbers are still the same, or else a new one.
@@ -25,12 +25,12 @@ class Cache(Generic[T]):
         changes of `parameter.data` in place. Of inference tensors, without a version, nothing is kept there.
         """
         entry = self._entry
-        held: _cpu.Snapshot | list[Tensor]
+        held: cpu.Snapshot | list[Tensor]
         if tensors[0].device.type == "cpu":
             key: object = options
             if entry is not None and entry[0] == key and _same(entry[1], tensors):
                 return entry[2]
-            held = _cpu.Snapshot(tensors)
+            held = cpu.Snapshot(tensors)
         elif any(t.is_inference() for t in tensors):
             return make()
         else:
@@ -46,8 +46,8 @@ class Cache(Generic[T]):
         return Cache, ()
 
 
-def _same(held: _cpu.Snapshot | list[Tensor], tensors: Sequence[Tensor]) -> bool:
-    return isinstance(held, _cpu.Snapshot) and held.matches(tensors)
+def _same(held: cpu.Snapshot | list[Tensor], tensors: Sequence[Tensor]) -> bool:
+    return isinstance(held, cpu.Snapshot) and held.matches(tensors)
 
 
 def usable(parameter: Tensor) -> bool:

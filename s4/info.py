@@ -5,7 +5,8 @@ import platform
 import torch
 
 import s4
-from s4.kernel import _choice, _cpu
+from s4.backends import cpu
+from s4.kernel import _choice
 
 
 def report() -> str:
@@ -22,7 +23,7 @@ def report() -> str:
         lines.append("cuda     not available")
     lines.append("kernel backends")
     for name, state in s4.kernel.backends().items():
-        usable = f"available, instruction set {_cpu.level()}" if name == "cpu" else "available"
+        usable = f"available, instruction set {cpu.level()}" if name == "cpu" else "available"
         lines.append(f"  {name:<8} {usable if state is True else f'not available: {state}'}")
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     for start, device in zip(["auto", *[""] * len(devices)], devices, strict=False):

@@ -18,7 +18,8 @@ from s4.checks import (
     check_option,
     check_state,
 )
-from s4.kernel import _cpu, _stepping, diag, dplr
+from s4.backends import cpu
+from s4.kernel import _stepping, diag, dplr
 from s4.kernel._choice import check_backend, exporting, has_autocast, has_fused_powers, transformed
 from s4.padding import zero_padding
 from s4.ssm import Propagator, System
@@ -263,7 +264,7 @@ class S4Layer(nn.Module):
             if len(D) != self.d_model:
                 raise ValueError(f"D must have shape ({self.d_model},), got {tuple(D.shape)}")
             # Without an operator, whose call takes a third of the time of a step.
-            y, state = _cpu.step(*self._recurrence_kept(rate), D, state, v)
+            y, state = cpu.step(*self._recurrence_kept(rate), D, state, v)
             return y.to(u.dtype), state
         if fused and usable(D):
             y, state = _stepping.step(*self._recurrence(rate), D, state, v)

@@ -154,7 +154,12 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_x: Tensor) -> tuple[Tensor | None, ...]:
         inputs = (*ctx.saved_tensors, grad_y, grad_x)
-        return *_run(_backward, _ops.scan_backward, inputs, ctx.products, ctx.reverse), None, None
+        return *_run(_backward, _fused_backward, inputs, ctx.products, ctx.reverse), None, None
+
+
+def _fused_backward(*tensors: Any) -> tuple[Tensor, ...]:
+    *inputs, grad_y, grad_x, reverse = tensors
+    return tuple(_ops.scan_backward([grad_y, grad_x], inputs, reverse))
 
 
 def _run(

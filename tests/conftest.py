@@ -20,7 +20,7 @@ class Unchecked(PathFinder):
     @classmethod
     def find_spec(cls, fullname: str, *arguments: Any) -> ModuleSpec | None:
         """Of this one module; None leaves the others to jaxtyping."""
-        return super().find_spec(fullname, *arguments) if fullname == "s4.kernel._triton_kernels" else None
+        return super().find_spec(fullname, *arguments) if fullname == "s4.backends.triton.kernels" else None
 
 
 sys.meta_path.insert(0, Unchecked)

@@ -8,17 +8,18 @@ import torch
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
-from s4.kernel import _cpu, _cuda, _keops, _naive, _torch, _triton
+from s4.backends import cpu, cuda, keops, naive, triton
+from s4.kernel import _torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 BACKENDS: dict[str, ModuleType] = {
-    "naive": _naive,
+    "naive": naive,
     "torch": _torch,
-    "cpu": _cpu,
-    "cuda": _cuda,
-    "triton": _triton,
-    "keops": _keops,
+    "cpu": cpu,
+    "cuda": cuda,
+    "triton": triton,
+    "keops": keops,
 }
 # Of "auto", by type of device: the first that can run there, or else "torch", which can everywhere.
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton", "keops")}
@@ -68,7 +69,7 @@ def has_fused_sums(device_type: str) -> bool:
 @_constant
 def has_fused_powers(device_type: str) -> bool:
     """Whether the powers and scan of `_ops` run on this type of device; a constant to torch.compile."""
-    return not transformed() and _cpu.status(torch.device(device_type)) is True
+    return not transformed() and cpu.status(torch.device(device_type)) is True
 
 
 @_constant

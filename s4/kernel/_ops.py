@@ -1,8 +1,7 @@
 """Sums, powers and the scan as PyTorch operators: what torch.compile, torch.export and autograd see of them.
 
-Of the sums, canonical shapes, contiguous where a backend sees them: v (G, q, n), z (1 or G, l), w and x
-(G, n), sums (G, q, l). A backend is a module with `status(device)`, `cauchy`, `cauchy_backward`,
-`vandermonde` and `vandermonde_backward`. The choice is made inside, so that a graph holds the name asked for.
+Of the sums, canonical shapes, contiguous where a backend sees them: v (G, q, n), z (1 or G, l), w (G, n),
+sums (G, q, l). A backend is a module with `status(device)`, `cauchy` and `cauchy_backward`. The choice is made inside, so that a graph holds the name asked for.
 
 Powers of A = diag(a) + F G, with a (H, N), F and G (r, H, N) as in `s4.ssm.Recurrence`, all float64, are of
 the CPU only: elsewhere `s4.ssm.Propagator` makes them of matrix products.
@@ -16,23 +15,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from s4.kernel import _cpu, _naive
+from s4.backends import cpu, naive
 from s4.kernel._choice import choose
 from s4.ssm import Propagator, Recurrence
 
 
-def _check(v: Tensor, z: Tensor | None, w: Tensor, grad: Tensor | None = None) -> None:
+def _check(v: Tensor, z: Tensor, w: Tensor, grad: Tensor | None = None) -> None:
     """Raise unless shapes, dtypes and devices are those of the contract: some backends read raw memory."""
-    groups = z is None or (z.dim() == 2 and z.shape[0] in (1, v.shape[0]))
-    alike = all(t is None or (t.dtype == v.dtype and t.device == v.device) for t in (z, w))
+    groups = z.dim() == 2 and z.shape[0] in (1, v.shape[0])
+    alike = all(t.dtype == v.dtype and t.device == v.device for t in (z, w))
     if v.dim() != 3 or w.shape != (v.shape[0], v.shape[2]) or not groups or not alike:
-        shapes = [tuple(t.shape) for t in (v, z, w) if t is not None]
-        raise ValueError(
-            f"need v (G, q, n), z (1 or G, l), w or x (G, n) of one dtype and device, got {shapes}"
-        )
+        shapes = [tuple(t.shape) for t in (v, z, w)]
+        raise ValueError(f"need v (G, q, n), z (1 or G, l), w (G, n) of one dtype and device, got {shapes}")
     if grad is not None:
-        length = grad.shape[-1] if z is None else z.shape[1]
-        _check_gradient(grad, (*v.shape[:2], length), v.dtype.to_real() if z is None else v.dtype, v.device)
+        _check_gradient(grad, (*v.shape[:2], z.shape[1]), v.dtype, v.device)
 
 
 def _check_gradient(grad: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -69,20 +65,6 @@ def cauchy_backward(
     return choose(backend, v.device).cauchy_backward(_plain(grad), _plain(v), _plain(z), _plain(w), need_z)
 
 
-@torch.library.custom_op("s4::vandermonde", mutates_args=())
-def vandermonde(v: Tensor, x: Tensor, L: int, backend: str) -> Tensor:
-    """Products (G, q, L), real."""
-    _check(v, None, x)
-    return choose(backend, v.device).vandermonde(_plain(v), _plain(x), L)
-
-
-@torch.library.custom_op("s4::vandermonde_backward", mutates_args=())
-def vandermonde_backward(grad: Tensor, v: Tensor, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Gradients of v and x."""
-    _check(v, None, x, grad)
-    return choose(backend, v.device).vandermonde_backward(_plain(grad), _plain(v), _plain(x))
-
-
 @cauchy.register_fake
 def _(v: Tensor, z: Tensor, w: Tensor, backend: str) -> Tensor:
     return v.new_empty(v.shape[0], v.shape[1], z.shape[1])
@@ -93,16 +75,6 @@ def _(
     grad: Tensor, v: Tensor, z: Tensor, w: Tensor, need_z: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return v.new_empty(v.shape), z.new_empty(z.shape if need_z else 0), w.new_empty(w.shape)
-
-
-@vandermonde.register_fake
-def _(v: Tensor, x: Tensor, L: int, backend: str) -> Tensor:
-    return torch.empty(v.shape[0], v.shape[1], L, dtype=v.dtype.to_real(), device=v.device)
-
-
-@vandermonde_backward.register_fake
-def _(grad: Tensor, v: Tensor, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), x.new_empty(x.shape)
 
 
 def _differentiable(
@@ -131,26 +103,10 @@ def _cauchy_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: 
 
 
 def _naive_cauchy(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
-    return _naive.cauchy(v, z[:, None], w[:, None])
-
-
-def _save_vandermonde(ctx, inputs: tuple[Tensor, Tensor, int, str], output: Tensor) -> None:  # type: ignore[no-untyped-def]
-    v, x, ctx.L, ctx.backend = inputs
-    ctx.save_for_backward(v, x)
-
-
-def _vandermonde_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    if torch.is_grad_enabled():
-        return *_differentiable(partial(_naive_vandermonde, L=ctx.L), ctx.saved_tensors, grad), None, None
-    return *vandermonde_backward(grad, *ctx.saved_tensors, ctx.backend), None, None
-
-
-def _naive_vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
-    return _naive.vandermonde(v, x[:, None], L)
+    return naive.cauchy(v, z[:, None], w[:, None])
 
 
 cauchy.register_autograd(_cauchy_gradients, setup_context=_save_cauchy)
-vandermonde.register_autograd(_vandermonde_gradients, setup_context=_save_vandermonde)
 
 
 def _check_powers(a: Tensor, F: Tensor, G: Tensor, X: Tensor, *rows: Tensor) -> None:
@@ -169,7 +125,7 @@ def _check_powers(a: Tensor, F: Tensor, G: Tensor, X: Tensor, *rows: Tensor) -> 
 def krylov(a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor, L: int, dtype: torch.dtype) -> Tensor:
     """C A^l X for l < L: (c, q, H, L) in float32 or float64, of X (H, q, N) and C (c, H, N)."""
     _check_powers(a, F, G, X, C)
-    return _cpu.krylov(_plain(a), _plain(F), _plain(G), _plain(X), _plain(C), L, dtype)
+    return cpu.response(_plain(a), _plain(F), _plain(G), _plain(X), _plain(C), L, dtype)
 
 
 @torch.library.custom_op("s4::krylov_backward", mutates_args=())
@@ -180,7 +136,7 @@ def krylov_backward(
     _check_powers(a, F, G, X, C)
     dtype = torch.float32 if grad.dtype == torch.float32 else torch.float64
     _check_gradient(grad, (C.shape[0], X.shape[1], a.shape[0], grad.shape[-1]), dtype, a.device)
-    return _cpu.krylov_backward(_plain(grad), _plain(a), _plain(F), _plain(G), _plain(X), _plain(C))
+    return cpu.response_backward(_plain(grad), _plain(a), _plain(F), _plain(G), _plain(X), _plain(C))
 
 
 @krylov.register_fake
@@ -215,7 +171,7 @@ def chunk(
     taps (c, H, 2T-1), inward (H, T, N), outward (c, H, T, N), onward (H, N, N), in dtype.
     """
     _check_chunk(a, F, G, B, C, D)
-    return _cpu.chunk(_plain(a), _plain(F), _plain(G), _plain(B), _plain(C), _plain(D), T, dtype)
+    return cpu.maps(_plain(a), _plain(F), _plain(G), _plain(B), _plain(C), _plain(D), T, dtype)
 
 
 @torch.library.custom_op("s4::chunk_backward", mutates_args=())
@@ -226,7 +182,7 @@ def chunk_backward(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Te
     for grad, shape in zip(grads, _chunk_shapes(a, C, grads[1].shape[1]), strict=True):
         _check_gradient(grad, shape, grads[0].dtype, a.device)
     taps, inward, outward, onward = map(_plain, grads)
-    return list(_cpu.chunk_backward((taps, inward, outward, onward), tuple(map(_plain, inputs))))
+    return list(cpu.maps_backward((taps, inward, outward, onward), tuple(map(_plain, inputs))))
 
 
 @chunk.register_fake
@@ -257,27 +213,18 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """The chunked scan of `s4.scan`, which gives it its gradient: (B, L, H) outputs, (H, B, N) states."""
     _check_scan(u, x, taps, inward, outward, onward)
-    return _cpu.scan(
+    return cpu.scan(
         _numbers(u), _plain(x), _plain(taps), _plain(inward), _plain(outward), _plain(onward), reverse
     )
 
 
 @torch.library.custom_op("s4::scan_backward", mutates_args=())
-def scan_backward(
-    u: Tensor,
-    x: Tensor,
-    taps: Tensor,
-    inward: Tensor,
-    outward: Tensor,
-    onward: Tensor,
-    grad_y: Tensor,
-    grad_last: Tensor,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def scan_backward(grads: Sequence[Tensor], inputs: Sequence[Tensor], reverse: bool) -> list[Tensor]:
     """Gradients of the tensors that `scan` took."""
-    _check_scan(u, x, taps, inward, outward, onward, grad_y, grad_last)
-    maps = _plain(taps), _plain(inward), _plain(outward), _plain(onward)
-    return _cpu.scan_backward(_numbers(u), _plain(x), *maps, _numbers(grad_y), _plain(grad_last), reverse)
+    u, x, *maps = inputs
+    _check_scan(u, x, *maps, *grads)
+    given = _numbers(u), *map(_plain, (x, *maps))
+    return list(cpu.scan_backward((_numbers(grads[0]), _plain(grads[1])), given, reverse))
 
 
 @scan.register_fake
@@ -288,18 +235,8 @@ def _(
 
 
 @scan_backward.register_fake
-def _(
-    u: Tensor,
-    x: Tensor,
-    taps: Tensor,
-    inward: Tensor,
-    outward: Tensor,
-    onward: Tensor,
-    grad_y: Tensor,
-    grad_last: Tensor,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(t.new_empty(t.shape) for t in (u, x, taps, inward, outward, onward))  # type: ignore[return-value]
+def _(grads: Sequence[Tensor], inputs: Sequence[Tensor], reverse: bool) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in inputs]
 
 
 def _save_krylov(ctx, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore[no-untyped-def]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from s4._cache import Cache
-from s4.kernel import _cpu
+from s4.backends import cpu
 from s4.ssm import Recurrence, discretize, system
 
 _library = torch.library.Library("s4", "FRAGMENT")  # thinner than custom_op: a step takes microseconds
@@ -42,7 +42,7 @@ def _step(
             f"need operands of shapes {shapes}, N even, rank at most 2, of one dtype, "
             f"got {[*map(tuple, given)]}"
         )
-    return _cpu.step(*(t.contiguous() for t in operands))
+    return cpu.step(*(t.contiguous() for t in operands))
 
 
 def _step_kept(

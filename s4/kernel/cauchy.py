@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from s4.kernel import _naive, _ops
+from s4.backends import naive
+from s4.kernel import _ops
 
 
 def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
@@ -35,7 +36,7 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
             f"v and w must have one length of the last dimension, got {v.shape[-1]} and {w.shape[-1]}"
         )
     if backend == "naive":
-        return _naive.cauchy(v, z, w)
+        return naive.cauchy(v, z, w)
     refuse_tangents(v, z, w)
     batch = torch.broadcast_shapes(v.shape[:-1], z.shape[:-1], w.shape[:-1])
     # The last leading dimension, where it is of v alone, is that of right-hand sides over the same poles.

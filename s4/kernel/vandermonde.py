@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from s4.checks import check_integer
-from s4.kernel import _naive, _ops
-from s4.kernel.cauchy import check_sums, refuse_tangents
+from s4.kernel import _torch
+from s4.kernel._choice import check_backend
+from s4.kernel.cauchy import check_sums
 
 
 def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
@@ -27,7 +28,6 @@ def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
     Raises:
         TypeError: an argument is not complex, dtypes differ, or L is not an integer.
         ValueError: the last dimensions differ, devices differ, L is negative, or the backend cannot run.
-        NotImplementedError: forward-mode differentiation by any backend but "naive".
     """
     check_sums({"v": v, "x": x})
     if v.shape[-1] != x.shape[-1]:
@@ -35,9 +35,7 @@ def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
             f"v and x must have one length of the last dimension, got {v.shape[-1]} and {x.shape[-1]}"
         )
     check_integer("L", L, 0)
-    if backend == "naive":
-        return _naive.vandermonde(v, x, L)
-    refuse_tangents(v, x)
+    check_backend(backend)
     batch = torch.broadcast_shapes(v.shape[:-1], x.shape[:-1])
     # The last leading dimension, where it is of v alone, is that of right-hand sides over the same poles.
     shared = len(batch) > 0 and (x.dim() < 2 or x.shape[-2] == 1)
@@ -45,4 +43,4 @@ def vandermonde(v: Tensor, x: Tensor, L: int, backend: str = "auto") -> Tensor:
     x = x.squeeze(-2) if shared and x.dim() > 1 else x
     G, n = math.prod(groups), v.shape[-1]
     v, x = v.expand(*batch, n).reshape(G, q, n), x.expand(*groups, n).reshape(G, n)
-    return _ops.vandermonde(v, x, L, backend).view(*batch, L)
+    return _torch.vandermonde(v, x, L).view(*batch, L)
