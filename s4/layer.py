@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from s4 import conv, hippo, scan, ssm
 from s4._cache import Cache, usable, watched
+from s4.backends import cpu
 from s4.checks import (
     check_features,
     check_flag,
@@ -18,7 +19,6 @@ from s4.checks import (
     check_option,
     check_state,
 )
-from s4.backends import cpu
 from s4.kernel import _stepping, diag, dplr
 from s4.kernel._choice import check_backend, exporting, has_autocast, has_fused_powers, transformed
 from s4.padding import zero_padding

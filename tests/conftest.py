@@ -59,6 +59,19 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture(params=["base", "v3", "v4"])
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set that this processor and this build have, up to S4_LEVEL."""
+    from s4.backends import cpu
+
+    if request.param not in cpu.levels() or request.param > cpu.level():
+        pytest.skip(f"no {request.param} here")
+    library = cpu._load(request.param)
+    monkeypatch.setattr(cpu, "_library", lambda: library)
+    assert cpu.level() == request.param
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder of parquet files for each data set that is not embedded."""

@@ -9,7 +9,8 @@ import torch
 
 import s4
 from s4 import hippo, ssm
-from s4.kernel import _cpu, diag, dplr
+from s4.backends import cpu
+from s4.kernel import diag, dplr
 
 INITS = [
     ("dplr", "legs"),
@@ -176,15 +177,15 @@ def test_auto_takes_sums_for_short_kernels_and_powers_for_long(
     layer.kernel(longest)
     layer.kernel(longest + 1)
     assert taken == ["cauchy_kernel", "krylov_kernel"]
-    monkeypatch.setattr(_cpu, "_library", lambda: "not built")
+    monkeypatch.setattr(cpu, "_library", lambda: "not built")
     layer.kernel(longest)
     assert taken[2:] == ["krylov_kernel"]
 
 
 def test_a_row_of_zeros_is_there_to_be_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers next to denormal ones are dropped from products; the gradient of a zero is not among them."""
-    for library in (_cpu._library, lambda: "not built"):
-        monkeypatch.setattr(_cpu, "_library", library)
+    for library in (cpu._library, lambda: "not built"):
+        monkeypatch.setattr(cpu, "_library", library)
         layer = s4.S4Layer(2, 8)
         with torch.no_grad():
             layer.C.zero_()

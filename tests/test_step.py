@@ -19,27 +19,21 @@ from torch.nn.utils import parametrize
 import s4.kernel
 from s4 import S4Layer
 from s4._cache import Cache
-from s4.kernel import _cpu, _stepping
+from s4.backends import cpu
+from s4.kernel import _stepping
 from s4.ssm import Recurrence
 
 FUSED = s4.kernel.backends()["cpu"] is True
-LEVELS = ["v4", "v3", "base"][["v4", "v3", "base"].index(_cpu.level()) :] if FUSED else []
 fused = pytest.mark.skipif(not FUSED, reason="the C++ extension is not built")
 SYSTEMS = [("dplr", "legs"), ("dplr", "legt"), ("diag", "lin")]
 H, N = 3, 10  # five modes: not a whole number of vectors
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each instruction set in the library that this processor has."""
-    monkeypatch.setattr(_cpu, "level", lambda: request.param)
 
 
 @pytest.fixture(params=[pytest.param("fused", marks=fused), "plain"])
 def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the library, and as where it could not be built."""
     if request.param == "plain":
-        monkeypatch.setattr(_cpu, "_library", lambda: "not built")
+        monkeypatch.setattr(cpu, "_library", lambda: "not built")
 
 
 @pytest.fixture
@@ -576,7 +570,7 @@ def test_kept_numbers_are_those_of_the_layer() -> None:
 def test_snapshot_of_another_number_of_tensors() -> None:
     """A layer may come to lie where one of another variant was, which has a parameter more."""
     tensors = [torch.randn(3), torch.randn(2, 2)]
-    snapshot = _cpu.Snapshot(tensors)
+    snapshot = cpu.Snapshot(tensors)
     assert snapshot.matches(tensors)
     assert not snapshot.matches(tensors[:1])
     assert not snapshot.matches([*tensors, torch.randn(1)])

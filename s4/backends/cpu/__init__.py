@@ -27,13 +27,21 @@ _SUFFIX = {torch.complex64: "c64", torch.complex128: "c128", torch.float32: "f32
 
 @functools.cache
 def _library() -> ctypes.CDLL | str:
-    """That of S4_LEVEL, or the best that was built and that this processor has; or the reason why there is none."""
+    """That of S4_LEVEL, or the best that was built and that this processor has; or why there is none."""
     base = _load("base")
     if isinstance(base, str):
         return base
-    best = base.s4_processor().decode()
-    have = [name for name in _LEVELS[: _LEVELS.index(best) + 1] if _file(name)]
+    have = levels()
     return _refusal(have) or _load(_ASKED or have[-1])
+
+
+def levels() -> list[str]:
+    """Instruction sets that were built and that this processor has, the best last."""
+    base = _load("base")
+    if isinstance(base, str):
+        return []
+    best = base.s4_processor().decode()
+    return [name for name in _LEVELS[: _LEVELS.index(best) + 1] if _file(name)]
 
 
 def _refusal(have: Sequence[str]) -> str:
@@ -221,6 +229,6 @@ def _call(name: str, dtype: torch.dtype, tensors: Sequence[Tensor | None], sizes
         raise RuntimeError(library)
     function = getattr(library, f"s4_{name}_{_SUFFIX[dtype]}")
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
-    values = struct.pack(f"{len(addresses) + len(sizes)}q", *addresses, *sizes)  # quicker than ctypes's arrays
+    values = struct.pack(f"{len(addresses) + len(sizes)}q", *addresses, *sizes)  # faster than ctypes
     if function(values, len(addresses), torch.get_num_threads()):
         raise MemoryError(f"backend 'cpu' ran out of memory in {name} of shape {list(sizes)}")
