@@ -1,8 +1,8 @@
 """Sums, powers and the scan as PyTorch operators: what torch.compile, torch.export and autograd see of them.
 
 Of the sums, canonical shapes, contiguous where a backend sees them: v (G, q, n), z (1 or G, l), w (G, n),
-sums (G, q, l). A backend is a module with `status(device)`, `cauchy` and `cauchy_backward`. The choice is made
-inside, so that a graph holds the name asked for.
+sums (G, q, l). A backend is a module with `status(device)`, `cauchy` and `cauchy_backward`. The choice is
+made inside, so that a graph holds the name asked for.
 
 Powers of A = diag(a) + F G, with a (H, N), F and G (r, H, N) as in `s4.ssm.Recurrence`, all float64, are of
 the CPU only: elsewhere `s4.ssm.Propagator` makes them of matrix products.

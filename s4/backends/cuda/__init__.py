@@ -126,7 +126,7 @@ def _by_poles(G: int, n: int, nodes: int) -> tuple[int, int, int, int]:
 
     Of the sizes alone, not of the device: sums are added up in the same order everywhere.
     """
-    lanes = min(32, 1 << max(0, n - 1).bit_nodes())
+    lanes = min(32, 1 << max(0, n - 1).bit_length())
     tiles = G * -(-n // lanes)
     least = _THREADS // lanes * _SHORT
     parts = max(min(-(-_BLOCKS // max(1, tiles)), nodes // least), -(-nodes // max(_LONGEST, least)), 1)
