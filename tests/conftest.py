@@ -20,7 +20,7 @@ class Unchecked(PathFinder):
     @classmethod
     def find_spec(cls, fullname: str, *arguments: Any) -> ModuleSpec | None:
         """Of this one module; None leaves the others to jaxtyping."""
-        return super().find_spec(fullname, *arguments) if fullname == "s4.kernel._triton_kernels" else None
+        return super().find_spec(fullname, *arguments) if fullname == "s4.backends.triton.kernels" else None
 
 
 sys.meta_path.insert(0, Unchecked)
@@ -57,6 +57,19 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(params=["base", "v3", "v4"])
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set that this processor and this build have, up to S4_LEVEL."""
+    from s4.backends import cpu
+
+    if request.param not in cpu.levels() or request.param > cpu.level():
+        pytest.skip(f"no {request.param} here")
+    library = cpu._load(request.param)
+    monkeypatch.setattr(cpu, "_library", lambda: library)
+    assert cpu.level() == request.param
+    return request.param
 
 
 @pytest.fixture(scope="session")

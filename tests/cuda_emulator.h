@@ -1,5 +1,5 @@
 // Runs CUDA kernels on the CPU, one block at a time, each of its threads as a fiber: enough of the language for
-// s4/kernel/_cuda.cu, which is compiled after this header as plain C++.
+// s4/backends/cuda/kernels.cu, which is compiled after this header as plain C++.
 //
 // Fibers run one after the other from barrier to barrier, in an order that changes at every barrier and with `seed`:
 // what depends on the order lacks a barrier. Shared memory keeps what the block before, or the kernel before, left.

@@ -1,15 +1,11 @@
-"""Every backend of the Cauchy and Vandermonde sums, on every device here, by one table of cases.
+"""Every backend of the Cauchy sums, on every device here, by one table of cases.
 
 Truth is the direct sum in extended precision; the bound of each number is what rounding may do to its terms.
 """
 
 import functools
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +17,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import s4
 from s4 import hippo
-from s4.kernel import _cpu, _keops, _ops, backends, cauchy, vandermonde
+from s4.backends import cpu
+from s4.kernel import _ops, backends, cauchy
 from s4.kernel._choice import BACKENDS
 
 DTYPES = (torch.complex64, torch.complex128)
@@ -124,12 +121,8 @@ class Problem(NamedTuple):
 
 
 # Relative errors of u = eps / 2 that a term of a sum may have met. A Cauchy term meets up to 45 in its
-# differences, squared moduli, reciprocal, square and products; a Vandermonde term up to 4 in each of the 13
-# products that its exponential is, and in single precision, where this one is float64, 11 in the others.
+# differences, squared moduli, reciprocal, square and products.
 _ROUNDINGS = 56
-_ROUNDINGS_OF_STEPS = {torch.complex64: 14, torch.complex128: _ROUNDINGS}
-# Factors below this may be dropped, before they are multiplied or after: products would be denormal numbers.
-_DROPPED = {torch.complex64: 1e-30, torch.complex128: 1e-290}
 
 
 def additions(count: int) -> float:
@@ -182,24 +175,6 @@ def cauchy_problem(case: Case, dtype: torch.dtype) -> Problem:
     return problem(cauchy, (v, z[:, None], w[:, None]), g, [truth, *gradients], bounds)
 
 
-@functools.cache
-def vandermonde_problem(case: Case, dtype: torch.dtype) -> Problem:
-    x = poles(case).to(dtype)
-    v, g = draw(case.G, case.q, case.n, dtype=dtype), draw(case.G, case.q, case.L).real.to(dtype.to_real())
-    truth = oracle.vandermonde(v.numpy(), x[:, None].numpy(), case.L)
-    gradients = oracle.vandermonde_gradients(g.numpy(), v.numpy(), x.numpy())
-    # The phase x l is rounded twice at most, in float64; here is room for as much again.
-    u, phase = torch.finfo(dtype).eps / 2, 4 * torch.finfo(torch.float64).eps / 2
-    sizes, turned = (oracle.vandermonde_sizes(g.numpy(), v.numpy(), x.numpy(), power) for power in (0, 1))
-    dropped = oracle.vandermonde_sizes(abs(g.numpy()) + 1, abs(v.numpy()) + 1, 0 * x.numpy(), 0)
-    products = 4 * case.n, 4 * case.L, 4 * case.q * case.L
-    bounds = [
-        u * (_ROUNDINGS_OF_STEPS[dtype] + additions(count)) * size + phase * angle + _DROPPED[dtype] * lost
-        for count, size, angle, lost in zip(products, sizes, turned, dropped, strict=True)
-    ]
-    return problem(partial(vandermonde, L=case.L), (v, x[:, None]), g, [truth, *gradients], bounds)
-
-
 def check(function: Callable[..., Tensor], problem: Problem, device: str) -> None:
     arguments = tuple(t.to(device) for t in problem.arguments)
     found = differentiated(function, arguments, problem.gradient.to(device))
@@ -217,14 +192,7 @@ def test_cauchy(case: Case, dtype: torch.dtype, backend: str, device: str) -> No
     check(partial(cauchy, backend=backend), cauchy_problem(case, dtype), device)
 
 
-@pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", TABLE, ids=str)
-def test_vandermonde(case: Case, dtype: torch.dtype, backend: str, device: str) -> None:
-    check(partial(vandermonde, L=case.L, backend=backend), vandermonde_problem(case, dtype), device)
-
-
-# Leading dimensions that broadcast: v (..., n), z (..., l) and w (..., n); `vandermonde` takes v and w.
+# Leading dimensions that broadcast: v (..., n), z (..., l) and w (..., n).
 SHAPES = {
     "plain": ((3,), (5,), (3,)),
     "one mode, one node": ((1,), (1,), (1,)),
@@ -279,9 +247,6 @@ def test_leading_dimensions_broadcast(backend: str, shapes: tuple[tuple[int, ...
     same(cauchy(v, z, w, backend), oracle.cauchy(array(v), array(z), array(w)))
     assert torch.autograd.gradcheck(partial(cauchy, backend=backend), (v, z, w))
     assert torch.autograd.gradcheck(lambda v, w: cauchy(v, z.detach(), w, backend), (v, w))
-    for L in (1, 6):
-        same(vandermonde(v, w, L, backend), oracle.vandermonde(array(v), array(w), L))
-        assert torch.autograd.gradcheck(lambda v, w, L=L: vandermonde(v, w, L, backend), (v, w))
 
 
 @pytest.mark.usefixtures("poison")
@@ -291,19 +256,12 @@ def test_empty_sums_are_zero(
     shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, backend: str, device: str
 ) -> None:
     v, z, w = numbers(*shapes, device, dtype)
-    for L in (0, 5):
-        for function, leaves, shape in (
-            (partial(cauchy, backend=backend), (v, z, w), (*v.shape[:-1], z.shape[-1])),
-            (partial(vandermonde, L=L, backend=backend), (v, w), (*v.shape[:-1], L)),
-        ):
-            out = function(*leaves)
-            assert out.shape == shape
-            assert out.dtype == (dtype if len(leaves) == 3 else dtype.to_real())
-            if v.numel() == 0:
-                assert not out.any()
-            gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))
-            if out.numel() == 0 or v.numel() == 0:
-                assert not any(gradient.any() for gradient in gradients)
+    out = cauchy(v, z, w, backend=backend)
+    assert out.shape == (*v.shape[:-1], z.shape[-1])
+    assert out.dtype == dtype
+    assert not out.any()
+    for gradient in torch.autograd.grad(out, (v, z, w), torch.ones_like(out)):
+        assert not gradient.any()
 
 
 def test_strides_and_lazy_views_are_read_as_the_numbers_they_stand_for(backend: str, device: str) -> None:
@@ -317,27 +275,13 @@ def test_strides_and_lazy_views_are_read_as_the_numbers_they_stand_for(backend: 
         for b in (w, w.conj()):
             c = z.conj() if b.is_conj() else z
             same(cauchy(a, c, b, backend), oracle.cauchy(array(a), array(c), array(b)))
-            same(vandermonde(a, b, 9, backend), oracle.vandermonde(array(a), array(b), 9))
-    grad, v = negative[:, None].imag, v[:, None].transpose(0, 2)[:, 0].mT[:, None]
-    plain = _ops.vandermonde_backward(
-        grad.resolve_neg().contiguous(), v.contiguous(), w.contiguous(), backend
-    )
-    for got, want in zip(_ops.vandermonde_backward(grad, v, w, backend), plain, strict=True):
-        same(got, array(want))
+    v = v[:, None].transpose(0, 2)[:, 0].mT[:, None]
     grad = negative[:, None]
     plain = _ops.cauchy_backward(
         grad.resolve_conj().contiguous(), v.contiguous(), z[:, :3].contiguous(), w.contiguous(), True, backend
     )
     for got, want in zip(_ops.cauchy_backward(grad, v, z[:, :3], w, True, backend), plain, strict=True):
         same(got, array(want))
-
-
-def test_vandermonde_of_a_slow_fast_mode_stays_accurate(backend: str, device: str) -> None:
-    """A float32 product x l has no digits left at a phase of 1e5 radians: it is formed in float64."""
-    L = 65536
-    x = torch.tensor([[-1e-4 + 1.7j, -3e-5 + 0.4j]], dtype=torch.complex64, device=device)
-    v = draw(1, 2, dtype=torch.complex64, device=device)
-    same(vandermonde(v, x, L, backend), oracle.vandermonde(array(v), array(x), L), 1e-5)
 
 
 def test_cauchy_close_to_a_pole_keeps_its_digits(backend: str, device: str) -> None:
@@ -351,7 +295,7 @@ def test_cauchy_close_to_a_pole_keeps_its_digits(backend: str, device: str) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_but_the_numbers_given_is_read(dtype: torch.dtype, backend: str, device: str) -> None:
-    """Vectors are padded inside: no pole, no growing mode and no empty length may meet the padding."""
+    """Vectors are padded inside: no pole may meet the padding."""
     v = draw(1, 1, 1, dtype=dtype, device=device).requires_grad_()
     z = torch.tensor([[2j, 3j, 1 + 2j]], dtype=dtype, device=device)
     for pole in (1, 1 + 1e-20j, 0):
@@ -359,11 +303,6 @@ def test_nothing_but_the_numbers_given_is_read(dtype: torch.dtype, backend: str,
         got = torch.autograd.grad(_ops.cauchy(v, z, w, backend).abs().sum(), (v, w))
         want = torch.autograd.grad(cauchy(v, z, w[:, None], backend="naive").abs().sum(), (v, w))
         torch.testing.assert_close(got, want)
-    for L, growth in ((5, 20.0 if dtype == torch.complex64 else 120.0), (0, 1.0)):
-        x = torch.full((1, 1), growth, dtype=dtype, device=device, requires_grad=True)
-        got = torch.autograd.grad(_ops.vandermonde(v, x, L, backend).sum(), (v, x))
-        want = torch.autograd.grad(vandermonde(v, x[:, None], L, backend="naive").sum(), (v, x))
-        torch.testing.assert_close(got, want, rtol=1e-4 if dtype == torch.complex64 else 1e-9, atol=0)
 
 
 @pytest.mark.parametrize("common", [True, False], ids=["common nodes", "own nodes"])
@@ -371,13 +310,11 @@ def test_operators_keep_what_they_promise(common: bool, backend: str, device: st
     """opcheck: the schema, autograd and the fake, which promises contiguous outputs for all strides."""
     v, z, w = numbers((2, 3, 4), (1 if common else 2, 5), (2, 4), device)
     torch.library.opcheck(_ops.cauchy, (v, z, w, backend))
-    torch.library.opcheck(_ops.vandermonde, (v, w, 7, backend))
-    grad, steps = draw(2, 3, 5, device=device), draw(2, 3, 7, device=device).real.contiguous()
+    grad = draw(2, 3, 5, device=device)
     for a in (v.detach(), v.detach().mT.contiguous().mT):
         for need_z in (True, False):
             inputs = (grad, a, z.detach(), w.detach(), need_z, backend)
             torch.library.opcheck(_ops.cauchy_backward, inputs)
-        torch.library.opcheck(_ops.vandermonde_backward, (steps, a, w.detach(), backend))
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
@@ -388,22 +325,18 @@ def test_operators_refuse_what_they_cannot_take(backend: str, device: str) -> No
         lambda: _ops.cauchy(v, z, w[:, :3], backend),
         lambda: _ops.cauchy(v, z, single, backend),
         lambda: _ops.cauchy_backward(v, v, z[0], w, True, backend),
-        lambda: _ops.vandermonde(v, single, 3, backend),
-        lambda: _ops.vandermonde_backward(v[..., :2].real, v, single, backend),
     ):
         with pytest.raises(ValueError, match="need v"):
             bad()
     for bad in (
         lambda: _ops.cauchy_backward(v, v, z, w, True, backend),
         lambda: _ops.cauchy_backward(z.expand(2, 3, 5).real, v, z, w, True, backend),
-        lambda: _ops.vandermonde_backward(z.expand(2, 3, 5), v, w, backend),
-        lambda: _ops.vandermonde_backward(z[:, None].expand(1, 3, 5).real, v, w, backend),
     ):
         with pytest.raises(ValueError, match="need grad"):
             bad()
     for odd in (torch.complex32, torch.float32):
         with pytest.raises(TypeError, match="must be complex64 or complex128"):
-            vandermonde(v.real.to(odd), w, 3, backend)
+            cauchy(v.real.to(odd), z, w, backend)
     with pytest.raises(ValueError, match="must share one device"):
         cauchy(v, z[0], w.to("meta")[:, None], backend)
     elsewhere = torch.zeros(2, 3, dtype=torch.complex64, device="meta")
@@ -416,8 +349,8 @@ def test_autocast_leaves_the_sums_alone(backend: str, device: str) -> None:
 
     def outcome(reduced: bool) -> list[Tensor]:
         with torch.autocast(device, torch.bfloat16, enabled=reduced):
-            sums = [cauchy(v, z, w, backend), vandermonde(v, w, 300, backend)]
-            return sums + [g for s in sums for g in torch.autograd.grad(s.abs().square().sum(), (v, w))]
+            sums = cauchy(v, z, w, backend)
+            return [sums, *torch.autograd.grad(sums.abs().square().sum(), (v, w))]
 
     for got, want in zip(outcome(True), outcome(False), strict=True):
         assert got.dtype == want.dtype
@@ -427,18 +360,17 @@ def test_autocast_leaves_the_sums_alone(backend: str, device: str) -> None:
 def test_forward_mode_is_refused_where_it_would_be_lost(backend: str, device: str) -> None:
     """Of a custom operator, torch takes every derivative in forward mode to be zero."""
     v, z, w = (t.detach() for t in numbers((2, 4), (5,), (2, 4), device))
-    for sums in (lambda v, b: cauchy(v, z, w, b), lambda v, b: vandermonde(v, w, 6, b)):
-        with pytest.raises(NotImplementedError, match="naive"):
-            torch.func.jvp(lambda v, sums=sums: sums(v, backend), (v,), (v,))
-        out, tangent = torch.func.jvp(lambda v, sums=sums: sums(v, "naive"), (v,), (v,))
-        torch.testing.assert_close(tangent, out)  # as sums are linear in v
+    with pytest.raises(NotImplementedError, match="naive"):
+        torch.func.jvp(lambda v: cauchy(v, z, w, backend), (v,), (v,))
+    out, tangent = torch.func.jvp(lambda v: cauchy(v, z, w, "naive"), (v,), (v,))
+    torch.testing.assert_close(tangent, out)  # as sums are linear in v
 
 
 def test_sums_compile_once_for_all_sizes(backend: str, device: str, unchecked: None) -> None:
     compiles = CompileCounterWithBackend("aot_eager")
 
     def function(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
-        return cauchy(v, z, w, backend).abs().sum() + vandermonde(v, w, z.shape[-1], backend).sum()
+        return cauchy(v, z, w, backend).abs().sum()
 
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend=compiles, dynamic=True)
@@ -449,125 +381,9 @@ def test_sums_compile_once_for_all_sizes(backend: str, device: str, unchecked: N
     assert compiles.frame_count == 1
 
 
-RACE = """
-import os, sys, threading
-import torch
-from s4.kernel import cauchy, vandermonde
-name, device = sys.argv[1:]
-v, z, w = (torch.randn(2, 3, dtype=torch.complex128, device=device) for _ in range(3))
-start, found = threading.Barrier(2), []
-
-def work():
-    start.wait()
-    found.append(cauchy(v, z + 3, w, name))
-
-threads = [threading.Thread(target=work) for _ in range(2)]
-for thread in threads:
-    thread.start()
-for thread in threads:
-    thread.join()
-for got in found:
-    torch.testing.assert_close(got, cauchy(v, z + 3, w, "naive"))
-if name == "keops":  # whose verbosity is for others to set
-    import keopscore, pykeops
-    for module, variable in ((keopscore, "KEOPS_VERBOSE"), (pykeops, "PYKEOPS_VERBOSE")):
-        assert module.verbose == (os.environ.get(variable) != "0")
-print(len(found))
-"""
-PROBE = "import s4; print(s4.kernel.backends()['{}'])"
-
-
-def process(program: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def printed(running: subprocess.Popen[str]) -> str:
-    out, err = running.communicate(timeout=300)
-    assert running.returncode == 0, err[-3000:]
-    assert "Traceback" not in err, err[-3000:]  # as from a handler at exit
-    return out.strip()
-
-
-# Backends that keep what they compile, and the variable that says where.
-CACHES = {"keops": "KEOPS_CACHE_FOLDER"}
-CACHED = [run for run in RUNS if run.values[0][0] in CACHES]
-
-
-@pytest.mark.parametrize("run", CACHED)
-def test_two_threads_of_two_processes_share_a_cold_cache(run: tuple[str, str], tmp_path: Path) -> None:
-    """Nothing is compiled twice, and nothing else printed."""
-    compiler, log = tmp_path / "compiler", tmp_path / "log"
-    compiler.write_text(f'#!/bin/sh\necho "$*" >> {log}\nexec {os.environ.get("CXX", "g++")} "$@"\n')
-    compiler.chmod(0o700)
-    folder = {CACHES[run[0]]: str(tmp_path / "cache"), "CXX": str(compiler)}
-    running = [
-        process(RACE, *run, **folder, **environment)
-        for environment in ({}, {"KEOPS_VERBOSE": "0", "PYKEOPS_VERBOSE": "0"})
-    ]
-    assert [printed(one) for one in running] == ["2", "2"]
-    compiled = log.read_text().splitlines() if log.exists() else []
-    assert len(compiled) == len(set(compiled))
-    assert any((tmp_path / "cache").iterdir())
-
-
-@pytest.mark.parametrize("run", CACHED)
-@pytest.mark.parametrize("fault", ["read-only", "under a file"])
-def test_a_cache_folder_that_cannot_be_written_is_a_reason(
-    run: tuple[str, str], fault: str, tmp_path: Path
-) -> None:
-    variable = CACHES[run[0]]
-    if fault == "read-only":
-        tmp_path.chmod(0o500)
-        if os.access(tmp_path, os.W_OK):
-            pytest.skip("this user may write to read-only folders")
-    else:
-        (tmp_path / "file").touch()
-        tmp_path = tmp_path / "file" / "cache"
-    reason = printed(process(PROBE.format(run[0]), **{variable: str(tmp_path)}))
-    assert str(tmp_path) in reason
-    assert variable in reason
-
-
-@pytest.mark.skipif(not any(run.values[0][0] == "keops" for run in HERE), reason="KeOps does not run here")
-def test_no_compiler_is_a_reason(tmp_path: Path) -> None:
-    reason = printed(process(PROBE.format("keops"), KEOPS_CACHE_FOLDER=str(tmp_path), CXX="false"))
-    assert "cannot compile" in reason
-    assert "CXX" in reason
-
-
-def test_keops_that_crashes_is_a_reason_and_takes_no_process_down(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho '  File \"nvrtc.py\", line 78' >&2\nkill -SEGV $$\n")
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    reason = _keops._crash("cuda")
-    assert (
-        reason == 'KeOps ends the process with SIGSEGV when it compiles for cuda (File "nvrtc.py", line 78)'
-    )
-
-
-def test_a_missing_library_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_keops.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(_keops, "_probe", _keops._probe.__wrapped__)
-    assert backends()["keops"] == 'needs pykeops: pip install "s4-pytorch[keops]"'
-    with pytest.raises(ValueError, match=r"backend 'keops' cannot run: needs pykeops: pip install"):
-        s4.S4Layer(4, 8, backend="keops")
-    assert backends()["torch"] is True
-
-
 def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the extension there is no "cpu", and "auto" does without it."""
-    monkeypatch.setattr(_cpu, "_library", lambda: "not built: reinstall with a compiler")
+    monkeypatch.setattr(cpu, "_library", lambda: "not built: reinstall with a compiler")
     v, z, w = numbers((3,), (4,), (3,), "cpu")
     assert "not built" in str(backends()["cpu"])
     with pytest.raises(ValueError, match="backend 'cpu' cannot run: not built"):
@@ -575,57 +391,3 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match="backend 'cpu' cannot run: not built"):
         s4.S4Layer(4, 8, backend="cpu")
     torch.testing.assert_close(cauchy(v, z, w), cauchy(v, z, w, backend="naive"))
-
-
-BUILT = pytest.mark.skipif(backends()["cpu"] is not True, reason="the C++ extension is not built")
-
-
-@BUILT
-@pytest.mark.parametrize(
-    ("asked", "best", "said"),
-    [
-        ("v5", "v4", "S4_LEVEL must be one of base, v3, v4, got 'v5'"),
-        ("V3", "v4", "S4_LEVEL must be one of base, v3, v4, got 'V3'"),
-        ("v4", "v3", "S4_LEVEL is 'v4', and the best that this processor and this build have is 'v3'"),
-        ("v3", "base", "S4_LEVEL is 'v3', and the best that this processor and this build have is 'base'"),
-        ("v3", "v4", ""),
-        ("", "base", ""),
-    ],
-)
-def test_a_level_that_cannot_be_had_is_a_reason(
-    asked: str, best: str, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_cpu, "_ASKED", asked)
-    assert _cpu._refusal(best) == said
-    if asked not in ("", *_cpu._LEVELS):
-        monkeypatch.setattr(_cpu, "_library", _cpu._library.__wrapped__)
-        assert backends()["cpu"] == said
-        with pytest.raises(ValueError, match=f"backend 'cpu' cannot run: {said}"):
-            s4.S4Layer(4, 8, backend="cpu")
-
-
-@BUILT
-def test_the_level_asked_for_runs() -> None:
-    """Here, where there is one, and in a process that asks for the lowest; each has its code."""
-    assert _cpu.level() == (os.environ.get("S4_LEVEL") or _cpu._library().s4_level().decode())  # type: ignore[union-attr]
-    assert all(hasattr(_cpu._library(), f"s4_step_f32_{name}") for name in ("base", _cpu.level()))
-    report = printed(process("import s4.info; print(s4.info.report())", S4_LEVEL="base"))
-    assert "cpu      available, instruction set base" in report
-
-
-@BUILT
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads_share_the_work_whatever_its_shape(threads: int) -> None:
-    """More threads than groups split the poles in the backward; every output is written, once."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for G, q, n, nodes in ((1, 3, 7, 1047), (1, 1, 1, 1), (3, 6, 33, 513), (5, 2, 64, 17)):
-            v, z, w = (draw(*shape).requires_grad_() for shape in ((G, q, n), (1, nodes), (G, n)))
-            grad = draw(G, q, nodes)
-            got = torch.autograd.grad(_ops.cauchy(v, z, w, "cpu"), (v, z, w), grad)
-            want = torch.autograd.grad(_ops.cauchy(v, z, w, "torch"), (v, z, w), grad)
-            for a, b in zip(got, want, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
-    finally:
-        torch.set_num_threads(before)

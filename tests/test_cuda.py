@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from s4.kernel import _choice, _cuda
+from s4.backends import cuda
+from s4.kernel import _choice
 
 TESTS = Path(__file__).parent
 EPS = {torch.complex64: 2.0**-23, torch.complex128: 2.0**-52}
@@ -25,7 +26,7 @@ GUARD = 64  # bytes on either side of a buffer
 
 
 class Emulator:
-    """Stands in for `_cuda._launch`: the same names, geometry and arguments, on CPU tensors."""
+    """Stands in for `cuda._launch`: the same names, geometry and arguments, on CPU tensors."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -85,7 +86,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("needs g++ on Linux")
     folder = tmp_path_factory.mktemp("emulator")
     main = folder / "main.cpp"
-    main.write_text(f'#include "{TESTS / "cuda_emulator.h"}"\n#include "{_cuda._SOURCE}"\n')
+    main.write_text(f'#include "{TESTS / "cuda_emulator.h"}"\n#include "{cuda._SOURCE}"\n')
     flags = ["-std=c++17", "-O2", "-shared", "-fPIC"]
     subprocess.run([compiler, *flags, "-o", folder / "emulator.so", main], check=True)
     return ctypes.CDLL(str(folder / "emulator.so"))
@@ -93,9 +94,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture
 def emulator(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    """`_cuda` on CPU tensors; what torch allocates is filled with NaN, so that what is not written shows."""
+    """`cuda` on CPU tensors; what torch allocates is filled with NaN, so that what is not written shows."""
     found = Emulator(library)
-    monkeypatch.setattr(_cuda, "_launch", found)
+    monkeypatch.setattr(cuda, "_launch", found)
     torch.use_deterministic_algorithms(True)
     assert torch.zeros(2).new_empty(3).isnan().all()
     yield found
@@ -104,10 +105,6 @@ def emulator(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.complex128)
-
-
-def real(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def poles(G: int, n: int) -> Tensor:
@@ -125,10 +122,6 @@ def dense_cauchy(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
     return (v / (z - w) + v.conj() / (z - w.conj())).sum(2)
 
 
-def dense_vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
-    return 2 * (v[..., None] * torch.exp(x[:, None, :, None] * torch.arange(L))).sum(2).real
-
-
 def check(got: Tensor, want: Tensor, scale: Tensor, eps: float, what: str) -> None:
     """|got - want| <= eps * scale: scale is the sum of the terms' sizes, which rounding is relative to."""
     assert got.shape == want.shape, what
@@ -138,8 +131,8 @@ def check(got: Tensor, want: Tensor, scale: Tensor, eps: float, what: str) -> No
 
 def check_cauchy(v: Tensor, z: Tensor, w: Tensor, grad: Tensor, need_z: bool = True, ulps: float = 8) -> None:
     eps = ulps * EPS[v.dtype]
-    got = _cuda.cauchy(v, z, w)
-    grads = _cuda.cauchy_backward(grad, v, z, w, need_z)
+    got = cuda.cauchy(v, z, w)
+    grads = cuda.cauchy_backward(grad, v, z, w, need_z)
     assert got.dtype == v.dtype
     V, Z, W, D = (t.to(torch.complex128) for t in (v, z, w, grad))
     leaves = [t.requires_grad_() for t in (V, Z, W)]
@@ -202,7 +195,7 @@ def test_cauchy_next_to_poles_and_far_away(emulator: Emulator, dtype: torch.dtyp
     )
     check_cauchy(draw(1, 2, 2).to(dtype), z, w, draw(1, 2, 7).to(dtype))
     far = torch.tensor([[1e25 + 0j]], dtype=dtype)
-    assert (_cuda.cauchy(draw(1, 1, 2).to(dtype), far, w).abs() < 1e-24).all()
+    assert (cuda.cauchy(draw(1, 1, 2).to(dtype), far, w).abs() < 1e-24).all()
 
 
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 5), (2, 0, 3, 5), (2, 2, 0, 5), (2, 2, 3, 0)], ids=str)
@@ -210,58 +203,6 @@ def test_empty(emulator: Emulator, sizes: tuple[int, int, int, int]) -> None:
     G, q, n, length = sizes
     v, z, w, grad = draw(G, q, n), nodes(1, length), poles(G, n), draw(G, q, length)
     check_cauchy(v, z, w, grad)
-    check_vandermonde(v, w, grad.real.contiguous())
-
-
-def check_vandermonde(v: Tensor, x: Tensor, grad: Tensor, ulps: float = 8) -> None:
-    eps, L = ulps * EPS[v.dtype], grad.shape[2]
-    got = _cuda.vandermonde(v, x, L)
-    grads = _cuda.vandermonde_backward(grad, v, x)
-    assert got.dtype == v.dtype.to_real()
-    V, X, D = v.to(torch.complex128), x.to(torch.complex128), grad.double()
-    want = dense_vandermonde(V.requires_grad_(), X.requires_grad_(), L)
-    truth = torch.autograd.grad(want, [V, X], D)
-    with torch.no_grad():
-        steps = torch.arange(L, dtype=torch.float64)
-        sizes = torch.exp(X.real[..., None] * steps)
-        # In double precision, the truth itself knows a phase to eps |x| l.
-        phase = 1 + (X.abs()[..., None] * steps if v.dtype == torch.complex128 else 0)
-        check(got, want, 2 * V.abs() @ (sizes * phase), eps, "products")
-        check(grads[0], truth[0], 2 * D.abs() @ (sizes * phase).mT, eps, "gradient of v")
-        scale = (2 * V.abs() * (D.abs() @ (steps * sizes * phase).mT)).sum(1)
-        check(grads[1], truth[1], scale, eps, "gradient of x")
-
-
-@pytest.mark.parametrize("dtype", EPS, ids=str)
-@pytest.mark.parametrize(
-    ("G", "q", "n", "L"),
-    [
-        (1, 1, 1, 1),
-        (2, 3, 5, 2),
-        (1, 1, 1, 33),
-        (3, 1, 3, 1047),
-        (2, 2, 17, 64),
-        (1, 7, 33, 129),
-        (1, 13, 2, 450),
-        (1, 1, 2, 5000),
-    ],
-)
-def test_vandermonde(emulator: Emulator, G: int, q: int, n: int, L: int, dtype: torch.dtype) -> None:
-    x = poles(G, n) / 50
-    check_vandermonde(draw(G, q, n).to(dtype), x.to(dtype), real(G, q, L).to(dtype.to_real()))
-
-
-@pytest.mark.parametrize("dtype", EPS, ids=str)
-def test_vandermonde_keeps_its_phase_over_65536_steps(emulator: Emulator, dtype: torch.dtype) -> None:
-    L = 65536
-    x = torch.tensor([[-1e-4 + 1.7j, -3e-5 + 0.4j, -1e-5 - 3.1j]], dtype=dtype)
-    check_vandermonde(draw(1, 1, 3).to(dtype), x, real(1, 1, L).to(dtype.to_real()))
-
-
-def test_vandermonde_of_growing_and_dead_modes(emulator: Emulator) -> None:
-    """Steps past the end would overflow; log of a zero mode is -690 at each step."""
-    x = torch.tensor([[2.0 + 1j, -690.0 + 0j]], dtype=torch.complex64)
-    check_vandermonde(draw(1, 1, 2).to(torch.complex64), x, real(1, 1, 40).float(), ulps=40)
 
 
 def test_any_grid_computes_the_same(emulator: Emulator) -> None:
@@ -269,22 +210,20 @@ def test_any_grid_computes_the_same(emulator: Emulator) -> None:
     v, z, w, grad = draw(5, 2, 3), nodes(1, 40), poles(5, 3), draw(5, 2, 40)
     runs = []
     for emulator.most_blocks in (1 << 62, 3):
-        sums = _cuda.cauchy(v, z, w), _cuda.vandermonde(v, w / 50, 40)
-        runs.append([*sums, *_cuda.cauchy_backward(grad, v, z, w, True)])
-        runs[-1].extend(_cuda.vandermonde_backward(grad.real.contiguous(), v, w / 50))
+        runs.append([cuda.cauchy(v, z, w), *cuda.cauchy_backward(grad, v, z, w, True)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_geometry_fills_a_gpu_and_bounds_what_it_stores() -> None:
     for G, n, length in [(1, 1, 100_000), (1, 32, 65536), (512, 32, 513), (512, 32, 8193), (4, 257, 1047)]:
-        blocks, lanes, parts, span = _cuda._by_poles(G, n, length)
+        blocks, lanes, parts, span = cuda._by_poles(G, n, length)
         assert blocks >= min(2048, G * n * length // 4096), "too few blocks"
         assert (parts - 1) * span < length <= parts * span
         assert span <= 2048
         assert lanes <= 32
         assert parts * G * n <= max(G * n * length / 100, 2 * 2048 * 32), "parts of sums, nothing near G n l"
     for G, length, warps in [(1, 1, 1), (3, 513, 18), (512, 8193, 264), (1, 256, 8), (1, 257, 10)]:
-        blocks, threads = _cuda._by_nodes(G, length)
+        blocks, threads = cuda._by_nodes(G, length)
         assert threads % 32 == 0
         assert threads <= 256
         assert blocks * threads == G * warps * 32
@@ -298,13 +237,8 @@ def registers(report: str) -> dict[str, tuple[int, int]]:
 
 
 def entry_points() -> set[str]:
-    sums = {
-        f"{name}_{q}" for name in ("cauchy", "cauchy_backward", "cauchy_backward_nodes") for q in range(1, 7)
-    }
-    sums = {re.sub(r"_(\d)$", r"_{}_\1", name) for name in sums}
-    sums |= {"vandermonde_{}_4", "vandermonde_backward_{}", "powers_{}"}
-    both = {name.format(suffix) for name in sums for suffix in ("c64", "c128")}
-    return both | {"vandermonde_c64_32", "vandermonde_c128_16"}
+    names = ("cauchy", "cauchy_backward", "cauchy_backward_nodes")
+    return {f"{name}_{suffix}_{q}" for name in names for suffix in ("c64", "c128") for q in range(1, 7)}
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
@@ -314,7 +248,7 @@ def test_compiles_without_spilled_registers(
     compiler = shutil.which("nvcc")
     if compiler:
         flags = ["-std=c++17", f"-arch={arch}", "-cubin", "-Xptxas", "-v"]
-        command = [compiler, *flags, "-o", str(tmp_path / "sums.cubin"), str(_cuda._SOURCE)]
+        command = [compiler, *flags, "-o", str(tmp_path / "sums.cubin"), str(cuda._SOURCE)]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     else:
         report = nvrtc_report(arch)
@@ -332,9 +266,9 @@ def nvrtc_report(arch: str) -> str:
     except ImportError as error:
         pytest.skip(f"needs nvcc or cuda.core: {error}")
     log = io.StringIO()
-    options = ProgramOptions(arch=arch, ptxas_options="-v", **_cuda._OPTIONS)
+    options = ProgramOptions(arch=arch, ptxas_options="-v", **cuda._OPTIONS)
     try:
-        Program(_cuda._SOURCE.read_text(), "c++", options).compile("cubin", logs=log)
+        Program(cuda._SOURCE.read_text(), "c++", options).compile("cubin", logs=log)
     except Exception as error:
         pytest.skip(f"NVRTC cannot run: {error}")
     return log.getvalue()
@@ -343,7 +277,7 @@ def nvrtc_report(arch: str) -> str:
 def test_nvrtc_compiles_it_with_the_options_of_the_backend() -> None:
     pytest.importorskip("cuda.core")
     try:
-        code = _cuda._compile("sm_90")
+        code = cuda._compile("sm_90")
     except Exception as error:
         if "Failure finding" in str(error):
             pytest.skip(f"no NVRTC: {error}")
@@ -363,27 +297,27 @@ def refuse() -> bytes:
 
 
 def test_cache_keeps_a_binary_by_architecture_and_compiler(cache: Path) -> None:
-    assert _cuda._cubin("sm_90", "one", lambda: b"code") == b"code"
-    assert _cuda._cubin("sm_90", "one", refuse) == b"code"
-    assert _cuda._cubin("sm_80", "one", lambda: b"other") == b"other"
-    assert _cuda._cubin("sm_90", "two", lambda: b"newer") == b"newer"
-    assert _cuda._cubin("sm_90", "one", refuse) == b"code"
+    assert cuda._cubin("sm_90", "one", lambda: b"code") == b"code"
+    assert cuda._cubin("sm_90", "one", refuse) == b"code"
+    assert cuda._cubin("sm_80", "one", lambda: b"other") == b"other"
+    assert cuda._cubin("sm_90", "two", lambda: b"newer") == b"newer"
+    assert cuda._cubin("sm_90", "one", refuse) == b"code"
     assert len(list(cache.iterdir())) == 3
 
 
 def test_cache_follows_the_source(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _cuda._cubin("sm_90", "one", lambda: b"old")
-    changed = tmp_path / "_cuda.cu"
-    changed.write_text(_cuda._SOURCE.read_text() + "\n")
-    monkeypatch.setattr(_cuda, "_SOURCE", changed)
-    assert _cuda._cubin("sm_90", "one", lambda: b"new") == b"new"
+    cuda._cubin("sm_90", "one", lambda: b"old")
+    changed = tmp_path / "cuda.cu"
+    changed.write_text(cuda._SOURCE.read_text() + "\n")
+    monkeypatch.setattr(cuda, "_SOURCE", changed)
+    assert cuda._cubin("sm_90", "one", lambda: b"new") == b"new"
 
 
 @pytest.mark.parametrize(
     "damage", [b"", b"\x00" * 40, b"codf", None], ids=["empty", "zeros", "a bit", "a folder"]
 )
 def test_damaged_file_is_made_anew(cache: Path, damage: bytes | None) -> None:
-    _cuda._cubin("sm_90", "one", lambda: b"code")
+    cuda._cubin("sm_90", "one", lambda: b"code")
     (path,) = cache.iterdir()
     whole = path.read_bytes()
     path.unlink()
@@ -391,10 +325,10 @@ def test_damaged_file_is_made_anew(cache: Path, damage: bytes | None) -> None:
         path.mkdir()
     else:
         path.write_bytes(damage + whole[4:] if len(damage) == 4 else damage)
-    assert _cuda._cubin("sm_90", "one", lambda: b"code") == b"code"
+    assert cuda._cubin("sm_90", "one", lambda: b"code") == b"code"
     if damage is not None:
         assert path.read_bytes() == whole
-        assert _cuda._cubin("sm_90", "one", refuse) == b"code"
+        assert cuda._cubin("sm_90", "one", refuse) == b"code"
     assert list(cache.iterdir()) == [path], "temporary files are left"
 
 
@@ -404,20 +338,20 @@ def test_read_only_cache_folder_is_no_hindrance(cache: Path, monkeypatch: pytest
     if os.access(cache, os.W_OK):  # root may write anywhere: a file in the folder's place stops it as well
         cache.rmdir()
         cache.write_text("")
-    assert _cuda._cubin("sm_90", "one", lambda: b"code") == b"code"
-    assert _cuda._cubin("sm_90", "one", lambda: b"again") == b"again"
+    assert cuda._cubin("sm_90", "one", lambda: b"code") == b"code"
+    assert cuda._cubin("sm_90", "one", lambda: b"again") == b"again"
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S4_CACHE_DIR", "/a/b")
-    assert _cuda._cache_folder() == Path("/a/b")
+    assert cuda._cache_folder() == Path("/a/b")
     monkeypatch.delenv("S4_CACHE_DIR")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", "/c")
-    assert _cuda._cache_folder() == Path("/c/s4")
+    assert cuda._cache_folder() == Path("/c/s4")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert _cuda._cache_folder() == Path("/home/someone/.cache/s4")
+    assert cuda._cache_folder() == Path("/home/someone/.cache/s4")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
@@ -430,7 +364,7 @@ def test_processes_that_start_together_all_get_the_whole_binary(cache: Path) -> 
         return b"code" * 100_000
 
     def start() -> None:
-        assert _cuda._cubin("sm_90", "one", compile) == b"code" * 100_000
+        assert cuda._cubin("sm_90", "one", compile) == b"code" * 100_000
 
     processes = [context.Process(target=start) for _ in range(2)]
     for process in processes:
@@ -438,7 +372,7 @@ def test_processes_that_start_together_all_get_the_whole_binary(cache: Path) -> 
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    assert _cuda._cubin("sm_90", "one", refuse) == b"code" * 100_000
+    assert cuda._cubin("sm_90", "one", refuse) == b"code" * 100_000
     assert len(list(cache.iterdir())) == 1
 
 
@@ -457,37 +391,37 @@ def test_threads_share_one_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
 
     gate = threading.Event()
     for name, value in [("_module", module), ("_modules", {}), ("_kernels", {})]:
-        monkeypatch.setattr(_cuda, name, value)
+        monkeypatch.setattr(cuda, name, value)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     device, got = torch.device("cuda", 0), []
-    threads = [threading.Thread(target=lambda: got.append(_cuda._kernel(device, "a"))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: got.append(cuda._kernel(device, "a"))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert got == ["a"] * 4
     assert made == [device]
-    _cuda._kernel(torch.device("cuda", 1), "a")
+    cuda._kernel(torch.device("cuda", 1), "a")
     assert len(made) == 2
     # A capture takes what has run, and is told what to do about the rest.
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert _cuda._kernel(device, "a") == "a"
+    assert cuda._kernel(device, "a") == "a"
     with pytest.raises(RuntimeError, match="run the same operation once before the capture"):
-        _cuda._kernel(device, "b")
+        cuda._kernel(device, "b")
 
 
 def test_status_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert isinstance(_cuda.status(cpu), str)
+    assert isinstance(cuda.status(cpu), str)
     assert _choice.best(cpu) != "cuda"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "not on cpu" in str(_cuda.status(cpu))
+    assert "not on cpu" in str(cuda.status(cpu))
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    assert 'pip install "s4-pytorch[cuda]"' in str(_cuda._probe(cpu))
+    assert 'pip install "s4-pytorch[cuda]"' in str(cuda._probe(cpu))
 
 
 def test_source_is_shipped() -> None:
     """Where the package is installed, the source lies beside the module that compiles it."""
-    assert _cuda._SOURCE.is_file()
-    assert "_cuda.cu" in (TESTS.parent / "pyproject.toml").read_text()
+    assert cuda._SOURCE.is_file()
+    assert "cuda.cu" in (TESTS.parent / "pyproject.toml").read_text()

@@ -1,4 +1,4 @@
-"""The Triton backend in Triton's interpreter: `test_triton.py` runs this file in a process of its own."""
+"""The Triton backend in Triton's interpreter: `testtriton.py` runs this file in a process of its own."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import s4.kernel
-from s4.kernel import _choice, _ops, _triton
+from s4.backends import triton
+from s4.kernel import _choice, _ops
 
 CPU = torch.device("cpu")
 DTYPES = {torch.complex64: 2e-6, torch.complex128: 1e-13}  # and the error allowed, of the largest value
@@ -50,8 +51,8 @@ def check_cauchy(v: Tensor, z: Tensor, w: Tensor, need_z: bool) -> None:
     V, Z, W = exact[0][..., None], exact[1][:, None, None], exact[2][:, None, :, None]
     sums = (V / (Z - W) + V.conj() / (Z - W.conj())).sum(2)
     want = torch.autograd.grad(sums, exact, grad.to(torch.complex128))
-    close(_triton.cauchy(v, z, w), sums.detach(), tolerance)
-    grad_v, grad_z, grad_w = _triton.cauchy_backward(grad, v, z, w, need_z)
+    close(triton.cauchy(v, z, w), sums.detach(), tolerance)
+    grad_v, grad_z, grad_w = triton.cauchy_backward(grad, v, z, w, need_z)
     close(grad_v, want[0], tolerance)
     close(grad_w, want[2], tolerance)
     if need_z:
@@ -63,9 +64,9 @@ def check_cauchy(v: Tensor, z: Tensor, w: Tensor, need_z: bool) -> None:
 
 def test_it_runs_here_and_auto_does_not_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert s4.kernel.backends()["triton"] is True
-    assert _triton.status(CPU) is True
-    assert "on the CPU" in str(_triton.status(torch.device("cuda", 0)))
-    monkeypatch.setattr(_choice._cpu, "_library", lambda: "not built")
+    assert triton.status(CPU) is True
+    assert "on the CPU" in str(triton.status(torch.device("cuda", 0)))
+    monkeypatch.setattr(_choice.cpu, "_library", lambda: "not built")
     assert _choice.best(CPU) == "torch"
 
 
@@ -88,35 +89,14 @@ def test_nodes_close_to_poles(dtype: torch.dtype) -> None:
     check_cauchy(numbers(1, 2, 2, dtype=dtype), z, w, need_z=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [*SIZES, (1, 2, 2, 65535)], ids=str)
-def test_vandermonde(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    """Up to phases of 1e5 radians, whose digits a float32 product x l would lose."""
-    G, q, n, L = sizes
-    tolerance = max(DTYPES[dtype], L * 1e-16)  # as x l is rounded
-    v, x = numbers(G, q, n, dtype=dtype), numbers(G, n, dtype=dtype)
-    x = torch.complex(-x.real.abs() / L, x.imag)
-    grad = torch.randn(G, q, L, dtype=torch.float64).to(dtype.to_real())
-    exact = [t.to(torch.complex128).requires_grad_() for t in (v, x)]
-    powers = torch.exp(exact[1][:, None, :, None] * torch.arange(L))
-    sums = 2 * (exact[0][..., None] * powers).sum(2).real
-    close(_triton.vandermonde(v, x, L), sums.detach(), tolerance)
-    want = torch.autograd.grad(sums, exact, grad.double())
-    for got, true in zip(_triton.vandermonde_backward(grad, v, x), want, strict=True):
-        assert got.dtype == dtype
-        close(got, true, tolerance)
-
-
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)], ids=str)
 def test_empty_sums_and_their_gradients_are_zero(sizes: tuple[int, int, int, int]) -> None:
     G, q, n, nodes = sizes
     v, w = numbers(G, q, n, dtype=torch.complex64), numbers(G, n, dtype=torch.complex64)
     z, grad = numbers(1, nodes, dtype=torch.complex64), numbers(G, q, nodes, dtype=torch.complex64)
     close_to_zero = [
-        (_triton.cauchy(v, z, w), grad),
-        *zip(_triton.cauchy_backward(grad, v, z, w, True), (v, z, w), strict=True),
-        (_triton.vandermonde(v, w, nodes), grad.real),
-        *zip(_triton.vandermonde_backward(grad.real.contiguous(), v, w), (v, w), strict=True),
+        (triton.cauchy(v, z, w), grad),
+        *zip(triton.cauchy_backward(grad, v, z, w, True), (v, z, w), strict=True),
     ]
     for got, like in close_to_zero:
         assert got.shape == like.shape
@@ -129,7 +109,5 @@ def test_it_is_a_sound_operator() -> None:
     for operator, inputs in {
         _ops.cauchy: (v, z, w),
         _ops.cauchy_backward: (grad, v, z, w, True),
-        _ops.vandermonde: (v, w, 3),
-        _ops.vandermonde_backward: (grad.real, v, w),
     }.items():
         torch.library.opcheck(operator, (*inputs, "triton"), test_utils=("test_schema", "test_faketensor"))

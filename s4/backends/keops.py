@@ -1,7 +1,7 @@
 """Backend "keops": sums that KeOps compiles at first use, for the CPU or a CUDA device (the extra "keops").
 
 In real arithmetic, with no memory in n times the output. A formula takes four right-hand sides at a time over
-the same denominators or exponentials, whatever the sizes, so it compiles once for each dtype and device.
+the same denominators, whatever the sizes, so it compiles once for each dtype and device.
 """
 
 import atexit
@@ -34,17 +34,13 @@ def _times_v(re: str, im: str) -> str:
     return f"Concat({re}*Extract(v,0,4)-{im}*Extract(v,4,4),{re}*Extract(v,4,4)+{im}*Extract(v,0,4))"
 
 
-# 1 / (i - j) and its square; e^(i j), for real i and complex j or the reverse.
+# 1 / (i - j) and its square.
 _R = ("(Elem(i-j,0)*Inv(SqNorm2(i-j)))", "(Minus(Elem(i-j,1))*Inv(SqNorm2(i-j)))")
 _R2 = (f"(Square({_R[0]})-Square({_R[1]}))", f"(IntCst(2)*{_R[0]}*{_R[1]})")
-_AT_STEP = "Exp(i*Elem(j,0))*(Cos(i*Elem(j,1))*Extract(v,0,4)-Sin(i*Elem(j,1))*Extract(v,4,4))"
-_OF_MODE = "Concat(Exp(j*Elem(i,0))*Cos(j*Elem(i,1))*v,Exp(j*Elem(i,0))*Sin(j*Elem(i,1))*v)"
 # Each with the real dimensions of i, j and v; sums are over j.
 _FORMULAS = {
     "cauchy": (_times_v(*_R), (2, 2, 8)),
     "cauchy_backward": (f"Concat({_times_v(*_R)},{_times_v(*_R2)})", (2, 2, 8)),
-    "vandermonde": (_AT_STEP, (1, 2, 8)),
-    "vandermonde_backward": (f"Concat({_OF_MODE},j*{_OF_MODE})", (2, 1, 4)),
 }
 
 
@@ -70,7 +66,7 @@ def _probe(kind: str) -> bool | str:
 
 def _crash(kind: str) -> str:
     """How a process that tries it dies, nothing if it lives: KeOps 2.3 with NVRTC 13 can take Python down."""
-    code = f"import sys; sys.path[:] = {sys.path!r}; from s4.kernel import _keops; _keops._try({kind!r})"
+    code = f"import sys; sys.path[:] = {sys.path!r}; from s4.backends import keops; keops._try({kind!r})"
     command = [sys.executable, "-X", "faulthandler", "-c", code]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode >= 0:
@@ -137,47 +133,6 @@ def cauchy_backward(
 def _pairs(w: Tensor) -> Tensor:
     """(..., n) to the real (..., 2 n, 2): every number, then its conjugate."""
     return torch.view_as_real(torch.stack([w, w.conj_physical()], -1).flatten(-2))
-
-
-def vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
-    """In double precision, as a phase x l must be known to far better than 1 and grows with l."""
-    G, q = v.shape[:2]
-    if v.numel() == 0 or L == 0:
-        return torch.zeros(G, q, L, dtype=v.dtype.to_real(), device=v.device)
-    steps, jump, _ = _pieces(x, L, q)
-    starts = (2 * v[:, :, None] * jump).flatten(1, 2)
-    (sums,) = _reduce("vandermonde", steps, _real(x), _real(starts))
-    return sums.reshape(G, q, -1)[..., :L].to(v.dtype.to_real(), memory_format=torch.contiguous_format)
-
-
-def vandermonde_backward(grad: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    G, q, n = v.shape
-    L = grad.shape[2]
-    if v.numel() == 0 or L == 0:
-        return torch.zeros_like(v), torch.zeros_like(x)
-    steps, jump, offset = _pieces(x, L, q)
-    T, a = steps.shape[1], jump.shape[2]
-    padded = torch.nn.functional.pad(grad.double(), (0, a * T - L)).view(G, q * a, T, 1)
-    re, im, l_re, l_im = _reduce("vandermonde_backward", _real(x), steps, padded).view(4, G, q, a, n)
-    Y, Z = torch.complex(re, im), torch.complex(l_re, l_im)
-    grad_v = 2 * (jump * Y).sum(2).conj_physical()
-    grad_x = 2 * (v * (jump * (Z + offset * Y)).sum(2)).sum(1).conj_physical()
-    return grad_v.to(v.dtype), grad_x.to(x.dtype)
-
-
-def _real(t: Tensor) -> Tensor:
-    return torch.view_as_real(t.to(torch.complex128))
-
-
-def _pieces(x: Tensor, L: int, q: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps b < T (1, T, 1), e^(x a T) (G, 1, a, n) and a T (a, 1), where l = a T + b.
-
-    The pieces are more right-hand sides over the exponentials e^(x b), to fill the lanes.
-    """
-    T = -(-L // max(1, _LANES // q))
-    steps = torch.arange(T, dtype=torch.float64, device=x.device)[None, :, None]
-    offset = T * torch.arange(-(-L // T), dtype=torch.float64, device=x.device)[:, None]
-    return steps, torch.exp(x.to(torch.complex128)[:, None, None] * offset), offset
 
 
 def _reduce(name: str, i: Tensor, j: Tensor, v: Tensor) -> Tensor:

@@ -1,21 +1,22 @@
-"""Backend "cpu": the fused C++ code of `_cpu.cpp`, called through ctypes.
+"""Backend "cpu": the fused C++ code of `native.h`, called through ctypes.
 
-The shared library is built when the package is installed with a C++ compiler at hand. It links neither torch
-nor Python, so one build serves every version of both.
+Shared libraries, one for each instruction set, are built when the package is installed with a C++ compiler at
+hand. They link neither torch nor Python, so one build serves every version of both.
 """
 
 import ctypes
 import functools
 import os
+import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_INTERFACE = 3  # of the library; raised with every change of its functions, there and here
-_LEVELS = ("base", "v3", "v4")  # instruction sets that it may hold code for, each with all of those before
+_INTERFACE = 4  # of the libraries; raised with every change of their functions, there and here
+_LEVELS = ("base", "v3", "v4")  # instruction sets that there may be code for, each with all of those before
 _ASKED = os.environ.get("S4_LEVEL", "")  # which of them is to run; empty: the best
 _HINT = (
     "with a C++ compiler (g++ or clang++) on the path, "
@@ -26,17 +27,45 @@ _SUFFIX = {torch.complex64: "c64", torch.complex128: "c128", torch.float32: "f32
 
 @functools.cache
 def _library() -> ctypes.CDLL | str:
-    files = sorted(Path(__file__).parent.glob("_cpu_native*.so")) + sorted(
-        Path(__file__).parent.glob("_cpu_native*.dylib")
-    )
-    if not files:
+    """That of S4_LEVEL, or the best that was built and that this processor has; or why there is none."""
+    base = _load("base")
+    if isinstance(base, str):
+        return base
+    have = levels()
+    return _refusal(have) or _load(_ASKED or have[-1])
+
+
+def levels() -> list[str]:
+    """Instruction sets that were built and that this processor has, the best last."""
+    base = _load("base")
+    if isinstance(base, str):
+        return []
+    best = base.s4_processor().decode()
+    return [name for name in _LEVELS[: _LEVELS.index(best) + 1] if _file(name)]
+
+
+def _refusal(have: Sequence[str]) -> str:
+    """Why S4_LEVEL cannot be had where these are what runs, the best last; empty if it can."""
+    if _ASKED and _ASKED not in _LEVELS:
+        return f"S4_LEVEL must be one of {', '.join(_LEVELS)}, got {_ASKED!r}"
+    if _ASKED and _ASKED not in have:
+        return f"S4_LEVEL is {_ASKED!r}, and the best that this processor and this build have is {have[-1]!r}"
+    return ""
+
+
+def _file(level: str) -> Path | None:
+    return next(iter(sorted(Path(__file__).parent.glob(f"_native_{level}*.so"))), None)
+
+
+@functools.cache
+def _load(level: str) -> ctypes.CDLL | str:
+    """The library of an instruction set, ready to run, or the reason why not."""
+    if (file := _file(level)) is None:
         return f"not built: {_HINT}"
     try:
-        library = ctypes.CDLL(str(files[0]))
-        library.s4_level.restype = ctypes.c_char_p
+        library = ctypes.CDLL(str(file))
+        library.s4_level.restype = library.s4_processor.restype = ctypes.c_char_p
         if library.s4_interface() == _INTERFACE:
-            if reason := _refusal(library.s4_level().decode()):
-                return reason
             library.s4_pool(_pool())
             if hasattr(os, "register_at_fork"):  # a child has the pool, but not its threads
                 os.register_at_fork(after_in_child=lambda: library.s4_pool(ctypes.c_void_p()))
@@ -44,16 +73,7 @@ def _library() -> ctypes.CDLL | str:
         reason = "it was built of another version"
     except (OSError, AttributeError) as error:  # AttributeError: a version with no such function
         reason = str(error)
-    return f"cannot use {files[0].name}: {reason}; {_HINT}"
-
-
-def _refusal(best: str) -> str:
-    """Why S4_LEVEL cannot be had where `best` is the best that runs; empty if it can."""
-    if _ASKED and _ASKED not in _LEVELS:
-        return f"S4_LEVEL must be one of {', '.join(_LEVELS)}, got {_ASKED!r}"
-    if _ASKED and _LEVELS.index(_ASKED) > _LEVELS.index(best):
-        return f"S4_LEVEL is {_ASKED!r}, and the best that this processor and this build have is {best!r}"
-    return ""
+    return f"cannot use {file.name}: {reason}; {_HINT}"
 
 
 def _pool() -> ctypes.c_void_p:
@@ -62,11 +82,10 @@ def _pool() -> ctypes.c_void_p:
     return ctypes.c_void_p() if found is None else ctypes.cast(found, ctypes.c_void_p)
 
 
-@functools.cache
 def level() -> str:
-    """The instruction set that runs: S4_LEVEL, or the best in the library that this processor has."""
+    """The instruction set that runs, or the reason why none does."""
     library = _library()
-    return library if isinstance(library, str) else _ASKED or library.s4_level().decode()
+    return library if isinstance(library, str) else library.s4_level().decode()
 
 
 def status(device: torch.device) -> bool | str:
@@ -95,25 +114,11 @@ def cauchy_backward(
     return grad_v, z.new_empty(0) if grad_z is None else grad_z.sum_to_size(z.shape), grad_w
 
 
-def vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
-    G, q, n = v.shape
-    out = torch.empty(G, q, L, dtype=v.dtype.to_real(), device=v.device)
-    _call("vandermonde", v.dtype, [v, x, out], [G, q, n, L])
-    return out
-
-
-def vandermonde_backward(grad: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    G, q, n = v.shape
-    grad_v, grad_x = torch.empty_like(v), torch.empty_like(x)
-    _call("vandermonde_backward", v.dtype, [grad, v, x, grad_v, grad_x], [G, q, n, grad.shape[2]])
-    return grad_v, grad_x
-
-
 def response(a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor, L: int, dtype: torch.dtype) -> Tensor:
-    """C A^l X for l < L, (c, q, H, L) in dtype, of A = diag(a) + F G; shapes as in `_ops.krylov`."""
+    """C A^l X for l < L, (c, q, H, L) in dtype, of A = diag(a) + F G; X (H, q, N) and C (c, H, N)."""
     c, q = C.shape[0], X.shape[1]
     out = a.new_empty(c, q, a.shape[0], L, dtype=dtype)
-    _call("krylov", dtype, [a, F, G, X, C, out], [*_system(a, F), q, c, L])
+    _call("response", dtype, [a, F, G, X, C, out], [len(a), a.shape[1] // 2, len(F), q, c, L])
     return out
 
 
@@ -122,19 +127,19 @@ def response_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     make = torch.zeros_like if grad.shape[3] == 0 else torch.empty_like
     grads = make(a), make(F), make(G), make(X), make(C)
-    sizes = [*_system(a, F), X.shape[1], C.shape[0], grad.shape[3]]
-    _call("krylov_backward", grad.dtype, [a, F, G, X, C, grad, *grads], sizes)
+    sizes = [len(a), a.shape[1] // 2, len(F), X.shape[1], C.shape[0], grad.shape[3]]
+    _call("response_backward", grad.dtype, [a, F, G, X, C, grad, *grads], sizes)
     return grads
 
 
 def maps(
     a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, T: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """taps (c, H, 2T-1), inward (H, T, N), outward (c, H, T, N), onward (H, N, N): see `s4.scan.chunks`."""
+    """taps (c, H, 2T-1), inward (H, T, N), outward (c, H, T, N), onward (H, N, N): see `s4.ops.maps`."""
     (H, N), c = a.shape, C.shape[0]
     shapes = ((c, H, 2 * T - 1), (H, T, N), (c, H, T, N), (H, N, N))
-    taps, inward, outward, onward = maps = tuple(a.new_empty(shape, dtype=dtype) for shape in shapes)
-    _call("chunk", dtype, [a, F, G, B, C, D, *maps], [*_system(a, F), c, T])
+    taps, inward, outward, onward = found = tuple(a.new_empty(shape, dtype=dtype) for shape in shapes)
+    _call("maps", dtype, [a, F, G, B, C, D, *found], [len(a), a.shape[1] // 2, len(F), c, T])
     return taps, inward, outward, onward
 
 
@@ -143,25 +148,29 @@ def maps_backward(
 ) -> tuple[Tensor, ...]:
     a, F, _, _, C, _ = inputs
     found = tuple(map(torch.empty_like, inputs))
-    sizes = [*_system(a, F), C.shape[0], grads[1].shape[1]]
-    _call("chunk_backward", grads[0].dtype, [*inputs, *grads, *found], sizes)
+    sizes = [len(a), a.shape[1] // 2, len(F), C.shape[0], grads[1].shape[1]]
+    _call("maps_backward", grads[0].dtype, [*inputs, *grads, *found], sizes)
     return found
 
 
 def scan(
     u: Tensor, x: Tensor, taps: Tensor, inward: Tensor, outward: Tensor, onward: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (B, L, H) and the state after the last whole chunk (H, B, N); shapes as in `_ops.scan`."""
+    """Outputs (B, L, H) and the state after the last whole chunk (H, B, N); shapes as in `s4.ops.scan`."""
     y, last = u.new_empty(u.shape), torch.empty_like(x)
-    sizes = [*_chunked(u, inward, reverse), *u.stride()]
+    (B, L, H), (T, N) = u.shape, inward.shape[1:]
+    sizes = [H, B, L, N, T, int(reverse), *u.stride()]
     _call("scan", u.dtype, [u, x, taps, inward, outward, onward, y, last], sizes)
     return y, last
 
 
-def scan_backward(grads, inputs, reverse):
-    u, inward = inputs[0], inputs[3]
-    found = tuple(t.new_empty(t.shape) for t in inputs)
-    sizes = [*_chunked(u, inward, reverse), *u.stride(), *grads[0].stride()]
+def scan_backward(
+    grads: tuple[Tensor, Tensor], inputs: tuple[Tensor, ...], reverse: bool
+) -> tuple[Tensor, ...]:
+    """Gradients of the six tensors that `scan` took, from those of its two outputs."""
+    (u, _, _, inward, _, _), found = inputs, tuple(t.new_empty(t.shape) for t in inputs)
+    (B, L, H), (T, N) = u.shape, inward.shape[1:]
+    sizes = [H, B, L, N, T, int(reverse), *u.stride(), *grads[0].stride()]
     _call("scan_backward", u.dtype, [*inputs, *grads, *found], sizes)
     return found
 
@@ -169,8 +178,7 @@ def scan_backward(grads, inputs, reverse):
 def step(
     a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, x: Tensor, u: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H) and the next state (B, H, N) of one step; shapes as in `_stepping.step`, rank <= 2."""
-    D, x, u = (t.resolve_neg().contiguous() for t in (D, x, u))
+    """Outputs (B, H) and the next state (B, H, N) of one step; shapes as in `s4.ops.step`, rank at most 2."""
     y, moved = torch.empty_like(u), torch.empty_like(x)
     batch, H, N = x.shape
     _call("step", u.dtype, [a, F, G, B, C, D, x, u, y, moved], [batch, H, N // 2, F.shape[0]])
@@ -204,30 +212,13 @@ class Snapshot:
         return bool(library.s4_same(addresses, self._sizes, ctypes.c_int64(self._count)))
 
 
-def _chunked(u: Tensor, inward: Tensor, reverse: bool) -> list[int]:
-    """Channels, batch, length, state size, chunk length, direction."""
-    B, L, H = u.shape
-    return [H, B, L, inward.shape[2], inward.shape[1], int(reverse)]
-
-
-def _system(a: Tensor, F: Tensor) -> list[int]:
-    """Channels, modes and rank."""
-    return [a.shape[0], a.shape[1] // 2, F.shape[0]]
-
-
-@functools.cache
-def _function(name: str, level: str, pointers: int, sizes: int) -> Callable[..., int]:
-    """A function of the library, which takes addresses, sizes and the number of threads."""
-    function = getattr(_library(), f"s4_{name}_{level}")
-    function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * sizes + [ctypes.c_int]
-    return function
-
-
 def _call(name: str, dtype: torch.dtype, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> None:
+    """A function of the library, which takes addresses and sizes, how many are addresses, and of threads."""
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(library)
-    function = _function(f"{name}_{_SUFFIX[dtype]}", level(), len(tensors), len(sizes))
-    addresses = [None if t is None else t.data_ptr() for t in tensors]
-    if function(*addresses, *sizes, torch.get_num_threads()):
+    function = getattr(library, f"s4_{name}_{_SUFFIX[dtype]}")
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    values = struct.pack(f"{len(addresses) + len(sizes)}q", *addresses, *sizes)  # faster than ctypes
+    if function(values, len(addresses), torch.get_num_threads()):
         raise MemoryError(f"backend 'cpu' ran out of memory in {name} of shape {list(sizes)}")

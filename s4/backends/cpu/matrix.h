@@ -10,9 +10,9 @@ struct View {
     T* data;
     int64_t row, column;
 
-    INLINE T& operator()(int64_t i, int64_t j) const { return data[i * row + j * column]; }
-    INLINE View transposed() const { return {data, column, row}; }
-    INLINE View from(int64_t i, int64_t j) const { return {&(*this)(i, j), row, column}; }
+    T& operator()(int64_t i, int64_t j) const { return data[i * row + j * column]; }
+    View transposed() const { return {data, column, row}; }
+    View from(int64_t i, int64_t j) const { return {&(*this)(i, j), row, column}; }
 };
 
 template <class T>
@@ -21,7 +21,7 @@ constexpr int kTile = S4_BYTES == 64 ? 8 : 4;  // rows at a time: as many as the
 
 // M rows of a product against one panel, over its rows [from, to); c is row by row, added to or written.
 template <class T, int M, class C>
-INLINE void tile(View<const T> a, int64_t i, int64_t from, int64_t to, const T* panel, View<C> c, int64_t j,
+void tile(View<const T> a, int64_t i, int64_t from, int64_t to, const T* panel, View<C> c, int64_t j,
                  int64_t columns, bool add) {
     constexpr int64_t lanes = kLanes<T>;
     constexpr int kChains = M == 1 ? 4 : 1;  // a single row would wait for each of its sums
@@ -64,7 +64,7 @@ INLINE void tile(View<const T> a, int64_t i, int64_t from, int64_t to, const T* 
 
 // Rows [begin, end) of c = a b, or c += a b, at one panel of b.
 template <class T, class C>
-INLINE void tiles(int64_t begin, int64_t end, View<const T> a, int64_t from, int64_t to, const T* panel, View<C> c,
+void tiles(int64_t begin, int64_t end, View<const T> a, int64_t from, int64_t to, const T* panel, View<C> c,
                   int64_t j, int64_t columns, bool add) {
     int64_t i = begin;
     for (; i + kTile <= end; i += kTile) tile<T, kTile>(a, i, from, to, panel, c, j, columns, add);
@@ -74,7 +74,7 @@ INLINE void tiles(int64_t begin, int64_t end, View<const T> a, int64_t from, int
 
 // One panel of b, from column j on, converted to T and filled up with zeros.
 template <class T, class B>
-INLINE void pack_panel(int64_t depth, int64_t j, int64_t columns, View<const B> b, T* panel) {
+void pack_panel(int64_t depth, int64_t j, int64_t columns, View<const B> b, T* panel) {
     const int64_t taken = std::min(kPanel<T>, columns - j);
     if (b.column == 1 && taken == kPanel<T>) {
         for (int64_t k = 0; k < depth; ++k)
@@ -87,7 +87,7 @@ INLINE void pack_panel(int64_t depth, int64_t j, int64_t columns, View<const B> 
 
 // c = a b, (rows, depth) by (depth, columns), computed in T.
 template <class T, class B, class C>
-INLINE void product(int64_t rows, int64_t columns, int64_t depth, View<const T> a, View<const B> b, View<C> c) {
+void product(int64_t rows, int64_t columns, int64_t depth, View<const T> a, View<const B> b, View<C> c) {
     std::vector<T> panel(depth * kPanel<T>);
     for (int64_t j = 0; j < columns; j += kPanel<T>) {
         pack_panel<T>(depth, j, columns, b, panel.data());

@@ -1,14 +1,14 @@
-// The fused CPU code: Cauchy and Vandermonde sums (_cpu_sums.h), powers of structured matrices (_cpu_krylov.h), the
-// chunked scan (_cpu_scan.h), the step (_cpu_step.h).
+// The fused CPU code: Cauchy sums (sums.h), powers of structured matrices (powers.h) and what is made of them, responses
+// (response.h) and the maps of a chunk (maps.h), the chunked scan (scan.h), the step (step.h).
 //
-// A plain C interface on raw pointers, so that building needs neither torch nor Python and no ABI ties the result to a
-// version of either. One binary holds the code for several instruction sets; `s4_level` names the best that runs here.
+// base.cpp, v3.cpp and v4.cpp each compile all of it for one instruction set, with vectors of S4_BYTES, to a library of
+// its own. A plain C interface on raw pointers, so that building needs neither torch nor Python and no ABI ties the
+// result to a version of either. What is not of the interface is in an unnamed namespace: no library sees another's.
 
 #include <algorithm>
 #include <atomic>
 #include <cfloat>
 #include <cmath>
-#include <complex>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -54,40 +54,83 @@ int parallel(int64_t count, int threads, const Task& task) {
     return failed;
 }
 
+// What Python hands over: addresses and sizes, each taken in their order.
+struct Arguments {
+    const int64_t *addresses, *sizes;
+
+    template <class T>
+    operator T*() { return reinterpret_cast<T*>(*addresses++); }
+    operator int64_t() { return *sizes++; }
+};
+
+template <class T, int Bytes>
+struct Vector {
+    typedef T type __attribute__((vector_size(Bytes)));
+};
+template <class T>
+using Vec = typename Vector<T, S4_BYTES>::type;
+template <class T>
+constexpr int64_t kLanes = S4_BYTES / sizeof(T);
+
+// Halves added up, until a number is left: one by one each number would wait for the sum of those before.
+template <class T, class V>
+INLINE T total(V value) {
+    if constexpr (sizeof(V) == sizeof(T)) {
+        return value[0];
+    } else {
+        typename Vector<T, sizeof(V) / 2>::type low, high;
+        std::memcpy(&low, &value, sizeof low);
+        std::memcpy(&high, reinterpret_cast<const char*>(&value) + sizeof low, sizeof high);
+        return total<T>(low + high);
+    }
+}
+
+#include "sums.h"
+#include "matrix.h"
+#include "powers.h"
+#include "response.h"
+#include "maps.h"
+#include "scan.h"
+#include "step.h"
+
 }  // namespace
 
-#define S4_LEVEL base
-#define S4_BYTES 16
-#include "_cpu_level.h"
+#define ENTRY(name, T, suffix)                                                                                         \
+    extern "C" int s4_##name##_##suffix(const int64_t* values, int tensors, int threads) {                             \
+        return name<T>({values, values + tensors}, threads);                                                           \
+    }
 
+ENTRY(cauchy, float, c64)
+ENTRY(cauchy, double, c128)
+ENTRY(cauchy_backward, float, c64)
+ENTRY(cauchy_backward, double, c128)
+ENTRY(response, float, f32)
+ENTRY(response, double, f64)
+ENTRY(response_backward, float, f32)
+ENTRY(response_backward, double, f64)
+ENTRY(maps, float, f32)
+ENTRY(maps, double, f64)
+ENTRY(maps_backward, float, f32)
+ENTRY(maps_backward, double, f64)
+ENTRY(scan, float, f32)
+ENTRY(scan, double, f64)
+ENTRY(scan_backward, float, f32)
+ENTRY(scan_backward, double, f64)
+ENTRY(step, float, f32)
+ENTRY(step, double, f64)
+
+// Of these functions, as __init__.py calls them.
+extern "C" int s4_interface() { return 4; }
+
+// The instruction set that this is compiled for, and the best that there is code for and this processor has.
+extern "C" const char* s4_level() { return S4_LEVEL; }
+extern "C" const char* s4_processor() {
 #if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12
-#define S4_X86_LEVELS
-
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-#define S4_LEVEL v3
-#define S4_BYTES 32
-#include "_cpu_level.h"
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-#define S4_LEVEL v4
-#define S4_BYTES 64
-#include "_cpu_level.h"
-#pragma GCC pop_options
-#endif
-
-extern "C" const char* s4_level() {
-#ifdef S4_X86_LEVELS
     if (__builtin_cpu_supports("x86-64-v4")) return "v4";
     if (__builtin_cpu_supports("x86-64-v3")) return "v3";
 #endif
     return "base";
 }
-
-// Of these functions, as _cpu.py calls them.
-extern "C" int s4_interface() { return 3; }
 
 // Sets the pool, that of the OpenMP runtime which the process already has: this library links none.
 extern "C" void s4_pool(void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned)) { pool = gomp_parallel; }

@@ -13,8 +13,7 @@
 template <class T>
 struct Scan {
     const T *x, *taps, *inward, *outward, *onward;
-    int64_t channels, batch, length, size, width;
-    bool reverse;
+    int64_t channels, batch, length, size, width, reverse;
 
     // Numbers from one channel's rows to the next's: they start at other places of the caches, each at that of a line.
     int64_t apart() const { return (batch * length + 31) / 16 * 16; }
@@ -39,15 +38,15 @@ struct Packed {
     int64_t depth, columns;
     Buffer<T> numbers;
 
-    INLINE Packed(int64_t depth, int64_t columns)
+    Packed(int64_t depth, int64_t columns)
         : depth(depth), columns(columns), numbers(depth * ((columns + kPanel<T> - 1) / kPanel<T> * kPanel<T>)) {}
 
-    INLINE void fill(View<const T> from) {
+    void fill(View<const T> from) {
         for (int64_t j = 0; j < columns; j += kPanel<T>)
             pack_panel<T>(depth, j, columns, from, &numbers.data[j * depth]);
     }
     // c = a times this, or c += that. Of a triangle, only rows up to (+1) or from (-1) the column are not zero.
-    INLINE void times(int64_t rows, View<const T> a, View<T> c, bool add, int triangle = 0) const {
+    void times(int64_t rows, View<const T> a, View<T> c, bool add, int triangle = 0) const {
         for (int64_t j = 0; j < columns; j += kPanel<T>) {
             const int64_t from = triangle < 0 ? std::min(j, depth) : 0;
             const int64_t to = triangle > 0 ? std::min(j + kPanel<T>, depth) : depth;
@@ -55,7 +54,7 @@ struct Packed {
         }
     }
     // c += a^T times this, a (depth, rows); of a triangle only what `times` reads.
-    INLINE void transposed_times(int64_t rows, View<const T> a, View<T> c, int triangle = 0) const {
+    void transposed_times(int64_t rows, View<const T> a, View<T> c, int triangle = 0) const {
         for (int64_t j = 0; j < columns; j += kPanel<T>) {
             const int64_t begin = triangle < 0 ? std::min(j, rows) / kTile * kTile : 0;
             const int64_t end = triangle > 0 ? std::min(j + kPanel<T>, rows) : rows;
@@ -74,7 +73,7 @@ struct Sequences {
 
 // A square of kLanes rows, transposed.
 template <class T>
-INLINE void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
+void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
     constexpr int lanes = kLanes<T>;
 #if defined(__clang__)
     for (int i = 0; i < lanes; ++i)
@@ -104,7 +103,7 @@ INLINE void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
 
 // `count` channels from the first on, to rows (batch, length) of each, `apart` numbers from one to the next.
 template <class T>
-INLINE void to_rows(const Scan<T>& s, Sequences<const T> from, int64_t first, int64_t count, T* rows) {
+void to_rows(const Scan<T>& s, Sequences<const T> from, int64_t first, int64_t count, T* rows) {
     constexpr int64_t lanes = kLanes<T>;
     for (int64_t b = 0; b < s.batch; ++b) {
         const T* start = from.data + b * from.batch + first * from.channel;
@@ -123,7 +122,7 @@ INLINE void to_rows(const Scan<T>& s, Sequences<const T> from, int64_t first, in
 
 // The inverse, to a contiguous array.
 template <class T>
-INLINE void from_rows(const Scan<T>& s, const T* rows, int64_t first, int64_t count, T* to) {
+void from_rows(const Scan<T>& s, const T* rows, int64_t first, int64_t count, T* to) {
     constexpr int64_t lanes = kLanes<T>;
     for (int64_t b = 0; b < s.batch; ++b) {
         T* start = to + b * s.length * s.channels + first;
@@ -149,13 +148,13 @@ int in_groups(int64_t channels, int threads, const Task& task) {
 
 // Chunks [first, first + count) of the rows (B, L) of a channel are rows (B count, T) as they lie: none is ragged.
 template <class T>
-INLINE bool in_rows(const Scan<T>& s, int64_t first, int64_t count) {
+bool in_rows(const Scan<T>& s, int64_t first, int64_t count) {
     return (first + count) * s.width <= s.length && (s.batch == 1 || s.length == count * s.width);
 }
 
 // Those rows, copied together unless they are already, the ragged one filled up with zeros.
 template <class T>
-INLINE const T* gather(const Scan<T>& s, const T* from, int64_t first, int64_t count, T* rows) {
+const T* gather(const Scan<T>& s, const T* from, int64_t first, int64_t count, T* rows) {
     if (in_rows(s, first, count)) return from + first * s.width;
     for (int64_t b = 0; b < s.batch; ++b) {
         const int64_t start = first * s.width, taken = std::min(count * s.width, s.length - start);
@@ -168,12 +167,12 @@ INLINE const T* gather(const Scan<T>& s, const T* from, int64_t first, int64_t c
 
 // Where to write rows that `scatter` then brings to their place, if they are not there yet.
 template <class T>
-INLINE T* place(const Scan<T>& s, T* to, int64_t first, int64_t count, T* rows) {
+T* place(const Scan<T>& s, T* to, int64_t first, int64_t count, T* rows) {
     return in_rows(s, first, count) ? to + first * s.width : rows;
 }
 
 template <class T>
-INLINE void scatter(const Scan<T>& s, const T* rows, int64_t first, int64_t count, T* to) {
+void scatter(const Scan<T>& s, const T* rows, int64_t first, int64_t count, T* to) {
     if (in_rows(s, first, count)) return;
     for (int64_t b = 0; b < s.batch; ++b) {
         const int64_t start = first * s.width, taken = std::min(count * s.width, s.length - start);
@@ -183,7 +182,7 @@ INLINE void scatter(const Scan<T>& s, const T* rows, int64_t first, int64_t coun
 
 // S (B count, N), what each chunk adds to the state, becomes the state before each; `x` (B, N) moves along.
 template <class T>
-INLINE void recur(const Packed<T>& onward, int64_t batch, int64_t count, bool reverse, T* S, T* x, T* next) {
+void recur(const Packed<T>& onward, int64_t batch, int64_t count, bool reverse, T* S, T* x, T* next) {
     const int64_t N = onward.columns;
     for (int64_t k = 0; k < count; ++k) {
         const int64_t at = reverse ? count - 1 - k : k;
@@ -200,13 +199,13 @@ INLINE void recur(const Packed<T>& onward, int64_t batch, int64_t count, bool re
 }
 
 template <class T>
-INLINE View<const T> toeplitz(const T* taps, int64_t width) {
+View<const T> toeplitz(const T* taps, int64_t width) {
     return {taps + width - 1, -1, 1};
 }
 
 // u and y are rows (B, L) of the channel.
 template <class T>
-INLINE void scan_of(const Scan<T>& s, int64_t h, const T* u, T* y, T* last) {
+void scan_of(const Scan<T>& s, int64_t h, const T* u, T* y, T* last) {
     const int64_t B = s.batch, N = s.size, W = s.width, block = s.block();
     Packed<T> inward(W, N), outward(N, W), onward(N, N), within(W, W);
     inward.fill({s.inward + h * W * N, N, 1}), outward.fill({s.outward + h * W * N, 1, N});
@@ -241,7 +240,7 @@ struct ScanGradients {
 };
 
 template <class T>
-INLINE void scan_backward(const Scan<T>& s, int64_t h, const ScanGradients<T>& g) {
+void scan_backward_of(const Scan<T>& s, int64_t h, const ScanGradients<T>& g) {
     const int64_t B = s.batch, N = s.size, W = s.width, block = s.block(), c = s.chunks();
     const int triangle = s.reverse ? -1 : 1;
     Packed<T> inward(W, N), onward(N, N), inward_t(N, W), outward_t(W, N), onward_t(N, N), within_t(W, W);
@@ -296,41 +295,40 @@ INLINE void scan_backward(const Scan<T>& s, int64_t h, const ScanGradients<T>& g
 }
 
 // What comes out of a channel lies where the inputs of the one before were.
-#define SCAN(T, SUFFIX)                                                                                                \
-    ENTRY(s4_scan_##SUFFIX)                                                                                            \
-    (const T* u, const T* x, const T* taps, const T* inward, const T* outward, const T* onward, T* y, T* last,         \
-     int64_t channels, int64_t batch, int64_t length, int64_t size, int64_t width, int64_t reverse,                    \
-     int64_t u_batch, int64_t u_time, int64_t u_channel, int threads) {                                                \
-        const Scan<T> s{x, taps, inward, outward, onward, channels, batch, length, size, width, reverse != 0};         \
-        return in_groups(channels, threads, [&](int64_t first, int64_t count) {                                        \
-            const Buffer<T> rows((count + 1) * s.apart());                                                             \
-            T *outputs = rows.data, *inputs = outputs + s.apart();                                                     \
-            to_rows(s, {u, u_batch, u_time, u_channel}, first, count, inputs);                                         \
-            for (int64_t i = 0, at = 0; i < count; ++i, at += s.apart())                                               \
-                scan_of(s, first + i, inputs + at, outputs + at, last);                                                \
-            from_rows(s, outputs, first, count, y);                                                                    \
-        });                                                                                                            \
-    }                                                                                                                  \
-    ENTRY(s4_scan_backward_##SUFFIX)                                                                                   \
-    (const T* u, const T* x, const T* taps, const T* inward, const T* outward, const T* onward, const T* grad_y,       \
-     const T* grad_last, T* grad_u, T* grad_x, T* grad_taps, T* grad_inward, T* grad_outward, T* grad_onward,          \
-     int64_t channels, int64_t batch, int64_t length, int64_t size, int64_t width, int64_t reverse,                    \
-     int64_t u_batch, int64_t u_time, int64_t u_channel, int64_t y_batch, int64_t y_time, int64_t y_channel,           \
-     int threads) {                                                                                                    \
-        const Scan<T> s{x, taps, inward, outward, onward, channels, batch, length, size, width, reverse != 0};         \
-        return in_groups(channels, threads, [&](int64_t first, int64_t count) {                                        \
-            const Buffer<T> rows((2 * count + 1) * s.apart());                                                         \
-            T *found = rows.data, *inputs = found + s.apart(), *outputs = inputs + count * s.apart();                  \
-            to_rows(s, {u, u_batch, u_time, u_channel}, first, count, inputs);                                         \
-            to_rows(s, {grad_y, y_batch, y_time, y_channel}, first, count, outputs);                                   \
-            for (int64_t i = 0, at = 0; i < count; ++i, at += s.apart())                                               \
-                scan_backward(s, first + i,                                                                            \
-                              ScanGradients<T>{inputs + at, outputs + at, grad_last, found + at, grad_x, grad_taps,    \
-                                               grad_inward, grad_outward, grad_onward});                               \
-            from_rows(s, found, first, count, grad_u);                                                                 \
-        });                                                                                                            \
-    }
+template <class T>
+int scan(Arguments in, int threads) {
+    const T* u = in;
+    const Scan<T> s{in, in, in, in, in, in, in, in, in, in, in};
+    T *y = in, *last = in;
+    const Sequences<const T> from{u, in, in, in};
+    return in_groups(s.channels, threads, [&](int64_t first, int64_t count) {
+        const Buffer<T> rows((count + 1) * s.apart());
+        T *outputs = rows.data, *inputs = outputs + s.apart();
+        to_rows(s, from, first, count, inputs);
+        for (int64_t i = 0, at = 0; i < count; ++i, at += s.apart())
+            scan_of(s, first + i, inputs + at, outputs + at, last);
+        from_rows(s, outputs, first, count, y);
+    });
+}
 
-SCAN(float, f32)
-SCAN(double, f64)
-#undef SCAN
+template <class T>
+int scan_backward(Arguments in, int threads) {
+    const T* u = in;
+    const Scan<T> s{in, in, in, in, in, in, in, in, in, in, in};
+    const T *grad_y = in, *grad_last = in;
+    T* grad_u = in;
+    const ScanGradients<T> to{nullptr, nullptr, grad_last, nullptr, in, in, in, in, in};
+    const Sequences<const T> from{u, in, in, in}, back{grad_y, in, in, in};
+    return in_groups(s.channels, threads, [&](int64_t first, int64_t count) {
+        const Buffer<T> rows((2 * count + 1) * s.apart());
+        T *found = rows.data, *inputs = found + s.apart(), *outputs = inputs + count * s.apart();
+        to_rows(s, from, first, count, inputs);
+        to_rows(s, back, first, count, outputs);
+        for (int64_t i = 0, at = 0; i < count; ++i, at += s.apart()) {
+            ScanGradients<T> g = to;
+            g.inputs = inputs + at, g.y = outputs + at, g.u = found + at;
+            scan_backward_of(s, first + i, g);
+        }
+        from_rows(s, found, first, count, grad_u);
+    });
+}

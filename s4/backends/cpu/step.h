@@ -84,14 +84,9 @@ int steps(const Step<T>& s, int threads) {
     });
 }
 
-#define STEP(T, SUFFIX)                                                                                                \
-    ENTRY(s4_step_##SUFFIX)                                                                                            \
-    (const T* a, const T* F, const T* G, const T* B, const T* C, const T* D, const T* state, const T* u, T* y,         \
-     T* next, int64_t batch, int64_t channels, int64_t modes, int64_t rank, int threads) {                             \
-        const Step<T> s{a, F, G, B, C, D, state, u, y, next, batch, channels, modes};                                  \
-        return rank == 0 ? steps<T, 0>(s, threads) : rank == 1 ? steps<T, 1>(s, threads) : steps<T, 2>(s, threads);    \
-    }
-
-STEP(float, f32)
-STEP(double, f64)
-#undef STEP
+template <class T>
+int step(Arguments in, int threads) {
+    const Step<T> s{in, in, in, in, in, in, in, in, in, in, in, in, in};
+    const int64_t rank = in;
+    return rank == 0 ? steps<T, 0>(s, threads) : rank == 1 ? steps<T, 1>(s, threads) : steps<T, 2>(s, threads);
+}

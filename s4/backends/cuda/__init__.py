@@ -1,4 +1,4 @@
-"""Backend "cuda": the kernels of `_cuda.cu`, compiled at first use by NVRTC through cuda.core.
+"""Backend "cuda": the Cauchy sums of `kernels.cu`, compiled at first use by NVRTC through cuda.core.
 
 The binary for an architecture is kept in a cache folder, $S4_CACHE_DIR or the user's own. Kernels run on
 torch's current stream and work in torch's memory, without synchronising: a CUDA graph records them, if the
@@ -22,14 +22,13 @@ from torch import Tensor
 
 _INSTALL = 'pip install "s4-pytorch[cuda]"'
 _SUFFIX = {torch.complex64: "c64", torch.complex128: "c128"}
-_SOURCE = Path(__file__).with_name("_cuda.cu")
+_SOURCE = Path(__file__).with_name("kernels.cu")
 _THREADS, _NODE_THREADS = 128, 256  # kThreads and kNodeThreads of the source
 _OPTIONS = {"std": "c++17"}  # nothing that makes arithmetic faster and wrong
 _ROWS = 6  # right-hand sides at once, at most
-_COLUMNS = {torch.complex64: 32, torch.complex128: 16}  # of a Vandermonde block, or 4 where there are few
 _BLOCKS = 2048  # that fill any GPU, with little left over at the end
-_SHORT = 16  # nodes or steps of one thread, at least, where there are as many
-_LONGEST = 1024  # nodes or steps that one block adds up: bounds the rounding of long sums
+_SHORT = 16  # nodes of one thread, at least, where there are as many
+_LONGEST = 1024  # nodes that one block adds up: bounds the rounding of long sums
 
 _lock = threading.Lock()
 _kernels: dict[tuple[int, str], Any] = {}  # by device and name: those that have run
@@ -103,39 +102,6 @@ def cauchy_backward(
     return parts_v.sum(0), grad_z.sum_to_size(z.shape) if need_z else grad_z, parts_w.sum((0, 1))
 
 
-def vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
-    G, q, n = v.shape
-    out = torch.empty(G, q, L, dtype=v.dtype.to_real(), device=v.device)
-    shift = min(max((L - 1).bit_length(), 5), 7)  # of 32, 64 or 128 threads
-    columns = q * -(-L >> shift)
-    width = _COLUMNS[v.dtype] if columns > 8 else 4
-    bases = _powers(x, L)
-    name = f"vandermonde_{_SUFFIX[v.dtype]}_{width}"
-    _launch(name, G * -(-columns // width), 1 << shift, [v, bases, out], [G, q, n, L, bases.shape[2], shift])
-    return out
-
-
-def vandermonde_backward(grad: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    G, q, n = v.shape
-    L = grad.shape[2]
-    tasks, lanes, parts, span = _by_poles(G * q, n, L)
-    bases = _powers(x, L)
-    parts_v, parts_x = v.new_empty(parts, G, q, n), x.new_empty(parts, G, q, n)
-    sizes = [G, q, n, L, bases.shape[2], lanes, parts, span]
-    name = f"vandermonde_backward_{_SUFFIX[v.dtype]}"
-    _launch(name, tasks, _THREADS, [grad, v, bases, parts_v, parts_x], sizes)
-    return parts_v.sum(0), parts_x.sum((0, 2))
-
-
-def _powers(x: Tensor, L: int) -> Tensor:
-    """e^(x 2^j) for 2^j < L, (G, n, bits), in double precision."""
-    bits = max(L - 1, 0).bit_length()
-    bases = torch.empty(*x.shape, bits, dtype=torch.complex128, device=x.device)
-    blocks = -(-bases.numel() // _THREADS)
-    _launch(f"powers_{_SUFFIX[x.dtype]}", blocks, _THREADS, [x, bases], [x.numel(), bits])
-    return bases
-
-
 def _nodes(z: Tensor) -> list[int]:
     """How many nodes a group has, and how far on the next group's begin: 0 where they are shared."""
     return [z.shape[1], 0 if z.shape[0] == 1 else z.shape[1]]
@@ -155,17 +121,17 @@ def _by_nodes(G: int, nodes: int) -> tuple[int, int]:
     return G * blocks if nodes else 0, 32 * max(1, warps)
 
 
-def _by_poles(G: int, n: int, length: int) -> tuple[int, int, int, int]:
-    """Blocks where a thread is a pole, poles in each, and the parts of how many nodes or steps there are.
+def _by_poles(G: int, n: int, nodes: int) -> tuple[int, int, int, int]:
+    """Blocks where a thread is a pole, poles in each, and the parts of how many nodes there are.
 
     Of the sizes alone, not of the device: sums are added up in the same order everywhere.
     """
     lanes = min(32, 1 << max(0, n - 1).bit_length())
     tiles = G * -(-n // lanes)
     least = _THREADS // lanes * _SHORT
-    parts = max(min(-(-_BLOCKS // max(1, tiles)), length // least), -(-length // max(_LONGEST, least)), 1)
-    span = max(1, -(-length // parts))
-    parts = max(1, -(-length // span))
+    parts = max(min(-(-_BLOCKS // max(1, tiles)), nodes // least), -(-nodes // max(_LONGEST, least)), 1)
+    span = max(1, -(-nodes // parts))
+    parts = max(1, -(-nodes // span))
     return parts * tiles, lanes, parts, span
 
 

@@ -1,6 +1,6 @@
-// Cauchy and Vandermonde sums over conjugate pairs on a GPU, compiled at first use by s4/kernel/_cuda.py.
+// Cauchy sums over conjugate pairs on a GPU, compiled at first use by __init__.py.
 //
-// Complex numbers are interleaved (re, im), arrays contiguous: v (G, q, n), w and x (G, n), z (1 or G, l), sums
+// Complex numbers are interleaved (re, im), arrays contiguous: v (G, q, n), w (G, n), z (1 or G, l), sums
 // (G, q, l). All sizes are 64-bit. Blocks share nothing and loop over tasks, so any grid computes the same; sums are
 // taken in an order that depends on the shapes only: results are the same in every run and on every device.
 // Nothing here is specific to a device but `reciprocal`, so that tests compile this file for the CPU as well.
@@ -34,12 +34,6 @@
 //   with a slice of the nodes), its q + 1 sums stay in registers, nodes and gradients come through shared memory. Nodes
 //   are split into parts until there are some 2048 blocks; the parts are added in a second pass.
 // - backward of z, when asked for: a thread is one node again.
-//
-// Vandermonde: a step is l = a T + b, and e^(x l) = e^(x a T) e^(x b) is two multiply-adds a pole, step and row for
-// 2 v e^(x a T) in shared memory and e^(x b) in registers. Floor at G = 512, n = 32, q = 1, L = 8192 in float: 8
-// microseconds forward, 16 backward (4 multiply-adds, as e^(x b) has the weight b too); traffic 6. A conversion from
-// double to float costs as much as 8 multiply-adds, so it is shared by up to 32 columns (row, a). All factors are
-// made in double precision from the n log2(L) powers e^(x 2^j): phases are as exact as x l rounded in double.
 
 typedef long long int64;
 
@@ -67,11 +61,9 @@ __device__ inline void add_products(T& sum, T a, T b, T c, T d) {
     sum += c * d;
 }
 
-constexpr int kThreads = 128;      // of a block that sums over nodes or steps; a power of 2
+constexpr int kThreads = 128;      // of a block that sums over nodes; a power of 2
 constexpr int kNodeThreads = 256;  // of a block whose threads are nodes, at most
 constexpr int kPoles = 16;         // staged at once
-template <class T>
-constexpr int kShort = 64 / sizeof(T);  // steps whose powers a thread keeps in registers
 
 // 1/a in one instruction, to 1 ulp; 0 from 2^126 on, where the result would be a denormal number.
 __device__ inline float reciprocal(float a) {
@@ -261,139 +253,6 @@ __device__ void cauchy_backward_nodes(const Complex<T>* grad, const Complex<T>* 
     }
 }
 
-// e^(x 2^j) for j < bits, (G n, bits).
-template <class T>
-__device__ void powers(const Complex<T>* x, Complex<double>* out, int64 exponents, int64 bits) {
-    for (int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x; i < exponents * bits;
-         i += (int64)gridDim.x * blockDim.x) {
-        const double step = (double)(1LL << i % bits), size = exp(x[i / bits].re * step);
-        double s, c;
-        sincos(x[i / bits].im * step, &s, &c);
-        out[i] = {size * c, size * s};
-    }
-}
-
-// e^(x step) from e^(x 2^j).
-__device__ inline Complex<double> power(const Complex<double>* bases, int64 step) {
-    Complex<double> product{1, 0};
-    for (int j = 0; step >> j; ++j)
-        if (step >> j & 1) product = product * bases[j];
-    return product;
-}
-
-// Products (G, q, L): thread b of a block is step a T + b for N columns (row, a), with T = 2^shift the threads of a
-// block, at most kThreads.
-template <class T, int N>
-__device__ void vandermonde(const Complex<T>* v, const Complex<double>* bases, T* out, int64 groups, int64 rows,
-                            int64 poles, int64 steps, int64 bits, int64 shift) {
-    __shared__ Complex<double> low[kPoles][16], high[kPoles][kThreads / 16];  // e^(x b), of b % 16 and b / 16 * 16
-    __shared__ Complex<T> coefficients[kPoles][N];
-    const int64 chunks = (steps + blockDim.x - 1) >> shift, tiles = (rows * chunks + N - 1) / N;
-    const int b = threadIdx.x < steps ? threadIdx.x : steps - 1;
-    for (int64 task = blockIdx.x; task < groups * tiles; task += gridDim.x) {
-        const int64 g = task / tiles, row = task % tiles * N / chunks, chunk = task % tiles * N % chunks;
-        T sum[N] = {};
-        for (int64 first = 0; first < poles; first += kPoles) {
-            const int count = poles - first < kPoles ? poles - first : kPoles;
-            const Complex<double>* base = bases + (g * poles + first) * bits;
-            constexpr int kFactors = 16 + kThreads / 16;
-            __syncthreads();
-            for (int i = threadIdx.x; i < count * kFactors; i += blockDim.x) {
-                const int n = i / kFactors, f = i % kFactors, step = f < 16 ? f : (f - 16) * 16;
-                Complex<double>& factor = f < 16 ? low[n][f] : high[n][f - 16];
-                factor = step < steps ? power(base + n * bits, step) : Complex<double>{};
-            }
-            for (int i = threadIdx.x; i < count * N; i += blockDim.x) {
-                const int n = i / N;
-                int64 k = row, a = chunk + i % N;
-                for (; a >= chunks; a -= chunks) ++k;
-                Complex<T> coefficient{};
-                if (k < rows) {
-                    const Complex<T> c = v[(g * rows + k) * poles + first + n];
-                    const Complex<double> p =
-                        Complex<double>{2 * (double)c.re, 2 * (double)c.im} * power(base + n * bits, a << shift);
-                    coefficient = {(T)p.re, (T)p.im};
-                }
-                coefficients[n][i % N] = coefficient;
-            }
-            __syncthreads();
-#pragma unroll(N < 16 ? 4 : 1)
-            for (int n = 0; n < count; ++n) {
-                const Complex<double> e = low[n][b % 16] * high[n][b / 16];
-                const T re = (T)e.re, minus_im = (T)-e.im;
-#pragma unroll
-                for (int i = 0; i < N; ++i)
-                    add_products(sum[i], coefficients[n][i].re, re, coefficients[n][i].im, minus_im);
-            }
-        }
-        int64 k = row, a = chunk;
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            const int64 l = (a << shift) + threadIdx.x;
-            if (k < rows && l < steps) out[(g * rows + k) * steps + l] = sum[i];
-            if (++a == chunks) a = 0, ++k;
-        }
-    }
-}
-
-// Gradients of v and x, both (parts, G, q, n), by parts of `span` steps and by rows. A thread is pole t % lanes and, of
-// every kShort * slices steps, its slice of kShort: Y = sum of grad e^(x l) and Z = sum of grad l e^(x l) through
-// sums over b < kShort of grad e^(x b) and grad b e^(x b).
-template <class T>
-__device__ void vandermonde_backward(const T* grad, const Complex<T>* v, const Complex<double>* bases,
-                                     Complex<T>* grad_v, Complex<T>* grad_x, int64 groups, int64 rows, int64 poles,
-                                     int64 steps, int64 bits, int64 lanes, int64 parts, int64 span) {
-    __shared__ T stage[kThreads * kShort<T>];
-    __shared__ Complex<T> sums[kThreads][2];
-    const int lane = threadIdx.x % lanes, slice = threadIdx.x / lanes, stride = kThreads / lanes * kShort<T>;
-    const int64 tiles = (poles + lanes - 1) / lanes;
-    for (int64 task = blockIdx.x; task < parts * groups * rows * tiles; task += gridDim.x) {
-        const int64 row = task / tiles % (groups * rows), part = task / tiles / (groups * rows);  // row of all groups
-        const int64 n = task % tiles * lanes + lane, pole = n < poles ? n : poles - 1;
-        const int64 end = (part + 1) * span < steps ? (part + 1) * span : steps;
-        const Complex<double>* base = bases + (row / rows * poles + pole) * bits;
-        Complex<T> e[kShort<T>], y{}, z{};
-#pragma unroll
-        for (int b = 0; b < kShort<T>; ++b) {
-            const Complex<double> p = b < steps ? power(base, b) : Complex<double>{};  // past the end it may overflow
-            e[b] = {(T)p.re, (T)p.im};
-        }
-        int64 l = part * span + slice * kShort<T>;
-        Complex<double> jump{}, leap{};  // e^(x l), and that of one stride
-        if (l < end) jump = power(base, l);
-        if (stride < steps) leap = power(base, stride);
-        for (int64 first = part * span; first < end; first += stride, l += stride) {
-            __syncthreads();
-            for (int i = threadIdx.x; i < stride; i += kThreads)
-                stage[i] = first + i < end ? grad[row * steps + first + i] : 0;
-            __syncthreads();
-            if (l >= end) continue;
-            Complex<T> flat{}, ramp{};
-#pragma unroll
-            for (int b = 0; b < kShort<T>; ++b) {
-                const T r = stage[slice * kShort<T> + b], rb = r * (T)b;
-                flat.re += r * e[b].re, flat.im += r * e[b].im;
-                ramp.re += rb * e[b].re, ramp.im += rb * e[b].im;
-            }
-            const Complex<T> j = {(T)jump.re, (T)jump.im};
-            ramp.re += (T)l * flat.re, ramp.im += (T)l * flat.im;
-            add_products(y.re, j.re, flat.re, -j.im, flat.im), add_products(y.im, j.re, flat.im, j.im, flat.re);
-            add_products(z.re, j.re, ramp.re, -j.im, ramp.im), add_products(z.im, j.re, ramp.im, j.im, ramp.re);
-            jump = jump * leap;
-        }
-        __syncthreads();
-        sums[threadIdx.x][0] = y, sums[threadIdx.x][1] = z;
-        add_slices<T, 2>(sums, lanes);
-        if (slice == 0 && n < poles) {
-            const Complex<T> c = v[row * poles + n], total = sums[threadIdx.x][0];
-            const Complex<T> moved = c * sums[threadIdx.x][1];
-            const int64 place = (part * groups * rows + row) * poles + n;
-            grad_v[place] = {2 * total.re, -2 * total.im};
-            grad_x[place] = {2 * moved.re, -2 * moved.im};
-        }
-    }
-}
-
 }  // namespace
 
 // The entry points: arguments are pointers and int64, nothing else.
@@ -418,32 +277,13 @@ __device__ void vandermonde_backward(const T* grad, const Complex<T>* v, const C
         cauchy_backward_nodes<T, Q>(grad, v, z, w, grad_z, groups, rows, poles, nodes, z_stride);                      \
     }
 
-#define VANDERMONDE(T, SUFFIX, N)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(kThreads, 4)                                                          \
-        vandermonde_##SUFFIX##_##N(const Complex<T>* v, const Complex<double>* bases, T* out, int64 groups,            \
-                                   int64 rows, int64 poles, int64 steps, int64 bits, int64 shift) {                    \
-        vandermonde<T, N>(v, bases, out, groups, rows, poles, steps, bits, shift);                                     \
-    }
-
-#define ENTRY_POINTS(T, SUFFIX, COLUMNS)                                                                               \
+#define ENTRY_POINTS(T, SUFFIX)                                                                                        \
     CAUCHY(T, SUFFIX, 1)                                                                                               \
     CAUCHY(T, SUFFIX, 2)                                                                                               \
     CAUCHY(T, SUFFIX, 3)                                                                                               \
     CAUCHY(T, SUFFIX, 4)                                                                                               \
     CAUCHY(T, SUFFIX, 5)                                                                                               \
-    CAUCHY(T, SUFFIX, 6)                                                                                               \
-    VANDERMONDE(T, SUFFIX, 4)                                                                                          \
-    VANDERMONDE(T, SUFFIX, COLUMNS)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(kThreads, 4)                                                          \
-        powers_##SUFFIX(const Complex<T>* x, Complex<double>* out, int64 exponents, int64 bits) {                      \
-        powers(x, out, exponents, bits);                                                                               \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(kThreads, 4)                                                          \
-        vandermonde_backward_##SUFFIX(const T* grad, const Complex<T>* v, const Complex<double>* bases,                \
-                                      Complex<T>* grad_v, Complex<T>* grad_x, int64 groups, int64 rows, int64 poles,   \
-                                      int64 steps, int64 bits, int64 lanes, int64 parts, int64 span) {                 \
-        vandermonde_backward(grad, v, bases, grad_v, grad_x, groups, rows, poles, steps, bits, lanes, parts, span);    \
-    }
+    CAUCHY(T, SUFFIX, 6)
 
-ENTRY_POINTS(float, c64, 32)
-ENTRY_POINTS(double, c128, 16)
+ENTRY_POINTS(float, c64)
+ENTRY_POINTS(double, c128)

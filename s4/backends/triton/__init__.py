@@ -1,16 +1,15 @@
-"""Backend "triton": the fused sums of `_triton_kernels.py`, for GPUs with no CUDA toolkit beside them.
+"""Backend "triton": the fused Cauchy sums of `kernels.py`, for GPUs with no CUDA toolkit beside them.
 
 On a CPU it runs only in Triton's interpreter (TRITON_INTERPRET=1 before the import), which is for tests.
 """
 
 import functools
-import math
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-_BLOCK = 128  # nodes or steps of a program, one a thread
+_BLOCK = 128  # nodes of a program, one a thread
 _WARPS = 4
 _PROGRAMS = 1024  # are enough for a GPU: with fewer, a reduction over nodes is split
 
@@ -82,49 +81,11 @@ def cauchy_backward(
     return _total(grad_v), grad_z, _total(grad_w)
 
 
-def vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
-    G, q, n = v.shape
-    out = torch.empty(G, q, L, dtype=v.dtype.to_real(), device=v.device)
-    if v.numel() == 0 or L == 0:
-        return out.zero_()
-    Q = _rows(q)
-    JUMPS = min(8, 32 // Q)
-    short, long = _factors(x, L)
-    width, jumps = short.shape[2], long.shape[2]
-    programs = G * _cdiv(q, Q) * _cdiv(jumps, JUMPS) * _cdiv(width, _BLOCK)
-    _launch("vandermonde", programs, [v, short, long, out], [q, n, L, width, jumps], Q=Q, JUMPS=JUMPS)
-    return out
-
-
-def vandermonde_backward(grad: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    (G, q, n), L = v.shape, grad.shape[2]
-    if v.numel() == 0 or L == 0:
-        return torch.zeros_like(v), torch.zeros_like(x)
-    Q = _rows(q)
-    POLES = _poles(v, Q)
-    short, long = _factors(x, L)
-    width, jumps = short.shape[2], long.shape[2]
-    short_blocks, row_blocks = _cdiv(width, _BLOCK), _cdiv(q, Q)
-    programs = G * row_blocks * _cdiv(n, POLES) * short_blocks
-    splits = _splits(programs, jumps)
-    parts = splits * short_blocks
-    grad_v, grad_x = v.new_empty(parts, G, q, n), x.new_empty(parts * row_blocks, G, n)
-    _launch(
-        "vandermonde_backward",
-        programs * splits,
-        [grad, v, short, long, grad_v, grad_x],
-        [G, q, n, L, width, jumps, splits],
-        Q=Q,
-        POLES=POLES,
-    )
-    return _total(grad_v), _total(grad_x)
-
-
 def _launch(name: str, programs: int, tensors: list[Tensor], sizes: list[int], **tiles: int) -> None:
-    from s4.kernel import _triton_kernels
+    from s4.backends.triton import kernels
 
     real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-    kernel = getattr(_triton_kernels, name)
+    kernel = getattr(kernels, name)
     with torch.cuda.device_of(tensors[0]):
         kernel[(programs,)](*real, *sizes, **tiles, BLOCK=_BLOCK, num_warps=_WARPS, enable_fp_fusion=True)
 
@@ -158,16 +119,3 @@ def _splits(programs: int, blocks: int) -> int:
 
 def _total(parts: Tensor) -> Tensor:
     return parts.sum(0) if len(parts) > 1 else parts[0]
-
-
-def _factors(x: Tensor, L: int) -> tuple[Tensor, Tensor]:
-    """e^(x b) for b < T (G, n, T) and e^(x a T) for a < L / T, with T about sqrt(L) but at least a block.
-
-    Rounded from double precision, as a phase x l must be known to far better than 1 and grows with l.
-    """
-    T = min(L, max(_BLOCK, 2 ** round(math.log2(L) / 2)))
-    x = x[..., None]
-    step = torch.arange(max(T, _cdiv(L, T)), dtype=torch.float64, device=x.device)
-    short = torch.exp(x.to(torch.complex128) * step[:T])
-    long = torch.exp(x.to(torch.complex128) * (step[: _cdiv(L, T)] * T))
-    return short.to(x.dtype), long.to(x.dtype)

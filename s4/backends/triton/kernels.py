@@ -1,4 +1,4 @@
-"""The Triton kernels of `_triton.py`, the only module that imports this one.
+"""The Triton kernels of `__init__.py`, the only module that imports this one.
 
 Complex numbers are interleaved (re, im) and arithmetic is real, in the precision of the arrays. Shapes: v
 (G, q, n), z (1 or G, l), w (G, n), sums (G, q, l), all contiguous and none of them empty. A program takes Q
@@ -15,7 +15,7 @@ from typing import no_type_check  # the shape checks of the tests leave annotati
 import triton
 import triton.language as tl
 
-_SIZES = ["groups", "rows", "poles", "nodes", "z_step", "splits", "length", "width", "jumps"]
+_SIZES = ["groups", "rows", "poles", "nodes", "z_step", "splits"]
 
 
 @triton.jit
@@ -226,135 +226,3 @@ def cauchy_backward_nodes(
     place = grad_z + 2 * (group * nodes + node)
     tl.store(place, re, node < nodes)
     tl.store(place + 1, im, node < nodes)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-@no_type_check
-def vandermonde(
-    v,
-    short,
-    long,
-    out,
-    rows,
-    poles,
-    length,
-    width,
-    jumps,
-    Q: tl.constexpr,
-    JUMPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Q rows at JUMPS by BLOCK steps l = a width + b, from `long` (G, n, a) and `short` (G, n, b).
-
-    With e^(x l) = long_a short_b, 4 instructions for all rows and 2 a row: 6 at Q = 1, so 0.1 ms in float64
-    for (512, 32, 16384), beside 67 MB or 0.02 ms of output. The short factors of a pole are read from cache
-    once for JUMPS blocks of output: 8 make 0.5 GB, about 0.1 ms.
-    """
-    short_blocks = tl.cdiv(width, BLOCK)
-    long_blocks = tl.cdiv(jumps, JUMPS)
-    row_blocks = tl.cdiv(rows, Q)
-    rest = tl.program_id(0)
-    b = rest % short_blocks * BLOCK + tl.arange(0, BLOCK)
-    rest = rest // short_blocks
-    a = rest % long_blocks * JUMPS + tl.arange(0, JUMPS)
-    rest = rest // long_blocks
-    row = (rest % row_blocks).to(tl.int64) * Q + tl.arange(0, Q)
-    group = (rest // row_blocks).to(tl.int64)
-    v += 2 * poles * (group * rows + tl.minimum(row, rows - 1))
-    short += 2 * (group * poles * width + tl.minimum(b, width - 1))
-    long += 2 * (group * poles * jumps + tl.minimum(a, jumps - 1))
-    sums = tl.zeros([Q, JUMPS, BLOCK], out.dtype.element_ty)
-    for n in range(poles):
-        near_re = tl.load(short)[None, :]
-        near_im = tl.load(short + 1)[None, :]
-        far_re = tl.load(long)[:, None]
-        far_im = tl.load(long + 1)[:, None]
-        v_re = tl.load(v + 2 * n)[:, None, None]
-        v_im = tl.load(v + 2 * n + 1)[:, None, None]
-        sums = sums + v_re * (far_re * near_re - far_im * near_im)[None]
-        sums = sums - v_im * (far_re * near_im + far_im * near_re)[None]
-        short += 2 * width
-        long += 2 * jumps
-    step = a.to(tl.int64)[:, None] * width + b[None, :]
-    place = out + (group * rows + row)[:, None, None] * length + step[None]
-    valid = (a < jumps)[:, None] & (b < width)[None, :] & (step < length)
-    tl.store(place, 2 * sums, (row < rows)[:, None, None] & valid[None])
-
-
-@triton.jit(do_not_specialize=_SIZES)
-@no_type_check
-def vandermonde_backward(
-    grad,
-    v,
-    short,
-    long,
-    grad_v,
-    grad_x,
-    groups,
-    rows,
-    poles,
-    length,
-    width,
-    jumps,
-    splits,
-    Q: tl.constexpr,
-    POLES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Gradients (splits, short blocks, G, q, n) of v and (splits, short blocks, row blocks, G, n) of x.
-
-    2 conj of sum over l of grad e^(x l), and of v grad l e^(x l): first over a, of grad long_a and of grad
-    a width long_a, 4 instructions a row; then, once, times short_b. 0.06 ms in float64 for (512, 32, 16384)
-    and one row; the gradient, 67 MB, n / POLES times from cache takes as long: 0.3 GB for 8 poles.
-    """
-    short_blocks = tl.cdiv(width, BLOCK)
-    pole_blocks = tl.cdiv(poles, POLES)
-    row_blocks = tl.cdiv(rows, Q)
-    rest = tl.program_id(0)
-    split = rest % splits
-    rest = rest // splits
-    short_block = rest % short_blocks
-    rest = rest // short_blocks
-    pole = (rest % pole_blocks).to(tl.int64) * POLES + tl.arange(0, POLES)
-    rest = rest // pole_blocks
-    row_block = (rest % row_blocks).to(tl.int64)
-    group = (rest // row_blocks).to(tl.int64)
-    row = row_block * Q + tl.arange(0, Q)
-    b = short_block * BLOCK + tl.arange(0, BLOCK)
-    own_row = group * rows + tl.minimum(row, rows - 1)
-    own_pole = group * poles + tl.minimum(pole, poles - 1)
-    grad += own_row[:, None] * length + b[None, :]
-    long += 2 * own_pole * jumps
-    y_re = tl.zeros([Q, POLES, BLOCK], grad.dtype.element_ty)
-    y_im = tl.zeros([Q, POLES, BLOCK], grad.dtype.element_ty)
-    z_re = tl.zeros([Q, POLES, BLOCK], grad.dtype.element_ty)
-    z_im = tl.zeros([Q, POLES, BLOCK], grad.dtype.element_ty)
-    for a in range(split, jumps, splits):
-        start = tl.cast(a, tl.int64) * width
-        valid = (row < rows)[:, None] & ((b < width) & (start + b < length))[None, :]
-        g = tl.load(grad + start, valid, 0.0)[:, None, :]
-        far_re = tl.load(long + 2 * a)[None, :, None]
-        far_im = tl.load(long + 2 * a + 1)[None, :, None]
-        y_re = y_re + g * far_re
-        y_im = y_im + g * far_im
-        z_re = z_re + g * (far_re * start.to(g.dtype))
-        z_im = z_im + g * (far_im * start.to(g.dtype))
-    z_re = z_re + y_re * b.to(y_re.dtype)[None, None, :]
-    z_im = z_im + y_im * b.to(y_re.dtype)[None, None, :]
-    place = short + 2 * (own_pole[:, None] * width + tl.minimum(b, width - 1)[None, :])
-    near_re = tl.load(place)[None]
-    near_im = tl.load(place + 1)[None]
-    sum_re = 2 * tl.sum(y_re * near_re - y_im * near_im, 2)
-    sum_im = -2 * tl.sum(y_re * near_im + y_im * near_re, 2)
-    own = (row < rows)[:, None] & (pole < poles)[None, :]
-    part = tl.cast(split, tl.int64) * short_blocks + short_block
-    place = grad_v + 2 * (((part * groups + group) * rows + row)[:, None] * poles + pole[None, :])
-    _store(place, sum_re, sum_im, own)
-    v += 2 * (own_row[:, None] * poles + tl.minimum(pole, poles - 1)[None, :])
-    v_re = tl.load(v)
-    v_im = tl.load(v + 1)
-    sum_re = 2 * tl.sum(z_re * near_re - z_im * near_im, 2)
-    sum_im = 2 * tl.sum(z_re * near_im + z_im * near_re, 2)
-    place = grad_x + 2 * (((part * row_blocks + row_block) * groups + group) * poles + pole)
-    tl.store(place, tl.sum(v_re * sum_re - v_im * sum_im, 0), pole < poles)
-    tl.store(place + 1, -tl.sum(v_re * sum_im + v_im * sum_re, 0), pole < poles)

@@ -1,20 +1,20 @@
-"""Fused powers of structured matrices (backend "cpu"): kernels and maps of chunks, against dense loops."""
+"""Backend "cpu": responses and maps of chunks, against dense loops, at every instruction set."""
 
 import ctypes
+import os
 
 import pytest
 import torch
 from oracle import close
+from processes import printed, process
 from torch import Tensor
 
-import s4.kernel
-from s4.kernel import _cpu, _ops
+import s4
+from s4.backends import cpu
+from s4.kernel import _ops
 
 if s4.kernel.backends()["cpu"] is not True:
     pytest.skip("the C++ extension is not built", allow_module_level=True)
-
-BEST = _cpu.level()
-LEVELS = ["v4", "v3", "base"][["v4", "v3", "base"].index(BEST) :]  # what this processor can run
 
 # channels, modes, rank, columns of X, rows of C, steps
 SIZES = {
@@ -30,13 +30,6 @@ SIZES = {
     "more columns than steps": (2, 4, 1, 40, 1, 5),
     "long": (1, 8, 1, 1, 1, 4097),
 }
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set in the library that this processor has."""
-    monkeypatch.setattr(_cpu, "level", lambda: request.param)
-    return request.param
 
 
 def operands(H: int, n: int, r: int, q: int, c: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -148,7 +141,7 @@ def test_they_are_sound_operators() -> None:
     operands_of_scan = (u, state, maps[0][0], maps[1], maps[2][0], maps[3])
     for reverse in (False, True):
         torch.library.opcheck(_ops.scan, (*operands_of_scan, reverse))
-        torch.library.opcheck(_ops.scan_backward, (*operands_of_scan, u + 1, state + 1, reverse))
+        torch.library.opcheck(_ops.scan_backward, ([u + 1, state + 1], [*operands_of_scan], reverse))
 
 
 def test_gradients_by_finite_differences() -> None:
@@ -261,12 +254,78 @@ def test_every_number_is_written_and_nothing_else(level: str) -> None:
     a, F, G, X, C = (t.detach().contiguous() for t in operands(H, n, r, q, c))
     size, guard = c * q * H * L, 64
     buffer = torch.full((size + 2 * guard,), torch.nan)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, F, G, X, C)]
-    library = ctypes.CDLL(_cpu._library()._name)  # type: ignore[union-attr]
-    function = getattr(library, f"s4_krylov_f32_{level}")
-    out = ctypes.c_void_p(buffer[guard:].data_ptr())
-    assert function(*pointers, out, *map(ctypes.c_int64, (H, n, r, q, c, L)), ctypes.c_int(2)) == 0
+    tensors = [t.data_ptr() for t in (a, F, G, X, C, buffer[guard:])]
+    values = (ctypes.c_int64 * 12)(*tensors, H, n, r, q, c, L)
+    assert cpu._load(level).s4_response_f32(values, len(tensors), 2) == 0
     inside = buffer[guard : guard + size]
     assert bool(inside.isfinite().all())
     assert bool(buffer[:guard].isnan().all())
     assert bool(buffer[guard + size :].isnan().all())
+
+
+def test_a_level_that_was_not_built_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the compiler does not know it: the best that was built runs, more is refused."""
+    file = cpu._file
+    monkeypatch.setattr(cpu, "_file", lambda level: None if level == "v4" else file(level))
+    assert "v4" not in cpu.levels()
+    monkeypatch.setattr(cpu, "_file", lambda level: file(level) if level == "base" else None)
+    monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)
+    monkeypatch.setattr(cpu, "_ASKED", "")
+    assert cpu.level() == "base"
+    monkeypatch.setattr(cpu, "_ASKED", "v3")
+    assert "the best that this processor and this build have is 'base'" in str(s4.kernel.backends()["cpu"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "best", "said"),
+    [
+        ("v5", "v4", "S4_LEVEL must be one of base, v3, v4, got 'v5'"),
+        ("V3", "v4", "S4_LEVEL must be one of base, v3, v4, got 'V3'"),
+        ("v4", "v3", "S4_LEVEL is 'v4', and the best that this processor and this build have is 'v3'"),
+        ("v3", "base", "S4_LEVEL is 'v3', and the best that this processor and this build have is 'base'"),
+        ("v3", "v4", ""),
+        ("base", "v3", ""),
+        ("", "base", ""),
+    ],
+)
+def test_a_level_that_cannot_be_had_is_a_reason(
+    asked: str, best: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_ASKED", asked)
+    assert cpu._refusal(cpu._LEVELS[: cpu._LEVELS.index(best) + 1]) == said
+    if asked not in ("", *cpu._LEVELS):
+        monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)
+        assert s4.kernel.backends()["cpu"] == said
+        with pytest.raises(ValueError, match=f"backend 'cpu' cannot run: {said}"):
+            s4.S4Layer(4, 8, backend="cpu")
+
+
+def test_the_level_asked_for_runs() -> None:
+    """Here, where there is one, and in a process that asks for the lowest; each has its library."""
+    library = cpu._library()
+    assert not isinstance(library, str)
+    assert cpu.level() == (os.environ.get("S4_LEVEL") or cpu.levels()[-1])
+    assert f"_native_{cpu.level()}." in library._name
+    report = printed(process("import s4.info; print(s4.info.report())", S4_LEVEL="base"))
+    assert "cpu      available, instruction set base" in report
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_share_the_work_whatever_its_shape(threads: int) -> None:
+    """More threads than groups split the poles in the backward; every output is written, once."""
+    before = torch.get_num_threads()
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.complex128)
+
+    torch.set_num_threads(threads)
+    try:
+        for G, q, n, nodes in ((1, 3, 7, 1047), (1, 1, 1, 1), (3, 6, 33, 513), (5, 2, 64, 17)):
+            v, z, w = (draw(*shape).requires_grad_() for shape in ((G, q, n), (1, nodes), (G, n)))
+            grad = draw(G, q, nodes)
+            got = torch.autograd.grad(_ops.cauchy(v, z, w, "cpu"), (v, z, w), grad)
+            want = torch.autograd.grad(_ops.cauchy(v, z, w, "torch"), (v, z, w), grad)
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
+    finally:
+        torch.set_num_threads(before)

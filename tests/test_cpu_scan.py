@@ -8,11 +8,11 @@ from oracle import close
 from torch import Tensor
 
 import s4.kernel
-from s4.kernel import _cpu, _ops
+from s4.backends import cpu
+from s4.kernel import _ops
 
 if s4.kernel.backends()["cpu"] is not True:
     pytest.skip("the C++ extension is not built", allow_module_level=True)
-LEVELS = ["v4", "v3", "base"][["v4", "v3", "base"].index(_cpu.level()) :]
 B, N, T = 2, 4, 8
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -27,16 +27,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each instruction set in the library that this processor has."""
-    monkeypatch.setattr(_cpu, "level", lambda: request.param)
-
-
 @pytest.fixture(params=["torch's threads", "its own"])
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """Three, from where torch has its threads, and as where that cannot be found."""
-    library, before = _cpu._library(), torch.get_num_threads()
+    library, before = cpu._library(), torch.get_num_threads()
     assert not isinstance(library, str)
     try:
         torch.set_num_threads(3)
@@ -45,7 +39,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-        library.s4_pool(_cpu._pool())
+        library.s4_pool(cpu._pool())
 
 
 def operands(L: int, H: int, dtype: torch.dtype, B: int = B) -> list[Tensor]:
@@ -87,7 +81,7 @@ def check(tensors: list[Tensor], grad_y: Tensor, reverse: bool, tolerance: float
     wanted = torch.autograd.grad(want, leaves, sent, materialize_grads=True)
     got = _ops.scan(*tensors, reverse)
     assert got[0].is_contiguous()
-    found = _ops.scan_backward(*tensors, grad_y, grad_last.to(grad_y.dtype), reverse)
+    found = _ops.scan_backward([grad_y, grad_last.to(grad_y.dtype)], tensors, reverse)
     for g, w in zip((*got, *found), (*want, *wanted), strict=True):
         assert g.shape == w.shape
         close(g, w, tolerance)
@@ -134,5 +128,5 @@ def test_no_sequences() -> None:
     tensors[0], tensors[1] = tensors[0][:0], tensors[1][:, :0]
     y, last = _ops.scan(*tensors, False)
     assert (y.shape, last.shape) == ((0, 5, 3), (3, 0, N))
-    found = _ops.scan_backward(*tensors, y, last, False)
+    found = _ops.scan_backward([y, last], tensors, False)
     assert all((g == 0).all() for g in found)

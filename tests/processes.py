@@ -1,0 +1,25 @@
+"""Programs run in processes of their own, as a user would start them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def process(program: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def printed(running: subprocess.Popen[str]) -> str:
+    out, err = running.communicate(timeout=300)
+    assert running.returncode == 0, err[-3000:]
+    assert "Traceback" not in err, err[-3000:]  # as from a handler at exit
+    return out.strip()
