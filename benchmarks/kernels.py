@@ -21,13 +21,13 @@ from harness import Budget, Contender, Measured, Report, measure, result_file, r
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from peers.layers import BROADCAST_LIMIT, Official, original_kernel
 from rich.console import Console
+from s4.kernel._choice import BACKENDS, best
+from s4.ssm import Propagator, discretize
 from torch import Tensor, nn
 
 import s4
 from s4 import S4Layer
-from s4.kernel._choice import BACKENDS, best
 from s4.kernel.dplr import krylov_kernel, sums_pay
-from s4.ssm import Propagator, discretize
 
 KINDS = ("cauchy", "vandermonde", "S4 kernel", "S4D kernel")
 

@@ -5,7 +5,7 @@ import platform
 import torch
 
 import s4
-from s4.backends import OPERATIONS, cpu
+from s4.backends import BACKENDS, OPERATIONS, cpu
 from s4.ops import dispatch
 
 
@@ -30,7 +30,10 @@ def report() -> str:
         level = f", instruction set {cpu.level()}" if name == "cpu" else ""
         lines.append(f"  {name:<8} available: {', '.join(own)}{level}")
     for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
-        picks = (f"{o} by {dispatch.picked(o, torch.device(device))!r}" for o in OPERATIONS)
+        took = {o: dispatch.implementation(o, "auto", torch.device(device)) for o in OPERATIONS}
+        picks = [
+            f"{o} by {next((n for n, it in BACKENDS.items() if it is took[o]), 'torch')!r}" for o in took
+        ]
         lines.append(f"auto on {device}: {', '.join(picks)}")
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from s4.kernel._choice import BACKENDS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -19,7 +20,6 @@ import s4
 from s4 import hippo
 from s4.backends import cpu
 from s4.kernel import _ops, backends, cauchy
-from s4.kernel._choice import BACKENDS
 
 DTYPES = (torch.complex64, torch.complex128)
 DEVICES = (pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu))

@@ -51,7 +51,7 @@ LAYER = {
     "dt_max none": ({"dt_max": None}, EITHER, "dt_max.*None"),
     "backends": ({"backend": ["torch"]}, EITHER, r"backend.*\['torch'\]"),
     "variants": ({"variant": ["dplr"]}, EITHER, r"variant.*\['dplr'\]"),
-    "dtype a word": ({"dtype": "float32"}, EITHER, "dtype.*float32"),
+    "dtype a word": ({"dtype": "single"}, EITHER, "dtype.*float32.*single"),
 }
 
 

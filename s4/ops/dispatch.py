@@ -67,19 +67,14 @@ def implementation(operation: str, backend: str, device: torch.device) -> Any | 
         ValueError: an unknown backend, or one that cannot run there; the message says why.
     """
     if backend == "auto":
-        backend = picked(operation, device)
+        names = AUTO[operation].get(device.type, ())
+        backend = next((name for name in names if BACKENDS[name].status(device) is True), "torch")
     else:
         check_backend(backend)
         if (state := BACKENDS[backend].status(device)) is not True:
             raise ValueError(f"backend {backend!r} cannot run: {state}")
     module = BACKENDS[backend]
     return module if hasattr(module, operation) else None
-
-
-def picked(operation: str, device: torch.device) -> str:
-    """The name of the backend that "auto" takes for an operation on a device."""
-    names = AUTO[operation].get(device.type, ())
-    return next((name for name in names if BACKENDS[name].status(device) is True), "torch")
 
 
 def has_backward(operation: str, backend: str, device: torch.device) -> bool:

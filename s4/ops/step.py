@@ -141,14 +141,13 @@ def _step_kept(
     discretization: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    log_dt, log_A_real, A_imag, B, C, P = parameters
     tensors = [t for t in parameters if t is not None]
     key = *(t.data_ptr() for t in tensors), rate, discretization
     kept = _kept.setdefault(key, Kept())
     recurrence = kept.get(
         tensors,
         (rate, discretization),
-        lambda: discretize(system(log_dt, log_A_real, A_imag, B, C, P, rate, discretization)).to(D.dtype),  # type: ignore[arg-type]
+        lambda: _made((*parameters, rate, discretization), D, x),
     )
     _kept[key] = kept
     _kept.move_to_end(key)
