@@ -94,7 +94,7 @@ class S4Layer(nn.Module):
             raise ValueError(f"d_state must be even, as modes come in conjugate pairs, got {d_state}")
         if d_model % n_ssm:
             raise ValueError(f"n_ssm must divide d_model ({d_model}), got {n_ssm}")
-        if variant in _PAPERS:
+        if isinstance(variant, str) and variant in _PAPERS:
             raise ValueError(
                 f"variant must be 'dplr' or 'diag', got {variant!r}: it is {_PAPERS[variant]!r} here"
             )
