@@ -29,7 +29,7 @@ import s4
 from s4 import S4Layer
 from s4.kernel.dplr import krylov_kernel, sums_pay
 
-KINDS = ("cauchy", "vandermonde", "S4 kernel", "S4D kernel")
+KINDS = ("cauchy", "S4 kernel", "S4D kernel")
 
 
 @dataclass
@@ -52,10 +52,8 @@ def contenders(
     n = N // 2
     v = torch.randn(H, 4, n, dtype=torch.complex64, device=device, requires_grad=True)
     w = torch.complex(-torch.rand(H, n) - 0.1, torch.randn(H, n)).to(device).requires_grad_()
-    x = (0.01 * w.detach()).requires_grad_()
     z = torch.polar(torch.ones(L // 2 + 1), torch.linspace(0, torch.pi, L // 2 + 1)).to(device)
     rows = v.detach().transpose(0, 1).contiguous().requires_grad_()
-    one = rows.detach()[0].clone().requires_grad_()
     broadcast = H * n * L <= BROADCAST_LIMIT
     sums = [*(["naive"] if broadcast else []), *fused, "auto"]
     theirs = official if broadcast else None  # its KeOps and CUDA code too, so that all are in one cell
@@ -63,17 +61,10 @@ def contenders(
     def cauchy(backend: str) -> Tensor:
         return s4.kernel.cauchy(v, z, w[:, None], backend=backend).abs()
 
-    def vandermonde(backend: str) -> Tensor:
-        return s4.kernel.vandermonde(v[:, :1], x[:, None], L, backend=backend)
-
     found = [Contender(name, partial(cauchy, name), [v, w]) for name in sums]
     for who, f in theirs.sums("cauchy").items() if theirs else ():
         found.append(Contender(who, lambda f=f: f(rows, z, w).abs(), [rows, w]))
     yield "cauchy", found
-    found = [Contender(name, partial(vandermonde, name), [v, x]) for name in sums]
-    for who, f in theirs.sums("log_vandermonde").items() if theirs else ():
-        found.append(Contender(who, lambda f=f: f(one, x, L), [one, x]))
-    yield "vandermonde", found
     for what, variant in (("S4 kernel", "dplr"), ("S4D kernel", "diag")):
         layer = S4Layer(H, N, variant=variant, device=device)
         parameters = list(layer.parameters())
@@ -121,7 +112,7 @@ def table(cells: list[Cell]) -> None:
 def pick(what: str, N: int, L: int, device: torch.device) -> str:
     """The contender that "auto" is."""
     sums = best(device)
-    if what in ("cauchy", "vandermonde"):
+    if what == "cauchy":
         return sums
     return f"{sums} sums" if what == "S4 kernel" and sums_pay(N, L, torch.float32, device.type) else "powers"
 

@@ -263,6 +263,26 @@ def test_every_number_is_written_and_nothing_else(level: str) -> None:
     assert bool(buffer[guard + size :].isnan().all())
 
 
+FORKED = """
+import os, torch
+from s4.kernel import cauchy
+torch.set_num_threads(3)
+numbers = torch.randn(3, 40, 64, dtype=torch.complex128)
+want = cauchy(*numbers, "cpu")  # on torch's threads, which a child does not have
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(cauchy(*numbers, "cpu"), want) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_computes_on_threads_of_its_own() -> None:
+    for name in cpu.levels():
+        if name <= cpu.level():
+            assert printed(process(FORKED, S4_LEVEL=name, OMP_NUM_THREADS="3")) == "0"
+
+
 def test_a_level_that_was_not_built_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the compiler does not know it: the best that was built runs, more is refused."""
     file = cpu._file

@@ -307,7 +307,7 @@ def test_cache_keeps_a_binary_by_architecture_and_compiler(cache: Path) -> None:
 
 def test_cache_follows_the_source(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda._cubin("sm_90", "one", lambda: b"old")
-    changed = tmp_path / "cuda.cu"
+    changed = tmp_path / "kernels.cu"
     changed.write_text(cuda._SOURCE.read_text() + "\n")
     monkeypatch.setattr(cuda, "_SOURCE", changed)
     assert cuda._cubin("sm_90", "one", lambda: b"new") == b"new"
@@ -424,4 +424,4 @@ def test_status_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_source_is_shipped() -> None:
     """Where the package is installed, the source lies beside the module that compiles it."""
     assert cuda._SOURCE.is_file()
-    assert "cuda.cu" in (TESTS.parent / "pyproject.toml").read_text()
+    assert '"s4.backends.cuda" = ["kernels.cu"]' in (TESTS.parent / "pyproject.toml").read_text()

@@ -205,7 +205,7 @@ def normal(name: str) -> str:
 
 
 def digest() -> str:
-    """Of all that the wheel is built from: whether a wheel's C++ library is this tree's."""
+    """Of all that the wheel is built from: whether a wheel's C++ libraries are this tree's."""
     files = [p for p in (ROOT / "s4").rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu")]
     content = hashlib.sha256()
     for path in sorted([*files, ROOT / "setup.py"]):
@@ -222,16 +222,16 @@ def _commit(wheels: Path | None) -> str:
 
 
 def _extension(python: str, wheels: Path | None, variables: dict[str, str]) -> str:
-    """Put the C++ library into the tree, and say where it is from."""
-    kernel = ROOT / "s4" / "kernel"
-    sources = [*kernel.glob("_cpu*.cpp"), *kernel.glob("_cpu*.h")]
-    built = [*kernel.glob("_cpu_native*.so")]
+    """Put the C++ libraries into the tree, and say where they are from."""
+    folder = ROOT / "s4" / "backends" / "cpu"
+    sources = [*folder.glob("*.cpp"), *folder.glob("*.h")]
+    built = [*folder.glob("_native_*.so")]
     if built and min(b.stat().st_mtime for b in built) > max(s.stat().st_mtime for s in sources):
         return "built before"
     own = sorted(wheels.glob("s4_pytorch-*.whl")) if wheels else []
     if own and wheels and not _commit(wheels).endswith("changed"):
         with zipfile.ZipFile(own[-1]) as wheel:
-            inside = [name for name in wheel.namelist() if "_cpu_native" in name]
+            inside = [name for name in wheel.namelist() if "/_native_" in name]
             wheel.extractall(ROOT, inside)
         if inside:
             return f"from {own[-1].name}"
@@ -243,6 +243,6 @@ def _extension(python: str, wheels: Path | None, variables: dict[str, str]) -> s
         )
     except subprocess.TimeoutExpired:
         return "not built: it took too long"
-    if done.returncode or not [*kernel.glob("_cpu_native*.so")]:
+    if done.returncode or not [*folder.glob("_native_*.so")]:
         return f"not built: {(done.stderr.splitlines() or ['no compiler'])[-1]}"
     return f"built in {time.monotonic() - began:.0f} s"

@@ -30,18 +30,15 @@ void tile(View<const T> a, int64_t i, int64_t from, int64_t to, const T* panel, 
     int64_t k = from;
     for (; k + kChains <= to; k += kChains)
         for (int chain = 0; chain < kChains; ++chain) {
-            Vec<T> left, right;
-            std::memcpy(&left, panel + 2 * lanes * (k + chain), sizeof left);
-            std::memcpy(&right, panel + 2 * lanes * (k + chain) + lanes, sizeof right);
+            const T* row = panel + 2 * lanes * (k + chain);
+            const Vec<T> left = load(row), right = load(row + lanes);
             for (int m = 0; m < M; ++m) {
                 const T s = a(i + m, k + chain);
                 sums[chain * M + m][0] += s * left, sums[chain * M + m][1] += s * right;
             }
         }
     for (; k < to; ++k) {
-        Vec<T> left, right;
-        std::memcpy(&left, panel + 2 * lanes * k, sizeof left);
-        std::memcpy(&right, panel + 2 * lanes * k + lanes, sizeof right);
+        const Vec<T> left = load(panel + 2 * lanes * k), right = load(panel + 2 * lanes * k + lanes);
         for (int m = 0; m < M; ++m) sums[m][0] += a(i + m, k) * left, sums[m][1] += a(i + m, k) * right;
     }
     for (int chain = 1; chain < kChains; ++chain)

@@ -72,6 +72,18 @@ using Vec = typename Vector<T, S4_BYTES>::type;
 template <class T>
 constexpr int64_t kLanes = S4_BYTES / sizeof(T);
 
+template <class T>
+Vec<T> load(const T* from) {
+    Vec<T> value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+template <class T>
+void store(T* to, Vec<T> value) {
+    std::memcpy(to, &value, sizeof value);
+}
+
 // Halves added up, until a number is left: one by one each number would wait for the sum of those before.
 template <class T, class V>
 INLINE T total(V value) {

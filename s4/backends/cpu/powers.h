@@ -16,14 +16,6 @@
 constexpr int64_t kDoubles = kLanes<double>;
 constexpr double kSmallest = kTiny<double>;
 
-Vec<double> load(const double* from) {
-    Vec<double> value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-
-void store(double* to, Vec<double> value) { std::memcpy(to, &value, sizeof value); }
-
 void store_normal(double* to, Vec<double> value) {
     store(to, (value < kSmallest) & (value > -kSmallest) ? Vec<double>{} : value);  // NaN stays
 }

@@ -27,6 +27,13 @@ struct Pair {
     Vec<T> p_im() const { return -(d * ia + e * ib); }
     Vec<T> m_re() const { return d * ia - e * ib; }
     Vec<T> m_im() const { return s * (ia - ib); }
+
+    // E = u^2 + u'^2 and O = i (u^2 - u'^2), of u = 1/(z-w) and u' = 1/(z-conj w).
+    void squares(Vec<T>& e_re, Vec<T>& e_im, Vec<T>& o_re, Vec<T>& o_im) const {
+        const Vec<T> ur = s * ia, ui = -d * ia, vr = s * ib, vi = -e * ib;
+        const Vec<T> u_re = ur * ur - ui * ui, u_im = 2 * ur * ui, v_re = vr * vr - vi * vi, v_im = 2 * vr * vi;
+        e_re = u_re + v_re, e_im = u_im + v_im, o_re = v_im - u_im, o_im = u_re - v_re;
+    }
 };
 
 // Real and imaginary parts of `count` >= 1 complex numbers in arrays padded to a multiple of the lanes: nodes with
@@ -52,9 +59,8 @@ template <class T, int Q>
 void cauchy_rows(const Cauchy<T>& c, const T* v, const T* w, const T* x, const T* y, int64_t count, T* out) {
     constexpr int64_t lanes = kLanes<T>;
     for (int64_t j = 0; j < count; j += lanes) {
-        Vec<T> re[Q], im[Q], xs, ys;
-        for (int k = 0; k < Q; ++k) re[k] = im[k] = Vec<T>{};
-        std::memcpy(&xs, x + j, sizeof xs), std::memcpy(&ys, y + j, sizeof ys);
+        Vec<T> re[Q]{}, im[Q]{};
+        const Vec<T> xs = load(x + j), ys = load(y + j);
         for (int64_t n = 0; n < c.poles; ++n) {
             const Pair<T> pair(xs, ys, w[2 * n], w[2 * n + 1]);
             const Vec<T> p_re = pair.p_re(), p_im = pair.p_im(), m_re = pair.m_re(), m_im = pair.m_im();
@@ -66,14 +72,9 @@ void cauchy_rows(const Cauchy<T>& c, const T* v, const T* w, const T* x, const T
         }
         const int64_t valid = std::min(lanes, count - j);
         for (int k = 0; k < Q; ++k) {
-            T r[lanes], i[lanes], both[2 * lanes];
-            std::memcpy(r, &re[k], sizeof r), std::memcpy(i, &im[k], sizeof i);
-            for (int64_t m = 0; m < lanes; ++m) both[2 * m] = r[m], both[2 * m + 1] = i[m];
-            T* place = out + 2 * (k * c.nodes + j);
-            if (valid == lanes)
-                std::memcpy(place, both, sizeof both);
-            else
-                std::memcpy(place, both, 2 * valid * sizeof(T));
+            T both[2 * lanes];
+            for (int64_t m = 0; m < lanes; ++m) both[2 * m] = re[k][m], both[2 * m + 1] = im[k][m];
+            std::copy_n(both, 2 * valid, out + 2 * (k * c.nodes + j));
         }
     }
 }
@@ -114,22 +115,17 @@ void cauchy_backward_rows(const Cauchy<T>& c, int64_t g, int64_t row, int64_t fi
             T* place = sums + (n - first) * kSums * lanes;
             std::memcpy(acc, place, sizeof acc);
             for (int64_t j = 0; j < count; j += lanes) {
-                Vec<T> xs, ys, t1r{}, t1i{}, t2r{}, t2i{};
-                std::memcpy(&xs, x + j, sizeof xs), std::memcpy(&ys, y + j, sizeof ys);
-                const Pair<T> pair(xs, ys, w[2 * n], w[2 * n + 1]);
+                Vec<T> t1r{}, t1i{}, t2r{}, t2i{}, er, ei, or_, oi;
+                const Pair<T> pair(load(x + j), load(y + j), w[2 * n], w[2 * n + 1]);
                 const Vec<T> p_re = pair.p_re(), p_im = pair.p_im(), m_re = pair.m_re(), m_im = pair.m_im();
                 for (int k = 0; k < Q; ++k) {
-                    Vec<T> r, i;
-                    std::memcpy(&r, gr[k] + j, sizeof r), std::memcpy(&i, gi[k] + j, sizeof i);
+                    const Vec<T> r = load(gr[k] + j), i = load(gi[k] + j);
                     const T a = v[2 * (k * c.poles + n)], b = v[2 * (k * c.poles + n) + 1];
                     acc[2 * k] += r * p_re + i * p_im;
                     acc[2 * k + 1] += r * m_re + i * m_im;
                     t1r += a * r, t1i -= a * i, t2r += b * r, t2i -= b * i;
                 }
-                const Vec<T> ur = pair.s * pair.ia, ui = -pair.d * pair.ia;
-                const Vec<T> vr = pair.s * pair.ib, vi = -pair.e * pair.ib;
-                const Vec<T> u2r = ur * ur - ui * ui, u2i = 2 * ur * ui, v2r = vr * vr - vi * vi, v2i = 2 * vr * vi;
-                const Vec<T> er = u2r + v2r, ei = u2i + v2i, or_ = v2i - u2i, oi = u2r - v2r;
+                pair.squares(er, ei, or_, oi);
                 acc[2 * Q] += t1r * er - t1i * ei + t2r * or_ - t2i * oi;
                 acc[2 * Q + 1] += t1r * or_ - t1i * oi - t2r * er + t2i * ei;
             }
@@ -171,21 +167,15 @@ void cauchy_backward_nodes(const Cauchy<T>& c, int64_t task, const T* grad, T* g
         split(grad + ((g * c.rows + k) * c.nodes + start) * 2, count, gr, gi, true);
         const T* v = c.v + (g * c.rows + k) * c.poles * 2;
         for (int64_t j = 0; j < count; j += lanes) {
-            Vec<T> xs, ys, r, i, zr{}, zi{}, old;
-            std::memcpy(&xs, x + j, sizeof xs), std::memcpy(&ys, y + j, sizeof ys);
-            std::memcpy(&r, gr + j, sizeof r), std::memcpy(&i, gi + j, sizeof i);
+            const Vec<T> xs = load(x + j), ys = load(y + j), r = load(gr + j), i = load(gi + j);
+            Vec<T> zr{}, zi{}, er, ei, or_, oi;
             for (int64_t n = 0; n < c.poles; ++n) {
-                const Pair<T> pair(xs, ys, w[2 * n], w[2 * n + 1]);
-                const Vec<T> ur = pair.s * pair.ia, ui = -pair.d * pair.ia;
-                const Vec<T> vr = pair.s * pair.ib, vi = -pair.e * pair.ib;
-                const Vec<T> u2r = ur * ur - ui * ui, u2i = 2 * ur * ui, v2r = vr * vr - vi * vi, v2i = 2 * vr * vi;
-                const T a = v[2 * n], b = v[2 * n + 1];
-                zr += a * (u2r + v2r) + b * (v2i - u2i);
-                zi += a * (u2i + v2i) + b * (u2r - v2r);
+                Pair<T>(xs, ys, w[2 * n], w[2 * n + 1]).squares(er, ei, or_, oi);
+                zr += v[2 * n] * er + v[2 * n + 1] * or_;
+                zi += v[2 * n] * ei + v[2 * n + 1] * oi;
             }
-            // -grad conj(v u^2 + conj(v) u'^2)
-            std::memcpy(&old, re + j, sizeof old), old -= r * zr + i * zi, std::memcpy(re + j, &old, sizeof old);
-            std::memcpy(&old, im + j, sizeof old), old -= i * zr - r * zi, std::memcpy(im + j, &old, sizeof old);
+            store(re + j, load(re + j) - (r * zr + i * zi));  // grad conj(v u^2 + conj(v) u'^2)
+            store(im + j, load(im + j) - (i * zr - r * zi));
         }
     }
     for (int64_t j = 0; j < count; ++j) {

@@ -65,14 +65,8 @@ def cauchy_backward(
     splits = _splits(programs, node_blocks)
     grad_v, grad_w = v.new_empty(splits, G, q, n), w.new_empty(splits * row_blocks, G, n)
     inputs, sizes = [grad, v, z, w], [q, n, nodes, _step(z)]
-    _launch(
-        "cauchy_backward",
-        programs * splits,
-        [*inputs, grad_v, grad_w],
-        [G, *sizes, splits],
-        Q=Q,
-        POLES=POLES,
-    )
+    given, numbers = [*inputs, grad_v, grad_w], [G, *sizes, splits]
+    _launch("cauchy_backward", programs * splits, given, numbers, Q=Q, POLES=POLES)
     grad_z = z.new_empty(0)
     if need_z:
         grad_z = z.new_empty(G, nodes)
@@ -84,7 +78,7 @@ def cauchy_backward(
 def _launch(name: str, programs: int, tensors: list[Tensor], sizes: list[int], **tiles: int) -> None:
     from s4.backends.triton import kernels
 
-    real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    real = map(torch.view_as_real, tensors)
     kernel = getattr(kernels, name)
     with torch.cuda.device_of(tensors[0]):
         kernel[(programs,)](*real, *sizes, **tiles, BLOCK=_BLOCK, num_warps=_WARPS, enable_fp_fusion=True)

@@ -107,22 +107,9 @@ def cauchy(v, z, w, out, rows, poles, nodes, z_step, Q: tl.constexpr, BLOCK: tl.
 @triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def cauchy_backward(
-    grad,
-    v,
-    z,
-    w,
-    grad_v,
-    grad_w,
-    groups,
-    rows,
-    poles,
-    nodes,
-    z_step,
-    splits,
-    Q: tl.constexpr,
-    POLES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad, v, z, w, grad_v, grad_w, groups, rows, poles, nodes, z_step, splits,
+    Q: tl.constexpr, POLES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Gradients (splits, G, q, n) of v and (splits, row blocks, G, n) of w, to be added up.
 
     With T1 = sum of a conj(grad) and T2 = sum of b conj(grad) over rows, that of w is Re(T1 E + T2 O) +
