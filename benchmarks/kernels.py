@@ -21,13 +21,12 @@ from harness import Budget, Contender, Measured, Report, measure, result_file, r
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from peers.layers import BROADCAST_LIMIT, Official, original_kernel
 from rich.console import Console
-from s4.kernel._choice import BACKENDS, best
-from s4.ssm import Propagator, discretize
 from torch import Tensor, nn
 
 import s4
 from s4 import S4Layer
-from s4.kernel.dplr import krylov_kernel, sums_pay
+from s4.backends import BACKENDS
+from s4.ops import dispatch
 
 KINDS = ("cauchy", "S4 kernel", "S4D kernel")
 
@@ -68,9 +67,13 @@ def contenders(
     for what, variant in (("S4 kernel", "dplr"), ("S4D kernel", "diag")):
         layer = S4Layer(H, N, variant=variant, device=device)
         parameters = list(layer.parameters())
-        found = [Contender(f"{b} sums", partial(_layer_kernel, layer, b, L), parameters) for b in fused]
-        found.append(Contender("powers", partial(_powers, layer, L), parameters))
-        found.append(Contender("auto", partial(_layer_kernel, layer, "auto", L), parameters))
+        ways = (
+            {f"{b} sums": (b, "sums") for b in fused} if what == "S4 kernel" else {"sums": ("torch", "sums")}
+        )
+        ways |= {"powers": ("auto", "powers"), "auto": ("auto", "auto")}
+        found = [
+            Contender(who, partial(_layer_kernel, layer, *way, L), parameters) for who, way in ways.items()
+        ]
         if what == "S4 kernel" and broadcast:
             found.append(Contender("original formula", lambda: original_kernel(rows, w, L), [rows, w]))
         for who, module in theirs.kernels(variant, H, N, L).items() if theirs else ():
@@ -78,14 +81,9 @@ def contenders(
         yield what, found
 
 
-def _layer_kernel(layer: S4Layer, backend: str, L: int) -> Tensor:
+def _layer_kernel(layer: S4Layer, backend: str, method: str, L: int) -> Tensor:
     layer.backend = backend
-    return layer.kernel(L)
-
-
-def _powers(layer: S4Layer, L: int) -> Tensor:
-    recurrence = discretize(layer._system(rate=1.0), layer.discretization)
-    return krylov_kernel(Propagator(recurrence), L, layer.D.dtype)[0]
+    return layer.kernel(L, method=method)
 
 
 def _official_kernel(module: nn.Module, L: int) -> Tensor:
@@ -111,10 +109,11 @@ def table(cells: list[Cell]) -> None:
 
 def pick(what: str, N: int, L: int, device: torch.device) -> str:
     """The contender that "auto" is."""
-    sums = best(device)
+    module = dispatch.implementation("cauchy", "auto", device)
+    sums = next((name for name, it in BACKENDS.items() if it is module), "torch")
     if what == "cauchy":
         return sums
-    return f"{sums} sums" if what == "S4 kernel" and sums_pay(N, L, torch.float32, device.type) else "powers"
+    return f"{sums} sums" if what == "S4 kernel" and dispatch.takes_sums(N, L, device.type) else "powers"
 
 
 def verdict(cells: list[Cell], device: torch.device) -> str:

@@ -12,14 +12,14 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from s4.kernel._choice import BACKENDS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import s4
 from s4 import hippo
-from s4.backends import cpu
-from s4.kernel import _ops, backends, cauchy
+from s4.backends import BACKENDS, cpu
+from s4.kernel import backends, cauchy
+from s4.ops import cauchy as _ops
 
 DTYPES = (torch.complex64, torch.complex128)
 DEVICES = (pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu))
@@ -235,9 +235,11 @@ def array(t: Tensor) -> np.ndarray:
 
 def test_naive_and_torch_are_there() -> None:
     available = backends()
-    assert available["naive"] is True
-    assert available["torch"] is True
-    assert all(usable is True or (isinstance(usable, str) and usable) for usable in available.values())
+    assert available["naive"]["cauchy"] is True
+    assert all(state is True for state in available["torch"].values())
+    for found in available.values():
+        states = [found] if isinstance(found, str) else [s for s in found.values() if s is not True]
+        assert all(isinstance(state, str) and state for state in states)
 
 
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)

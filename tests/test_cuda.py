@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from s4.backends import cuda
-from s4.kernel import _choice
+from s4.ops import dispatch
 
 TESTS = Path(__file__).parent
 EPS = {torch.complex64: 2.0**-23, torch.complex128: 2.0**-52}
@@ -413,7 +413,7 @@ def test_threads_share_one_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_status_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert isinstance(cuda.status(cpu), str)
-    assert _choice.best(cpu) != "cuda"
+    assert dispatch.implementation("cauchy", "auto", cpu) is not cuda
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "not on cpu" in str(cuda.status(cpu))

@@ -10,12 +10,12 @@ from torch import Tensor
 
 import s4.kernel
 from s4 import S4Layer
-from s4.backends import cuda
-from s4.kernel import _choice
+from s4.backends import BACKENDS, cuda
+from s4.ops import dispatch
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
-USABLE = [name for name, it in _choice.BACKENDS.items() if name != "naive" and it.status(CUDA) is True]
+USABLE = [name for name, it in BACKENDS.items() if name != "naive" and it.status(CUDA) is True]
 
 GRAPHED = [name for name in USABLE if name != "keops"]  # which waits for the stream, as no graph can
 
@@ -45,7 +45,7 @@ def grouped(backend: str) -> Callable[..., Tensor]:
 def test_cuda_backend_runs_where_its_libraries_are() -> None:
     pytest.importorskip("cuda.core")
     assert cuda.status(CUDA) is True
-    assert _choice.best(CUDA) == "cuda"
+    assert dispatch.implementation("cauchy", "auto", CUDA) is cuda
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)

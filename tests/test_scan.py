@@ -162,7 +162,7 @@ def test_the_operator_is_sound() -> None:
     shapes = ((B, L, H), (H, B, N), (H, 2 * T - 1), (H, T, N), (H, T, N), (H, N, N))
     tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
     for reverse in (False, True):
-        torch.library.opcheck(scan._operator, (*tensors, reverse, torch.float32, "torch"))
+        torch.library.opcheck(scan.operator, (*tensors, reverse, torch.float32, "torch"))
 
 
 def test_a_row_of_zeros_learns() -> None:

@@ -557,7 +557,7 @@ with torch.no_grad():
 
 
 def test_one_graph_serves_all_steps() -> None:
-    """In eval it discretises at first and after a change, as eager steps do; in training the graph itself does."""
+    """In eval it discretises at first and after a change, as eager steps do; in training the graph does."""
     assert run(COMPILE).split() == ["1", "4" if FUSED else "2", "1", "0"] * 2
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import s4.kernel
-from s4.backends import triton
-from s4.kernel import _choice, _ops
+from s4.backends import cpu, triton
+from s4.ops import cauchy as _ops
+from s4.ops import dispatch
 
 CPU = torch.device("cpu")
 DTYPES = {torch.complex64: 2e-6, torch.complex128: 1e-13}  # and the error allowed, of the largest value
@@ -63,11 +64,11 @@ def check_cauchy(v: Tensor, z: Tensor, w: Tensor, need_z: bool) -> None:
 
 
 def test_it_runs_here_and_auto_does_not_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert s4.kernel.backends()["triton"] is True
+    assert s4.kernel.backends()["triton"]["cauchy"] is True
     assert triton.status(CPU) is True
     assert "on the CPU" in str(triton.status(torch.device("cuda", 0)))
-    monkeypatch.setattr(_choice.cpu, "_library", lambda: "not built")
-    assert _choice.best(CPU) == "torch"
+    monkeypatch.setattr(cpu, "_library", lambda: "not built")
+    assert dispatch.implementation("cauchy", "auto", CPU) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

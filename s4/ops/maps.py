@@ -39,7 +39,7 @@ def maps(
     """The maps forward in time, with D (H,) the tap at lag 0, and backward if there is a second row C."""
     inputs = *recurrence, D.to(recurrence.a.dtype)
     if dispatch.fused("maps", backend, D.device.type):
-        taps, inward, outward, onward = _operator(*inputs, T, dtype, backend)
+        taps, inward, outward, onward = operator(*inputs, T, dtype, backend)
     else:
         taps, inward, outward, onward = plain(*inputs, T, dtype)
     ahead = Maps(taps[0], inward, outward[0], onward)
@@ -83,7 +83,7 @@ def _shapes(a: Tensor, C: Tensor, T: int) -> tuple[Any, ...]:
 
 
 @torch.library.custom_op("s4::maps", mutates_args=())
-def _operator(
+def operator(
     a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, T: int, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     operands = _checked(a, F, G, B, C, D)
@@ -93,7 +93,7 @@ def _operator(
 
 
 @torch.library.custom_op("s4::maps_backward", mutates_args=())
-def _backward(grads: Sequence[Tensor], inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
+def operator_backward(grads: Sequence[Tensor], inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
     """Gradients of a, F, G, B, C and D."""
     operands, T = _checked(*inputs), grads[1].shape[1]
     a, C = operands[0], operands[4]
@@ -107,14 +107,14 @@ def _backward(grads: Sequence[Tensor], inputs: Sequence[Tensor], backend: str) -
     return list(module.maps_backward(grads, operands))
 
 
-@_operator.register_fake
+@operator.register_fake
 def _(
     a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, T: int, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(a.new_empty(s, dtype=dtype) for s in _shapes(a, C, T))  # type: ignore[return-value]
 
 
-@_backward.register_fake
+@operator_backward.register_fake
 def _(grads: Sequence[Tensor], inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in inputs]
 
@@ -126,9 +126,9 @@ def _save(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # 
 
 def _gradients(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     if dispatch.has_backward("maps", ctx.backend, grads[0].device):
-        return *_backward(list(grads), list(ctx.saved_tensors), ctx.backend), None, None, None
+        return *operator_backward(list(grads), list(ctx.saved_tensors), ctx.backend), None, None, None
     run = partial(plain, T=ctx.T, dtype=ctx.dtype)
     return *dispatch.through(run, ctx.saved_tensors, grads), None, None, None
 
 
-_operator.register_autograd(_gradients, setup_context=_save)
+operator.register_autograd(_gradients, setup_context=_save)

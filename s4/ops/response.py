@@ -19,8 +19,8 @@ from s4.system import Recurrence
 def response(recurrence: Recurrence, L: int, dtype: torch.dtype, backend: str = "auto") -> Tensor:
     """C A^l B for l < L, (c, H, L) in dtype, of recurrences in float64."""
     a, F, G, B, C = recurrence
-    run = _operator if dispatch.fused("response", backend, a.device.type) else plain
-    args: tuple[Any, ...] = (L, dtype, backend) if run is _operator else (L, dtype)
+    run = operator if dispatch.fused("response", backend, a.device.type) else plain
+    args: tuple[Any, ...] = (L, dtype, backend) if run is operator else (L, dtype)
     return run(a, F, G, B[:, None], C, *args)[:, 0]
 
 
@@ -44,7 +44,7 @@ def checked(a: Tensor, F: Tensor, G: Tensor, X: Tensor, *rows: Tensor) -> tuple[
 
 
 @torch.library.custom_op("s4::response", mutates_args=())
-def _operator(
+def operator(
     a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor, L: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
     operands = checked(a, F, G, X, C)
@@ -54,7 +54,7 @@ def _operator(
 
 
 @torch.library.custom_op("s4::response_backward", mutates_args=())
-def _backward(
+def operator_backward(
     grad: Tensor, a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     operands = checked(a, F, G, X, C)
@@ -72,14 +72,14 @@ def _backward(
     return module.response_backward(dispatch.plain_memory(grad), *operands)
 
 
-@_operator.register_fake
+@operator.register_fake
 def _(
     a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor, L: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
     return a.new_empty(C.shape[0], X.shape[1], a.shape[0], L, dtype=dtype)
 
 
-@_backward.register_fake
+@operator_backward.register_fake
 def _(
     grad: Tensor, a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -93,9 +93,9 @@ def _save(ctx, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore
 
 def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     if dispatch.has_backward("response", ctx.backend, grad.device):
-        return *_backward(grad, *ctx.saved_tensors, ctx.backend), None, None, None
+        return *operator_backward(grad, *ctx.saved_tensors, ctx.backend), None, None, None
     run = partial(plain, L=ctx.L, dtype=ctx.dtype)
     return *dispatch.through(run, ctx.saved_tensors, grad), None, None, None
 
 
-_operator.register_autograd(_gradients, setup_context=_save)
+operator.register_autograd(_gradients, setup_context=_save)

@@ -61,7 +61,7 @@ def scan(
     ahead, behind = maps(recurrence, D, T, u.dtype, backend)
     before = u.new_zeros(H, B, N) if x is None else x.transpose(0, 1)
     options = products or u.dtype, backend
-    run = plain if dispatch.transformed() else _operator
+    run = plain if dispatch.transformed() else operator
     y, last = run(u, before, *ahead, False, *options)
     if behind is not None:
         later, _ = run(u, torch.zeros_like(before), *behind, True, *options)
@@ -271,7 +271,7 @@ def _checked(inputs: Sequence[Tensor], *grads: Tensor) -> tuple[tuple[Tensor, ..
 
 
 @torch.library.custom_op("s4::scan", mutates_args=())
-def _operator(
+def operator(
     u: Tensor,
     x: Tensor,
     taps: Tensor,
@@ -293,7 +293,7 @@ def _operator(
 
 
 @torch.library.custom_op("s4::scan_backward", mutates_args=())
-def _operator_backward(
+def operator_backward(
     grads: Sequence[Tensor], inputs: Sequence[Tensor], reverse: bool, products: torch.dtype, backend: str
 ) -> list[Tensor]:
     inputs, grads = _checked(inputs, *grads)
@@ -304,7 +304,7 @@ def _operator_backward(
     return [t.contiguous() for t in plain_backward(grads, inputs, reverse, products)]
 
 
-@_operator.register_fake
+@operator.register_fake
 def _(
     u: Tensor,
     x: Tensor,
@@ -319,7 +319,7 @@ def _(
     return u.new_empty(u.shape), x.new_empty(x.shape)
 
 
-@_operator_backward.register_fake
+@operator_backward.register_fake
 def _(
     grads: Sequence[Tensor], inputs: Sequence[Tensor], reverse: bool, products: torch.dtype, backend: str
 ) -> list[Tensor]:
@@ -337,7 +337,7 @@ def _gradients(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignor
         run = partial(plain, reverse=ctx.reverse, products=ctx.products)
         found = dispatch.through(run, ctx.saved_tensors, grads)
         return *found, None, None, None
-    return *_operator_backward(list(grads), list(ctx.saved_tensors), *options, ctx.backend), None, None, None
+    return *operator_backward(list(grads), list(ctx.saved_tensors), *options, ctx.backend), None, None, None
 
 
-_operator.register_autograd(_gradients, setup_context=_save)
+operator.register_autograd(_gradients, setup_context=_save)
