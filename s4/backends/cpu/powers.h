@@ -70,14 +70,14 @@ struct Matrix {
     Matrix diagonal() const { return {a, F, G, half, 0, sign}; }
     int64_t size() const { return 2 * half; }
 
-    double dot(const double* x, const double* y) const {
+    INLINE double dot(const double* x, const double* y) const {
         Vec<double> sum{};
         for (int64_t j = 0; j < size(); j += kDoubles) sum += load(x + j) * load(y + j);
         return total<double>(sum);
     }
 
     // y = A x
-    void apply(const double* x, double* y) const {
+    INLINE void apply(const double* x, double* y) const {
         for (int64_t j = 0; j < half; j += kDoubles) {
             const Vec<double> re = load(x + j), im = load(x + half + j);
             const Vec<double> a_re = load(a + j), a_im = sign * load(a + half + j);
@@ -91,7 +91,7 @@ struct Matrix {
     }
 
     // Gradients of a, F and G from one y = A x, given the gradient g of y.
-    void accumulate(const double* x, const double* g, double* grad_a, double* grad_F, double* grad_G) const {
+    INLINE void accumulate(const double* x, const double* g, double* grad_a, double* grad_F, double* grad_G) const {
         for (int64_t j = 0; j < half; j += kDoubles) {
             const Vec<double> re = load(x + j), im = load(x + half + j), g_re = load(g + j), g_im = load(g + half + j);
             store(grad_a + j, load(grad_a + j) + (re * g_re + im * g_im));
@@ -124,12 +124,12 @@ struct Channel {
 };
 
 // x, A x, ..., A^(steps-1) x, each `stride` numbers after the last; the first is given.
-void orbit(const Matrix& A, double* x, int64_t steps, int64_t stride) {
+INLINE void orbit(const Matrix& A, double* x, int64_t steps, int64_t stride) {
     for (int64_t k = 1; k < steps; ++k) A.apply(x + (k - 1) * stride, x + k * stride);
 }
 
 // Gradients of the matrix from those of an orbit, and in g[0] that of its first vector. `work` holds one vector.
-void orbit_backward(const Matrix& A, const double* x, double* g, int64_t steps, int64_t stride, double* work,
+INLINE void orbit_backward(const Matrix& A, const double* x, double* g, int64_t steps, int64_t stride, double* work,
                            double* grad_a, double* grad_F, double* grad_G) {
     const Matrix transposed = A.transposed();
     for (int64_t k = steps - 2; k >= 0; --k) {

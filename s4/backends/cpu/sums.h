@@ -59,7 +59,8 @@ template <class T, int Q>
 void cauchy_rows(const Cauchy<T>& c, const T* v, const T* w, const T* x, const T* y, int64_t count, T* out) {
     constexpr int64_t lanes = kLanes<T>;
     for (int64_t j = 0; j < count; j += lanes) {
-        Vec<T> re[Q]{}, im[Q]{};
+        Vec<T> re[Q], im[Q];
+        for (int k = 0; k < Q; ++k) re[k] = im[k] = Vec<T>{};
         const Vec<T> xs = load(x + j), ys = load(y + j);
         for (int64_t n = 0; n < c.poles; ++n) {
             const Pair<T> pair(xs, ys, w[2 * n], w[2 * n + 1]);
@@ -72,9 +73,14 @@ void cauchy_rows(const Cauchy<T>& c, const T* v, const T* w, const T* x, const T
         }
         const int64_t valid = std::min(lanes, count - j);
         for (int k = 0; k < Q; ++k) {
-            T both[2 * lanes];
-            for (int64_t m = 0; m < lanes; ++m) both[2 * m] = re[k][m], both[2 * m + 1] = im[k][m];
-            std::copy_n(both, 2 * valid, out + 2 * (k * c.nodes + j));
+            T r[lanes], i[lanes], both[2 * lanes];
+            store(r, re[k]), store(i, im[k]);
+            for (int64_t m = 0; m < lanes; ++m) both[2 * m] = r[m], both[2 * m + 1] = i[m];
+            T* place = out + 2 * (k * c.nodes + j);
+            if (valid == lanes)
+                std::memcpy(place, both, sizeof both);
+            else
+                std::memcpy(place, both, 2 * valid * sizeof(T));
         }
     }
 }
