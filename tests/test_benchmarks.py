@@ -99,7 +99,7 @@ def test_kernels(tmp_path: Path) -> None:
         assert {(c["L"], c["backward"]) for c in cells} == {(8, False), (8, True), (33, False), (33, True)}
         assert all(0 < c["ms_low"] <= c["ms"] <= c["ms_high"] for c in cells)
     assert {c["who"] for c in result["cells"] if c["what"] == "S4D kernel"} >= {
-        "torch sums",
+        "sums",
         "powers",
         "auto",
     }

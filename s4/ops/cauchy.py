@@ -58,16 +58,15 @@ def _blocks(z: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 def _checked(v: Tensor, z: Tensor, w: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
     """As a backend reads them; raises unless shapes, dtypes and devices fit: some read raw memory."""
-    alike = len({(t.dtype, t.device) for t in (v, z, w, *grads)}) == 1
+    tensors, shape = (v, z, w, *grads), (*v.shape[:2], z.shape[-1])
+    given = [(tuple(t.shape), t.dtype, str(t.device)) for t in tensors]
+    alike = len({(t.dtype, t.device) for t in (v, z, w)}) == 1
     fits = v.dim() == 3 and w.shape == (v.shape[0], v.shape[2]) and z.dim() == 2
-    fits = fits and z.shape[0] in (1, v.shape[0])
-    if not alike or not fits or any(g.shape != (*v.shape[:2], z.shape[1]) for g in grads):
-        given = [(tuple(t.shape), t.dtype, str(t.device)) for t in (v, z, w, *grads)]
-        raise ValueError(
-            "need v (G, q, n), z (1 or G, l), w (G, n) and a gradient (G, q, l) of one dtype and device, "
-            f"got {given}"
-        )
-    return tuple(map(dispatch.plain_memory, (v, z, w, *grads)))
+    if not alike or not fits or z.shape[0] not in (1, v.shape[0]):
+        raise ValueError(f"need v (G, q, n), z (1 or G, l), w (G, n) of one dtype and device, got {given}")
+    if any((g.shape, g.dtype, g.device) != (shape, v.dtype, v.device) for g in grads):
+        raise ValueError(f"need grad {shape} of {v.dtype} on {v.device}, got {given[-1]}")
+    return tuple(map(dispatch.plain_memory, tensors))
 
 
 @torch.library.custom_op("s4::cauchy", mutates_args=())
