@@ -226,8 +226,7 @@ def _legt(N: int) -> tuple[Tensor, Tensor]:
 
 def _fout(N: int) -> tuple[Tensor, Tensor]:
     B = _endpoint(N) * 2
-    cosine = torch.arange(0, N, 2)
-    frequency = 2 * math.pi * torch.arange(N // 2, dtype=torch.float64)
+    cosine, frequency = torch.arange(0, N, 2), 2 * math.pi * _modes_of(N)
     A = -torch.outer(B, B) / 2
     A[cosine, cosine + 1] = -frequency
     A[cosine + 1, cosine] = frequency
@@ -268,21 +267,18 @@ def _diag_legs(N: int) -> tuple[Tensor, Tensor]:
     return Lambda, B / 2
 
 
-def _diag_lin(N: int) -> tuple[Tensor, Tensor]:
-    n = torch.arange(N // 2, dtype=torch.float64)
-    Lambda = torch.complex(torch.full_like(n, -0.5), math.pi * n)
+def _on_a_line(frequency: Tensor) -> tuple[Tensor, Tensor]:
+    Lambda = torch.complex(torch.full_like(frequency, -0.5), frequency)
     return Lambda, torch.ones_like(Lambda)
 
 
-def _diag_inv(N: int) -> tuple[Tensor, Tensor]:
-    n = torch.arange(N // 2, dtype=torch.float64)
-    Lambda = torch.complex(torch.full_like(n, -0.5), N / math.pi * (N / (2 * n + 1) - 1))
-    return Lambda, torch.ones_like(Lambda)
+def _modes_of(N: int) -> Tensor:
+    return torch.arange(N // 2, dtype=torch.float64)
 
 
 def _fourier_modes(N: int) -> tuple[Tensor, Tensor]:
     """A + P^T P is already made of 2x2 rotations, the first of them zero: no solver could pair its nulls."""
-    frequency = 2 * math.pi * torch.arange(N // 2, dtype=torch.float64)
+    frequency = 2 * math.pi * _modes_of(N)
     pair = torch.tensor([[1.0], [-1j]], dtype=torch.complex128) / math.sqrt(2)
     return 1j * frequency, torch.kron(torch.eye(N // 2, dtype=pair.dtype), pair)
 
@@ -317,8 +313,8 @@ INITS: dict[str, Init] = {
     ),
     "legt": Init(_legt, _legt_low_rank, basis=lambda N, s: _legendre(N, 1 - s)),
     "fout": Init(_fout, lambda N: math.sqrt(2) * _endpoint(N)[None], basis=_fourier, modes=_fourier_modes),
-    "lin": Init(diagonal=_diag_lin),
-    "inv": Init(diagonal=_diag_inv),
+    "lin": Init(diagonal=lambda N: _on_a_line(math.pi * _modes_of(N))),
+    "inv": Init(diagonal=lambda N: _on_a_line(N / math.pi * (N / (2 * _modes_of(N) + 1) - 1))),
 }
 
 
@@ -335,10 +331,8 @@ def start(init: str | Sequence[Any], variant: str, N: int) -> tuple[Tensor, Tens
         variant: "dplr" or "diag".
         N: state size.
     """
-    if not isinstance(init, str):
-        return own(init, variant, N)
-    if variant == "dplr":
-        return dplr(init, N)
+    if not isinstance(init, str) or variant == "dplr":
+        return dplr(init, N) if isinstance(init, str) else own(init, variant, N)
     Lambda, B = diag(init, N)
     return Lambda, B.new_zeros(0, len(B)), B
 
@@ -361,16 +355,13 @@ def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
     for name, value in zip(parts, init, strict=True):
         if not isinstance(value, Tensor):
             try:
-                value = torch.view_as_complex(torch.tensor(value, dtype=torch.float64))
+                value = torch.view_as_complex(torch.tensor(value, dtype=torch.float64, device="cpu"))
             except (ValueError, TypeError, RuntimeError) as error:
-                raise TypeError(
-                    f"{name} of init must be a complex tensor or lists of [re, im]: {error}"
-                ) from None
+                raise TypeError(f"{name} of init must be complex, or lists of [re, im]: {error}") from None
         if not value.is_complex():
             raise TypeError(f"{name} of init must be complex, got {value.dtype}")
-        shape = tuple(value.shape)
+        shape, want = tuple(value.shape), "(r, d_state / 2)" if name == "P" else "(d_state / 2,)"
         if shape != ((N // 2,) if name != "P" else (*shape[:1], N // 2)) or 0 in shape:
-            want = "(r, d_state / 2)" if name == "P" else "(d_state / 2,)"
             raise ValueError(f"{name} of init must have shape {want} with d_state={N}, got {shape}")
         if not value.is_meta and not bool(torch.isfinite(torch.view_as_real(value)).all()):
             raise ValueError(f"{name} of init must be finite, got {value}")

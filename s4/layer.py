@@ -94,16 +94,7 @@ class S4Layer(nn.Module):
             raise ValueError(f"d_state must be even, as modes come in conjugate pairs, got {d_state}")
         if d_model % n_ssm:
             raise ValueError(f"n_ssm must divide d_model ({d_model}), got {n_ssm}")
-        if isinstance(variant, str) and variant in _PAPERS:
-            raise ValueError(
-                f"variant must be 'dplr' or 'diag', got {variant!r}: it is {_PAPERS[variant]!r} here"
-            )
-        check_option("variant", variant, _VARIANTS)
-        if isinstance(init, str):
-            check_option("init", init, hippo.names(variant), f" for variant={variant!r}")
-        else:
-            init = hippo.own(init, variant, d_state)
-            init = init if variant == "dplr" else (init[0], init[2])
+        init = _checked_init(variant, init, d_state)
         check_number("dt_min", dt_min, 0, above=True)
         check_number("dt_max", dt_max, dt_min)
         check_flag("bidirectional", bidirectional)
@@ -345,3 +336,17 @@ class S4Layer(nn.Module):
             check_number("rate", rate, 0, above=True)
         if causal and self.bidirectional:
             raise ValueError(f"{causal} needs a causal layer, but this one has bidirectional=True")
+
+
+def _checked_init(variant: Any, init: Any, d_state: int) -> str | tuple[Tensor, ...]:
+    """A name that the variant has, or one's own tensors, of a variant that exists."""
+    if isinstance(variant, str) and variant in _PAPERS:
+        raise ValueError(
+            f"variant must be 'dplr' or 'diag', got {variant!r}: it is {_PAPERS[variant]!r} here"
+        )
+    check_option("variant", variant, _VARIANTS)
+    if isinstance(init, str):
+        check_option("init", init, hippo.names(variant), f" for variant={variant!r}")
+        return init
+    Lambda, P, B = hippo.own(init, variant, d_state)
+    return (Lambda, P, B) if variant == "dplr" else (Lambda, B)

@@ -3,15 +3,17 @@
 `python tests/test_calls.py` lists them.
 """
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
-import s4
+import s4.kernel
 from s4 import S4Layer
 
 ROOT = str(Path(s4.__file__).parent)
@@ -73,3 +75,36 @@ def measured(way: str) -> Calls:
             return trace(lambda: layer.step(u, state))
     u = torch.randn(2, 1000, 16)
     return trace(lambda: layer(u))
+
+
+# Way, and at most: frames in the deepest chain below, in files; functions entered in all, in files.
+LIMITS = {"fft": (6, 5, 32, 9), "scan": (6, 5, 32, 9), "step": (4, 4, 14, 6)}
+REPORT = """
+import subprocess
+import sys
+sys.path.insert(0, {tests!r})
+from test_calls import files, measured
+for way in {ways!r}:
+    calls = measured(way)
+    print(way, len(calls.chain), len(files(calls.chain)), len(calls.entered), len(files(calls.entered)))
+"""
+
+
+@pytest.mark.skipif(isinstance(s4.kernel.backends()["cpu"], str), reason="counts the way of the fused code")
+def test_a_layer_can_be_followed() -> None:
+    """In a process of its own: the shape checks of pytest are functions, too."""
+    program = REPORT.format(tests=str(Path(__file__).parent), ways=tuple(LIMITS))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = {way: tuple(map(int, counts)) for way, *counts in map(str.split, done.stdout.splitlines())}
+    assert found.keys() == LIMITS.keys()
+    for way, limits in LIMITS.items():
+        assert all(n <= most for n, most in zip(found[way], limits, strict=True)), (way, found[way])
+
+
+if __name__ == "__main__":
+    for each in LIMITS:
+        calls = measured(each)
+        print(f"{each}: a chain of {len(calls.chain)} in {len(files(calls.chain))} files,", end=" ")
+        print(f"{len(calls.entered)} functions in {len(files(calls.entered))} files")
+        print("  " + " > ".join(calls.chain), *calls.entered, sep="\n  ")

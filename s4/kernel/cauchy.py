@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from s4.backends import naive
 from s4.ops import dispatch
 from s4.ops.cauchy import cauchy as operator
+from s4.ops.cauchy import definition
 
 
 def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
@@ -36,7 +36,7 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
             f"v and w must have one length of the last dimension, got {v.shape[-1]} and {w.shape[-1]}"
         )
     if backend == "naive":
-        return naive.cauchy(v, z, w)
+        return definition(v, z, w)
     dispatch.refuse_tangents(v, z, w)
     batch = torch.broadcast_shapes(v.shape[:-1], z.shape[:-1], w.shape[:-1])
     # The last leading dimension, where it is of v alone, is that of right-hand sides over the same poles.

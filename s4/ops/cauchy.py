@@ -13,6 +13,7 @@ from s4.backends import naive
 from s4.ops import dispatch
 from s4.precision import product
 
+definition = naive.cauchy  # of (..., n), (..., l) and (..., n), with n l numbers in memory
 _BLOCK = 1 << 20  # elements of one block of 1 / (z - w)
 
 
@@ -84,8 +85,7 @@ def cauchy_backward(
     """Gradients of v, z and w; that of z is empty unless asked for."""
     v, z, w, grad = _checked(v, z, w, grad)
     module = dispatch.implementation("cauchy", backend, v.device)
-    backward = plain_backward if module is None else module.cauchy_backward
-    return backward(grad, v, z, w, need_z)
+    return getattr(module, "cauchy_backward", plain_backward)(grad, v, z, w, need_z)
 
 
 @cauchy.register_fake
@@ -106,7 +106,7 @@ def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) -> No
 
 
 def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    if torch.is_grad_enabled():
+    if dispatch.recorded():
         return *dispatch.through(_definition, ctx.saved_tensors, grad), None
     need_z = ctx.needs_input_grad[1]
     grad_v, grad_z, grad_w = cauchy_backward(grad, *ctx.saved_tensors, need_z, ctx.backend)
@@ -114,7 +114,7 @@ def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[
 
 
 def _definition(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
-    return naive.cauchy(v, z[:, None], w[:, None])
+    return definition(v, z[:, None], w[:, None])
 
 
 cauchy.register_autograd(_gradients, setup_context=_save)

@@ -165,6 +165,11 @@ def keeps(parameter: Tensor, *tensors: Tensor) -> bool:
     return parameter.device.type == "cpu"
 
 
+def recorded() -> bool:
+    """Whether autograd records what is done: in a gradient, whether that has gradients itself."""
+    return torch.is_grad_enabled()
+
+
 def unwatched(parameter: Tensor) -> bool:
     """Whether nothing is differentiated, and a parameter is a plain tensor, not one of a subclass."""
     return not torch.is_grad_enabled() and type(parameter) in (Tensor, torch.nn.Parameter)

@@ -299,8 +299,8 @@ def operator_backward(
     inputs, grads = _checked(inputs, *grads)
     u = inputs[0]
     module = dispatch.implementation("scan", backend, u.device) if products == u.dtype else None
-    if module is not None and hasattr(module, "scan_backward"):
-        return list(module.scan_backward(grads, inputs, reverse))
+    if backward := getattr(module, "scan_backward", None):
+        return list(backward(grads, inputs, reverse))
     return [t.contiguous() for t in plain_backward(grads, inputs, reverse, products)]
 
 
@@ -333,7 +333,7 @@ def _save(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # 
 
 def _gradients(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     options = ctx.reverse, ctx.products
-    if torch.is_grad_enabled():
+    if dispatch.recorded():
         run = partial(plain, reverse=ctx.reverse, products=ctx.products)
         found = dispatch.through(run, ctx.saved_tensors, grads)
         return *found, None, None, None
