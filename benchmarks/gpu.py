@@ -60,7 +60,10 @@ PARTS = {
     "cuda": {
         # Also compiles what the other parts need, once instead of in every worker.
         "backends": (60, "-m s4.info"),
-        "tests": (110, "-m gpu tests/test_gpu.py tests/test_devices.py tests/test_backends.py"),
+        "tests": (
+            110,
+            "-m gpu tests/test_gpu.py tests/test_devices.py tests/test_backends.py tests/test_keops.py",
+        ),
         "kernels": (65, "--budget 35 --seconds 0.15 --widths 512 --states 64 --lengths 1024,16384"),
         "layer": (
             65,

@@ -275,7 +275,7 @@ def test_initialisations_are_one_record_each() -> None:
 
 def test_an_initialisation_is_added_by_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
     def ring(N: int) -> tuple[Tensor, Tensor]:
-        Lambda = -1 + 1j * torch.arange(N // 2, dtype=torch.complex128)
+        Lambda = -1 + 1j * torch.arange(N // 2, dtype=torch.float64)
         return Lambda, torch.ones_like(Lambda)
 
     monkeypatch.setitem(hippo.INITS, "ring", hippo.Init(diagonal=ring))
