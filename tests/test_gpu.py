@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import oracle
 import pytest
 import torch
+from processes import printed, process
 from torch import Tensor
 
 import s4.kernel
@@ -187,23 +188,32 @@ def test_autocast_leaves_the_arithmetic_alone(variant: str, dtype: torch.dtype) 
     oracle.close(y, want, 2e-2 if dtype == torch.bfloat16 else 5e-3)
 
 
+COMPILED = """
+import sys
+import torch
+from s4 import S4Layer
+variant, backend = sys.argv[1:]
+torch.manual_seed(0)
+layer = S4Layer(8, 16, variant=variant, backend=backend, device="cuda")
+compiled = torch.compile(layer, fullgraph=True)
+for length in (64, 100):
+    u = torch.randn(2, length, 8, device="cuda")
+    grads = []
+    for each in (layer, compiled):
+        layer.zero_grad()
+        y = each(u)
+        y.square().sum().backward()
+        grads.append([y.detach(), *(p.grad for p in layer.parameters())])
+    for got, want in zip(*reversed(grads)):
+        assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+"""
+
+
 @pytest.mark.parametrize("variant", ["dplr", "diag"])
 @pytest.mark.parametrize("backend", ["auto", *USABLE])
-@pytest.mark.usefixtures("unchecked")
 def test_compiled_layer_is_the_layer(backend: str, variant: str) -> None:
-    torch.compiler.reset()
-    layer = S4Layer(8, 16, variant=variant, backend=backend, device=CUDA)
-    compiled = torch.compile(layer, fullgraph=True)
-    for length in (64, 100):
-        u = torch.randn(2, length, 8, device=CUDA)
-        grads = []
-        for each in (layer, compiled):
-            layer.zero_grad()
-            y = each(u)
-            y.square().sum().backward()
-            grads.append([y.detach(), *(p.grad for p in layer.parameters())])
-        for got, want in zip(*reversed(grads), strict=True):
-            oracle.close(got, want, 1e-4)
+    """In a process of its own: torch 2.11 cannot trace the shape checks of pytest."""
+    printed(process(COMPILED, variant, backend))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

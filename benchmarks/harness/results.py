@@ -42,7 +42,7 @@ def result_file(name: str, device: str, out: Path | None, replace: bool) -> Path
 
 
 def provenance(device: torch.device) -> dict[str, str]:
-    """What measured: commit, machine and versions. $S4_COMMIT names the commit where there is no git."""
+    """What measured: commit, machine and versions. $S4_COMMIT names the commit of a copy."""
     commit = _printed("git", "-C", str(ROOT), "describe", "--always", "--dirty")
     machine = platform.processor() or platform.machine()
     versions = {"torch": str(torch.__version__), "python": platform.python_version()}
@@ -52,7 +52,7 @@ def provenance(device: torch.device) -> dict[str, str]:
         driver = _printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         versions["driver"] = driver.splitlines()[0] if driver else "unknown"
     return {
-        "commit": commit or os.environ.get("S4_COMMIT", "unknown"),
+        "commit": os.environ.get("S4_COMMIT") or commit or "unknown",
         "machine": f"{machine}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         **versions,
     }

@@ -78,11 +78,11 @@ def _cuda_libraries(python: str, variables: dict[str, str]) -> dict[str, str]:
 
 
 def _shared_standard_library(python: str, variables: dict[str, str], links: Path) -> dict[str, str]:
-    """CXX that links torch's libstdc++.so.6, where g++ has the static one alone.
+    """CXX that links torch's libstdc++.so.6, where the compiler has the static one alone.
 
-    What KeOps compiles would hold a second copy, and crash in it: seen on an image without libstdc++.so.
+    What KeOps compiles would hold a second copy, and crash in it: seen with a g++ without libstdc++.so.
     """
-    gxx = shutil.which("g++")
+    gxx = shutil.which(variables.get("CXX") or "g++")
     if gxx is None or os.path.isabs(_output([gxx, "-print-file-name=libstdc++.so"], variables)):
         return {}
     code = "import torch; print(*{x.split()[-1] for x in open('/proc/self/maps') if 'libstdc++.so' in x})"

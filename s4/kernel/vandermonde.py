@@ -42,5 +42,8 @@ def vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
     C = readout(v.to(torch.complex128).expand(*batch, n).reshape(-1, q, n)).transpose(0, 1)
     none = a.new_zeros(0, *a.shape)
     one = stack(torch.ones_like(x, dtype=torch.complex128).expand(*groups, n).reshape(-1, n))
-    K = response.plain(a, none, none, one[:, None], C, L, v.dtype.to_real())[:, 0]
+    real = (
+        torch.float32 if v.dtype == torch.complex64 else torch.float64
+    )  # to_real: not in a graph of torch 2.11
+    K = response.plain(a, none, none, one[:, None], C, L, real)[:, 0]
     return K.transpose(0, 1).reshape(*batch, L)
