@@ -12,6 +12,7 @@ from torch import Tensor
 
 import s4.layer
 from s4 import S4Layer, kernel
+from s4.backends import cpu
 from s4.ops import scan
 
 H = 4
@@ -472,8 +473,9 @@ def test_a_million_steps_in_two_gigabytes() -> None:
     assert after - before < 1200
 
 
+@pytest.mark.parametrize("built", [True, False])
 @pytest.mark.parametrize("variant", ["dplr", "diag"])
-def test_auto_takes_the_way_of_its_table(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_way_of_its_table(variant: str, built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long sequences of small states go by the scan, others by FFT, all to the same numbers."""
     taken: list[str] = []
     whole = scan.scan
@@ -483,6 +485,8 @@ def test_auto_takes_the_way_of_its_table(variant: str, monkeypatch: pytest.Monke
         return whole(*arguments, **options)
 
     monkeypatch.setattr(s4.layer, "scan", spy)
+    if not built:
+        monkeypatch.setattr(cpu, "_library", lambda: "not built")
     fused = not isinstance(kernel.backends()["cpu"], str)
     cases = [  # B, L, N, stateful, whether it scans with the fused code, and without
         (1, 256, 32, False, False, False),
