@@ -331,10 +331,10 @@ def start(init: str | Sequence[Any], variant: str, N: int) -> tuple[Tensor, Tens
         variant: "dplr" or "diag".
         N: state size.
     """
-    if not isinstance(init, str) or variant == "dplr":
-        return dplr(init, N) if isinstance(init, str) else own(init, variant, N)
-    Lambda, B = diag(init, N)
-    return Lambda, B.new_zeros(0, len(B)), B
+    if not isinstance(init, str):
+        return own(init, variant, N)
+    Lambda, *P, B = dplr(init, N) if variant == "dplr" else diag(init, N)
+    return Lambda, P[0] if P else B.new_zeros(0, len(B)), B
 
 
 def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -342,7 +342,7 @@ def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Each as a complex tensor, or as nested lists of [re, im] as a configuration file has them: Lambda and B
     (N/2,), P (r, N/2) of any rank r from 1, one of each conjugate pair, of x' = (diag(Lambda) - sum of P_r
-    P_r*) x + B u.
+    P_r*) x + B u. A layer keeps Re Lambda at -1e-4 or below.
 
     Raises:
         ValueError, TypeError: of another form, not finite, or unstable (Re Lambda > 0).
@@ -353,19 +353,21 @@ def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(f"{form} for variant={variant!r}, got {init!r}")
     found = []
     for name, value in zip(parts, init, strict=True):
-        if not isinstance(value, Tensor):
+        if hasattr(value, "__array__"):
+            value = torch.as_tensor(value)
+        else:
             try:
                 value = torch.view_as_complex(torch.tensor(value, dtype=torch.float64, device="cpu"))
             except (ValueError, TypeError, RuntimeError) as error:
                 raise TypeError(f"{name} of init must be complex, or lists of [re, im]: {error}") from None
-        if not value.is_complex():
-            raise TypeError(f"{name} of init must be complex, got {value.dtype}")
+        if not value.is_complex() or value.is_meta:
+            raise TypeError(f"{name} of init must hold complex numbers, got {value.dtype} on {value.device}")
         shape, want = tuple(value.shape), "(r, d_state / 2)" if name == "P" else "(d_state / 2,)"
         if shape != ((N // 2,) if name != "P" else (*shape[:1], N // 2)) or 0 in shape:
             raise ValueError(f"{name} of init must have shape {want} with d_state={N}, got {shape}")
-        if not value.is_meta and not bool(torch.isfinite(torch.view_as_real(value)).all()):
+        found.append(value.detach().resolve_conj().to("cpu", torch.complex128, copy=True))
+        if not bool(torch.isfinite(torch.view_as_real(found[-1])).all()):
             raise ValueError(f"{name} of init must be finite, got {value}")
-        found.append(value.detach().to("cpu", torch.complex128))
     if bool((found[0].real > 0).any()):
         raise ValueError(f"Lambda of init must have no positive real part, got up to {found[0].real.max():g}")
     Lambda, *P, B = found
@@ -374,9 +376,8 @@ def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def rank(init: str | Sequence[Any], variant: str, N: int) -> int:
     """Of the low-rank part of `start`."""
-    if variant == "diag":
-        return 0
-    return len(INITS[init].low_rank(N)) if isinstance(init, str) else len(init[1])  # type: ignore[misc]
+    P = init[1] if not isinstance(init, str) else () if variant == "diag" else INITS[init].low_rank(N)  # type: ignore[misc]
+    return len(P) if variant == "dplr" else 0
 
 
 def _measure(name: str) -> Init:

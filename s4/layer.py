@@ -57,8 +57,8 @@ class S4Layer(nn.Module):
             chunks, under autocast to bfloat16 the larger ones in that, within 2% of the largest output; or
             "auto", by the shape the faster one on a CPU, elsewhere "fft".
         backend: who computes, in every operation: "auto", the fastest that can run; or one of
-            `s4.kernel.backends()`, for the operations that it has, plain PyTorch for the others, and its sums
-            for the kernel.
+            `s4.kernel.backends()`, for the operations that it has, plain PyTorch for the others; the kernel
+            of "dplr" is then made of its sums.
         device: of the parameters.
         dtype: of the parameters and the state, torch.float32 or torch.float64, or their names.
 
@@ -87,6 +87,7 @@ class S4Layer(nn.Module):
         dtype: torch.dtype | str | None = None,
     ) -> None:
         super().__init__()
+        self._made = False
         check_integer("d_model", d_model, 1)
         check_integer("d_state", d_state, 2)
         check_integer("n_ssm", n_ssm, 1)
@@ -98,17 +99,16 @@ class S4Layer(nn.Module):
         check_number("dt_min", dt_min, 0, above=True)
         check_number("dt_max", dt_max, dt_min)
         check_flag("bidirectional", bidirectional)
-        dtype = torch.get_default_dtype() if dtype is None else _DTYPES.get(str(dtype), dtype)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        dtype = _DTYPES.get(str(dtype).removeprefix("torch."), dtype)
         if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES.values():
             raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
 
-        self.d_model = d_model
-        self.d_state = d_state
+        self.d_model, self.d_state = d_model, d_state
         self.variant = variant
         self.init = init
         self.discretization = _VARIANTS[variant] if discretization is None else discretization
-        self.dt_min = dt_min
-        self.dt_max = dt_max
+        self.dt_min, self.dt_max = float(dt_min), float(dt_max)
         self.n_ssm = n_ssm
         self.bidirectional = bidirectional
         self.mode = mode
@@ -128,10 +128,11 @@ class S4Layer(nn.Module):
         self.C = empty(1 + bidirectional, d_model, n, 2)
         self.D = empty(d_model)
         self.reset_parameters()
+        self._made = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Options are checked as in the constructor, or read-only once they are set."""
-        if name in _FIXED and name in self.__dict__:
+        """Options are checked as in the constructor, or read-only once the layer is made."""
+        if name in _FIXED and self.__dict__.get("_made"):
             raise AttributeError(
                 f"{name} is read-only: make a new layer, S4Layer(**{{**layer.config(), ...}})"
             )
@@ -283,7 +284,7 @@ class S4Layer(nn.Module):
             L: length.
             rate: multiplies dt, as in `forward`.
             method: "sums", over the modes; "powers", of the state matrix; "auto", the faster, or the sums of
-                a backend that the layer was given by name.
+                a backend that a "dplr" layer was given by name.
         """
         self._check(rate)
         check_integer("L", L, 0)
@@ -334,6 +335,10 @@ class S4Layer(nn.Module):
             )
         if type(rate) is not float or not 0 < rate < math.inf:
             check_number("rate", rate, 0, above=True)
+        if len(self.D) != self.d_model:
+            raise ValueError(f"D must have shape ({self.d_model},), got {tuple(self.D.shape)}")
+        if self.backend != "auto" and (reason := dispatch.refusal(self.backend, self.D.device.type)):
+            raise ValueError(reason)
         if causal and self.bidirectional:
             raise ValueError(f"{causal} needs a causal layer, but this one has bidirectional=True")
 

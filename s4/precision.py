@@ -23,7 +23,10 @@ def constant(function: F) -> F:
 @constant
 def _reduced() -> bool:
     """Whether torch may take fewer digits: a change of that makes torch.compile compile anew."""
-    return torch.get_float32_matmul_precision() != "highest"
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # a setting of torch's newer interface, torch.backends.*.fp32_precision
+        return True
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:

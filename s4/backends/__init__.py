@@ -5,7 +5,8 @@ A backend is a module (or any object) with
 - `status(device)`: True where it can compute on a device, or else the reason why not and what to do;
 - some of the operations, as functions of contiguous tensors that `s4.ops` has checked:
   `cauchy` and `cauchy_backward`, `response` and `response_backward`, `maps` and `maps_backward`, `scan` and
-  `scan_backward`, `step`. Shapes and meaning are those of the plain definitions there.
+  `scan_backward`, `step`. Shapes and meaning are those of the plain definitions there. `step` is asked for
+  ranks up to 2, gradients are plain where a backend has none.
 
 To add one, write the module, and name it in `BACKENDS` and, if "auto" is to take it, in `AUTO`.
 """

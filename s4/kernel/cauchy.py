@@ -23,21 +23,20 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
         backend: "auto" or one of `s4.kernel.backends()`.
 
     Returns:
-        complex (..., l), differentiable in v, z and w.
+        complex (..., l), differentiable in v, z and w. Transforms of torch.func and forward-mode derivatives
+        see the definition, which takes n l numbers in memory for each sum.
 
     Raises:
         TypeError: an argument is not complex, or dtypes differ.
         ValueError: the last dimensions of v and w differ, devices differ, or the backend cannot run.
-        NotImplementedError: forward-mode differentiation by any backend but "naive".
     """
     check_sums({"v": v, "z": z, "w": w})
     if v.shape[-1] != w.shape[-1]:
         raise ValueError(
             f"v and w must have one length of the last dimension, got {v.shape[-1]} and {w.shape[-1]}"
         )
-    if backend == "naive":
+    if backend == "naive" or dispatch.transformed():
         return definition(v, z, w)
-    dispatch.refuse_tangents(v, z, w)
     batch = torch.broadcast_shapes(v.shape[:-1], z.shape[:-1], w.shape[:-1])
     # The last leading dimension, where it is of v alone, is that of right-hand sides over the same poles.
     shared = len(batch) > 0 and all(t.dim() < 2 or t.shape[-2] == 1 for t in (z, w))

@@ -22,8 +22,8 @@ def kernel(
         recurrence: the system, discretised.
         L: length.
         dtype: of the result, float32 or float64.
-        method: "sums", of Cauchy (DPLR) or Vandermonde (diagonal); "powers"; or "auto": the sums of a backend
-            asked for by name, as far as there are any, else the faster way here.
+        method: "sums", of Cauchy (DPLR) or, in plain PyTorch, Vandermonde (diagonal); "powers"; "auto": of
+            DPLR the sums of a backend asked for by name, or else the faster way here; of diagonal, powers.
         backend: "auto", or one of `s4.kernel.backends()`.
 
     Raises:
@@ -34,7 +34,7 @@ def kernel(
         if method == "sums":
             raise ValueError(f"method 'sums' is not known for discretization={system.discretization!r}")
         method = "powers"
-    if method == "auto" and backend == "auto":
+    if method == "auto" and (diagonal or backend == "auto"):
         nodes = dplr.OVERSAMPLING[dtype] * L
         few = not diagonal and dispatch.takes_sums(recurrence.a.shape[1], nodes, recurrence.a.device.type)
         method = "sums" if few else "powers"

@@ -1,11 +1,13 @@
 """Vandermonde products over conjugate pairs."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from s4.checks import check_integer
 from s4.kernel.cauchy import check_sums
-from s4.ops import response
+from s4.ops import dispatch, response
 from s4.system import readout, stack
 
 
@@ -38,12 +40,13 @@ def vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
     shared = len(batch) > 0 and (x.dim() < 2 or x.shape[-2] == 1)
     groups, q = (batch[:-1], batch[-1]) if shared else (batch, 1)
     x = x.squeeze(-2) if shared and x.dim() > 1 else x
-    a = stack(torch.exp(x.to(torch.complex128).expand(*groups, n).reshape(-1, n)))
-    C = readout(v.to(torch.complex128).expand(*batch, n).reshape(-1, q, n)).transpose(0, 1)
+    G = math.prod(groups)
+    one = stack(torch.ones(G, n, dtype=torch.complex128, device=x.device))
+    a = stack(torch.exp(x.to(torch.complex128).expand(*groups, n).reshape(G, n)))
+    C = readout(v.to(torch.complex128).expand(*batch, n).reshape(G, q, n)).transpose(0, 1)
     none = a.new_zeros(0, *a.shape)
-    one = stack(torch.ones_like(x, dtype=torch.complex128).expand(*groups, n).reshape(-1, n))
-    real = (
-        torch.float32 if v.dtype == torch.complex64 else torch.float64
-    )  # to_real: not in a graph of torch 2.11
-    K = response.plain(a, none, none, one[:, None], C, L, real)[:, 0]
+    # Not v.dtype.to_real(), which torch 2.11 cannot compile.
+    real = torch.float32 if v.dtype == torch.complex64 else torch.float64
+    with dispatch.full_precision(v.device):
+        K = response.plain(a, none, none, one[:, None], C, L, real)[:, 0]
     return K.transpose(0, 1).reshape(*batch, L)

@@ -1,6 +1,6 @@
 """Which way: who computes an operation, which way a layer takes, and who is watching what torch does.
 
-The only file that asks torch whether it compiles, exports, transforms, differentiates or casts.
+The file that asks torch whether it exports, transforms, differentiates or casts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,8 @@ _LEAST = {"dplr": {32: 2048, 64: 8192, 128: 16384}, "diag": {32: 2048, 64: 8192,
 # cores, where both are fused, and on an H200, where sums are and powers are not, measured to 16,384.
 _SUMS = {"cpu": 1 / 8, "cuda": 4.0}
 
-_AUTOCAST = {kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind)}
+_KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "ipu", "maia", "privateuseone")
+_AUTOCAST = {kind for kind in _KINDS if torch.amp.is_autocast_available(kind)}
 
 
 def backends() -> dict[str, dict[str, bool | str] | str]:
@@ -45,6 +46,13 @@ def state_of(backend: str, *devices: torch.device) -> bool | str:
     """True if a backend can run on one of these devices, or else the reason why not."""
     states: list[bool | str] = [BACKENDS[backend].status(device) for device in devices]
     return True if True in states else states[-1]
+
+
+@constant
+def refusal(backend: str, device_type: str) -> str:
+    """Why a backend cannot run on this type of device; empty if it can, and where nothing is computed."""
+    state = device_type == "meta" or state_of(backend, torch.device(device_type))
+    return "" if state is True else f"backend {backend!r} cannot run: {state}"
 
 
 def check_backend(backend: str) -> None:
@@ -71,14 +79,15 @@ def implementation(operation: str, backend: str, device: torch.device) -> Any | 
         backend = next((name for name in names if BACKENDS[name].status(device) is True), "torch")
     else:
         check_backend(backend)
-        if (state := BACKENDS[backend].status(device)) is not True:
+        state = device.type == "meta" or BACKENDS[backend].status(device)
+        if state is not True:
             raise ValueError(f"backend {backend!r} cannot run: {state}")
     module = BACKENDS[backend]
     return module if hasattr(module, operation) else None
 
 
 def has_backward(operation: str, backend: str, device: torch.device) -> bool:
-    """Whether a backend computes the gradient too, as long as that needs none itself."""
+    """Whether a backend computes the gradient, and autograd does not record it for gradients of its own."""
     module = implementation(operation, backend, device)
     return not torch.is_grad_enabled() and hasattr(module, f"{operation}_backward")
 
@@ -180,20 +189,22 @@ def through(plain: Callable[..., Any], inputs: Sequence[Tensor], grads: Any) -> 
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         wanted = [t for t in inputs if t.requires_grad]
+        outputs = plain(*inputs)
+        pairs = zip(outputs, grads, strict=True) if isinstance(outputs, tuple) else [(outputs, grads)]
+        pairs = [pair for pair in pairs if pair[0].requires_grad]  # the others are constants
         found: Iterator[Tensor] = iter(
             torch.autograd.grad(
-                plain(*inputs), wanted, grads, create_graph=again, allow_unused=True, materialize_grads=True
+                [y for y, _ in pairs],
+                wanted,
+                [g for _, g in pairs],
+                create_graph=again,
+                allow_unused=True,
+                materialize_grads=True,
             )
+            if pairs
+            else [torch.zeros_like(t) for t in wanted]
         )
     return tuple(next(found) if t.requires_grad else None for t in inputs)
-
-
-def refuse_tangents(*tensors: Tensor) -> None:
-    """Raise in forward-mode differentiation: it takes a custom operator for a constant, and says nothing."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError('forward-mode differentiation of these sums needs backend="naive"')
 
 
 def plain_memory(t: Tensor) -> Tensor:

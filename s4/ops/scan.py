@@ -301,7 +301,8 @@ def operator_backward(
     module = dispatch.implementation("scan", backend, u.device) if products == u.dtype else None
     if backward := getattr(module, "scan_backward", None):
         return list(backward(grads, inputs, reverse))
-    return [t.contiguous() for t in plain_backward(grads, inputs, reverse, products)]
+    with dispatch.full_precision(u.device):  # which a backward pass inside autocast has not left
+        return [t.contiguous() for t in plain_backward(grads, inputs, reverse, products)]
 
 
 @operator.register_fake

@@ -52,7 +52,7 @@ def advance(
     """
     if kept is not None and dispatch.keeps(D, x, u):
         tensors = [p for p in systems[:6] if p is not None]
-        recurrence = kept.get(tensors, systems[6:], lambda: _made(systems, D, x))
+        recurrence = kept.get(tensors, (*systems[6:], D.dtype), lambda: _made(systems, D, x))
         module = dispatch.implementation("step", backend, D.device)
         if module is not None and len(recurrence.F) <= _RANK:
             # Without an operator, whose call takes a third of the time of a step.
@@ -142,14 +142,14 @@ def _step_kept(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     tensors = [t for t in parameters if t is not None]
-    key = *(t.data_ptr() for t in tensors), rate, discretization
+    key = *(t.data_ptr() for t in tensors), rate, discretization, D.dtype
     kept = _kept.setdefault(key, Kept())
     recurrence = kept.get(
         tensors,
-        (rate, discretization),
+        (rate, discretization, D.dtype),
         lambda: _made((*parameters, rate, discretization), D, x),
     )
-    _kept[key] = kept
+    _kept[key] = kept  # another thread may have dropped it
     _kept.move_to_end(key)
     while len(_kept) > _KEPT:
         _kept.popitem(last=False)
