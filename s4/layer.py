@@ -132,7 +132,7 @@ class S4Layer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Options are checked as in the constructor, or read-only once the layer is made."""
-        if name in _FIXED and self.__dict__.get("_made"):
+        if name in (*_FIXED, "dtype", "device") and self.__dict__.get("_made"):
             raise AttributeError(
                 f"{name} is read-only: make a new layer, S4Layer(**{{**layer.config(), ...}})"
             )

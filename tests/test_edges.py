@@ -167,6 +167,7 @@ def test_torch_func_sees_through_a_layer(variant: str, mode: str) -> None:
         oracle.close(grad, layer.get_parameter(name).grad, 1e-9, name)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_traced_step_follows_its_inputs() -> None:
     """What is computed without operators must not be taken for a constant."""
     layer = S4Layer(3, 8).eval().requires_grad_(False)
@@ -190,3 +191,14 @@ def test_subclasses_and_numbers_of_other_types() -> None:
         layer.d_model = 4
     S4Layer.__init__(layer, 6, 8)
     assert layer.D.shape == (6,)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("mode", ["fft", "scan"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_mode_derivatives_of_a_layer(variant: str, mode: str, backend: str) -> None:
+    """A layer is linear in its inputs: the derivative along v is what it gives for v."""
+    layer = S4Layer(2, 8, variant=variant, mode=mode, backend=backend, dtype=torch.float64)
+    u, v = torch.randn(2, 2, 40, 2, dtype=torch.float64)
+    _, along = torch.func.jvp(lambda u: layer(u), (u,), (v,))
+    oracle.close(along, layer(v), 1e-9)

@@ -72,12 +72,13 @@ def test_an_option_is_checked_when_it_is_set(
 
 
 @pytest.mark.parametrize(
-    "name", ["d_model", "d_state", "variant", "init", "dt_min", "dt_max", "n_ssm", "bidirectional"]
+    "name",
+    ["d_model", "d_state", "variant", "init", "dt_min", "dt_max", "n_ssm", "bidirectional", "dtype"],
 )
 def test_what_parameters_follow_from_is_read_only(name: str) -> None:
     layer = S4Layer(4, 8)
     with pytest.raises(AttributeError, match=f"{name} is read-only"):
-        setattr(layer, name, getattr(layer, name))
+        setattr(layer, name, layer.config()[name])
 
 
 @pytest.mark.parametrize("value", ["zoh", "bilinear"])

@@ -3,10 +3,19 @@
 A backend is a module (or any object) with
 
 - `status(device)`: True where it can compute on a device, or else the reason why not and what to do;
-- some of the operations, as functions of contiguous tensors that `s4.ops` has checked:
-  `cauchy` and `cauchy_backward`, `response` and `response_backward`, `maps` and `maps_backward`, `scan` and
-  `scan_backward`, `step`. Shapes and meaning are those of the plain definitions there. `step` is asked for
-  ranks up to 2, gradients are plain where a backend has none.
+- some of the operations, with the signatures below. The tensors are checked by `s4.ops` and contiguous, but
+  for u and the gradient of y in a scan; what a backend returns is trusted. Where it has no gradient of an
+  operation, the plain definition has one.
+
+    cauchy(v, z, w)                                  cauchy_backward(grad, v, z, w, need_z) -> of v, z, w
+    response(a, F, G, X, C, L, dtype)                response_backward(grad, a, F, G, X, C) -> of the tensors
+    maps(a, F, G, B, C, D, T, dtype) -> four maps    maps_backward(grads, inputs) -> of the six inputs
+    scan(u, x, taps, inward, outward, onward, reverse) -> y, last
+    scan_backward(grads, inputs, reverse) -> of the six inputs
+    step(a, F, G, B, C, D, x, u) -> y, next x        of ranks up to 2; it has no gradient
+
+Shapes and meaning are those of the plain definitions in `s4/ops/`; a, F, G, B and C are the fields of a
+`s4.system.Recurrence`.
 
 To add one, write the module, and name it in `BACKENDS` and, if "auto" is to take it, in `AUTO`.
 """

@@ -5,6 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from s4.ops import dispatch
+
 
 def fft_size(n: int) -> int:
     """Smallest even number of at least n with no prime factor above 5: a fast size of a real FFT."""
@@ -26,7 +28,8 @@ def causal(u: Float[Tensor, "*batch H L"], k: Float[Tensor, "H K"]) -> Float[Ten
     L = u.shape[-1]
     k = k[..., :L]
     size = fft_size(L + max(k.shape[-1], 1) - 1)
-    return _Circular.apply(u, pad(k, (0, size - k.shape[-1])))
+    run = circular if dispatch.transformed() else Circular.apply
+    return run(u, pad(k, (0, size - k.shape[-1])))
 
 
 def two_sided(
@@ -37,7 +40,8 @@ def two_sided(
     ahead, behind = k_forward[..., :L], k_backward[..., : max(L - 1, 0)]
     size = fft_size(L + max(ahead.shape[-1] - 1, behind.shape[-1]))  # no lag wraps onto the L outputs
     ahead = pad(ahead, (0, size - ahead.shape[-1] - behind.shape[-1]))
-    return _Circular.apply(u, torch.cat([ahead, behind.flip(-1)], -1))
+    run = circular if dispatch.transformed() else Circular.apply
+    return run(u, torch.cat([ahead, behind.flip(-1)], -1))
 
 
 def convolve(
@@ -51,10 +55,11 @@ def convolve(
     `more` is added to them: what a state before the first input gives.
     """
     ahead = k[0] + pad(D[:, None], (0, k.shape[-1] - 1))
-    rows = Transposed.apply(u, False)
+    turn = transpose if dispatch.transformed() else Transposed.apply
+    rows = turn(u, False)
     y = causal(rows, ahead) if len(k) == 1 else two_sided(rows, ahead, k[1])
     y = y if more is None else y + more
-    return Transposed.apply(y, True)
+    return turn(y, True)
 
 
 def transpose(x: Tensor, back: bool) -> Tensor:
@@ -84,20 +89,19 @@ class Transposed(torch.autograd.Function):
         return Transposed.apply(g, not ctx.back), None
 
 
-class _Circular(torch.autograd.Function):
-    """The first L of the circular convolution of u (*batch, H, L) and k (H, size), both real.
+def circular(u: Tensor, k: Tensor) -> Tensor:
+    """The first L of the circular convolution of u (*batch, H, L) and k (H, size), both real."""
+    if u.numel() == 0:
+        return u.clone()
+    size = k.shape[-1]
+    return torch.fft.irfft(torch.fft.rfft(u, size) * torch.fft.rfft(k), size)[..., : u.shape[-1]]
 
-    Keeps u and k but no spectrum, and goes back through real transforms only.
-    """
+
+class Circular(torch.autograd.Function):
+    """`circular`; keeps u and k but no spectrum, and goes back through real transforms only."""
 
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(u: Tensor, k: Tensor) -> Tensor:
-        if u.numel() == 0:
-            return u.clone()
-        size = k.shape[-1]
-        return torch.fft.irfft(torch.fft.rfft(u, size) * torch.fft.rfft(k), size)[..., : u.shape[-1]]
+    forward = staticmethod(circular)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # type: ignore[no-untyped-def]

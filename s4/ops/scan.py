@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from s4.ops import dispatch
-from s4.ops.convolve import Transposed, transpose
+from s4.ops.convolve import transpose
 from s4.ops.maps import maps
 from s4.powers import Propagator
 from s4.precision import add_product, product, without_denormals
@@ -93,9 +93,9 @@ def plain(
     X outward^T. The state is that after the last whole chunk; in reverse from the last chunk to the first,
     and that after all.
     """
-    rows = Transposed.apply(u, False).transpose(0, 1)
+    rows = transpose(u, False).transpose(0, 1)
     y, last = _forward(rows, x, taps, inward, outward, onward, reverse, products)
-    return Transposed.apply(y.transpose(0, 1), True), last
+    return transpose(y.transpose(0, 1), True), last
 
 
 def plain_backward(
