@@ -1,6 +1,7 @@
 """Which module of s4 may import which: one way only, no circle, no private name of another."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,14 +20,17 @@ LEAF = "s4.backends"  # of `ops` and `info`; imports nothing of the rest
 OPTIONAL = {"triton", "pykeops", "keopscore", "cuda", "numpy", "scipy", "lightning", "matplotlib"}
 
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+    found = {}
     for file in sorted(ROOT.rglob("*.py")):
         parts = ("s4", *file.relative_to(ROOT).with_suffix("").parts)
-        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), ast.parse(file.read_text())
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(file.read_text())
+    return found
 
 
 def names() -> set[str]:
-    return {name for name, _ in modules()}
+    return set(modules())
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
@@ -47,7 +51,7 @@ def home(name: str) -> str:
 
 EDGES = [
     (name, f"{module}.{each}" if f"{module}.{each}" in names() else module)
-    for name, tree in modules()
+    for name, tree in modules().items()
     for module, found in imports(tree)
     if module.split(".")[0] == "s4"
     for each in (found or [""])
@@ -86,7 +90,7 @@ def test_there_is_no_circle() -> None:
 
 @pytest.mark.parametrize("name", sorted(names()))
 def test_private_names_stay_private(name: str) -> None:
-    tree = dict(modules())[name]
+    tree = modules()[name]
     for module, found in imports(tree):
         if module.split(".")[0] == "s4" and module != name:
             assert not [each for each in found if each.startswith("_")], (name, module)
@@ -105,7 +109,7 @@ def test_private_names_stay_private(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(names()))
 def test_optional_libraries_are_imported_where_they_are_needed(name: str) -> None:
     """Inside the function of a backend, so that s4 loads without them."""
-    tree = dict(modules())[name]
+    tree = modules()[name]
     if name == "s4.backends.triton.kernels":  # itself imported in a function
         return
     for node in tree.body:
@@ -116,7 +120,7 @@ def test_optional_libraries_are_imported_where_they_are_needed(name: str) -> Non
 
 
 def test_parameters_are_of_modules_and_questions_to_torch_of_dispatch() -> None:
-    texts = {name: ast.unparse(tree) for name, tree in modules()}
+    texts = {name: ast.unparse(tree) for name, tree in modules().items()}
     holders = {name for name, text in texts.items() if "nn.Parameter(" in text}
     assert holders <= {"s4.layer", "s4.block", "s4.model"}
     questions = (
@@ -132,7 +136,7 @@ def test_parameters_are_of_modules_and_questions_to_torch_of_dispatch() -> None:
 def test_files_and_functions_can_be_read_in_one_sitting() -> None:
     for file in [f for kind in ("py", "h", "cpp", "cu") for f in ROOT.rglob(f"*.{kind}")]:
         assert len(file.read_text().splitlines()) <= 400, file
-    for name, tree in modules():
+    for name, tree in modules().items():
         if name == "s4.backends.triton.kernels":
             continue
         for node in ast.walk(tree):
