@@ -376,8 +376,8 @@ def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def rank(init: str | Sequence[Any], variant: str, N: int) -> int:
     """Of the low-rank part of `start`."""
-    P = init[1] if not isinstance(init, str) else () if variant == "diag" else INITS[init].low_rank(N)  # type: ignore[misc]
-    return len(P) if variant == "dplr" else 0
+    own = not isinstance(init, str)
+    return 0 if variant == "diag" else len(init[1] if own else INITS[init].low_rank(N))  # type: ignore
 
 
 def _measure(name: str) -> Init:

@@ -32,14 +32,18 @@ def backends() -> dict[str, dict[str, bool | str] | str]:
 
     Of one that cannot run on any device here, the reason alone. "torch" is the plain definition.
     """
-    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     found: dict[str, dict[str, bool | str] | str] = {}
     for name, module in BACKENDS.items():
-        state = state_of(name, *devices)
+        state = state_of(name, *_devices())
         plain = "has none of its own: plain PyTorch"
         own = {o: True if name == "torch" or hasattr(module, o) else plain for o in OPERATIONS}
         found[name] = own if state is True else str(state)
     return found
+
+
+def _devices() -> list[torch.device]:
+    """A device of each type there is here."""
+    return [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 
 
 def state_of(backend: str, *devices: torch.device) -> bool | str:
@@ -62,8 +66,7 @@ def check_backend(backend: str) -> None:
     if not isinstance(backend, str) or backend not in BACKENDS:
         names = ", ".join(map(repr, ["auto", *BACKENDS]))
         raise ValueError(f"backend must be one of {names}, got {backend!r}")
-    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
-    state = state_of(backend, *devices)  # of this one alone: to probe another may take seconds
+    state = state_of(backend, *_devices())  # of this one alone: to probe another may take seconds
     if state is not True:
         raise ValueError(f"backend {backend!r} cannot run: {state}")
 

@@ -19,9 +19,10 @@ from s4.system import Recurrence
 def response(recurrence: Recurrence, L: int, dtype: torch.dtype, backend: str = "auto") -> Tensor:
     """C A^l B for l < L, (c, H, L) in dtype, of recurrences in float64."""
     a, F, G, B, C = recurrence
-    run = operator if dispatch.fused("response", backend, a.device.type) else plain
-    args: tuple[Any, ...] = (L, dtype, backend) if run is operator else (L, dtype)
-    return run(a, F, G, B[:, None], C, *args)[:, 0]
+    inputs = a, F, G, B[:, None], C
+    if dispatch.fused("response", backend, a.device.type):
+        return operator(*inputs, L, dtype, backend)[:, 0]
+    return plain(*inputs, L, dtype)[:, 0]
 
 
 def plain(a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor, L: int, dtype: torch.dtype) -> Tensor:
