@@ -377,7 +377,7 @@ def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
 def rank(init: str | Sequence[Any], variant: str, N: int) -> int:
     """Of the low-rank part of `start`."""
     own = not isinstance(init, str)
-    return 0 if variant == "diag" else len(init[1] if own else INITS[init].low_rank(N))  # type: ignore
+    return 0 if variant == "diag" else len(init[1] if own else INITS[init].low_rank(N))  # type: ignore[index,misc]
 
 
 def _measure(name: str) -> Init:
