@@ -17,5 +17,5 @@ def kernel(recurrence: Recurrence, L: int, dtype: torch.dtype) -> Float[Tensor, 
         dtype: of the result, float32 or float64.
     """
     a = modes(recurrence.a)
-    x = torch.log(torch.where(a == 0, 1e-300, a))
+    x = torch.log(torch.where(a.abs() < 1e-290, 1e-300, a))  # next to 0 its gradient would be infinite
     return vandermonde(row_modes(recurrence.C) * modes(recurrence.B), x, L).to(dtype)

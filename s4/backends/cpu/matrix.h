@@ -1,9 +1,5 @@
 // Products of small matrices that stay in cache.
 
-// Smaller numbers are set to 0: a system that has decayed would compute with denormal ones, of 100 cycles each.
-template <class T>
-constexpr T kTiny = T(1e8) * (sizeof(T) == 4 ? T(FLT_MIN) : T(DBL_MIN));
-
 // A strided matrix: element (i, j) at data[i row + j column].
 template <class T>
 struct View {

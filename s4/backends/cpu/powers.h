@@ -14,11 +14,6 @@
 // imaginary parts of its modes; kernels (c, q, H, L).
 
 constexpr int64_t kDoubles = kLanes<double>;
-constexpr double kSmallest = kTiny<double>;
-
-void store_normal(double* to, Vec<double> value) {
-    store(to, (value < kSmallest) & (value > -kSmallest) ? Vec<double>{} : value);  // NaN stays
-}
 
 // Systems of all channels as they lie in memory. A vector of modes is padded to whole hardware vectors on its way in.
 struct Systems {
@@ -37,16 +32,13 @@ struct Systems {
         std::copy_n(from, modes, to);
         std::copy_n(from + half(), modes, to + modes);
     }
-    // The same in the type of the results, in which tiny numbers are 0.
+    // The same in the type of the results.
     template <class T>
     void round(const double* from, T* to) const {
         typedef T Narrow __attribute__((vector_size(kDoubles * sizeof(T))));
-        const double tiny = kTiny<T>;
         for (int64_t part = 0; part < 2; ++part, from += half(), to += modes)
             for (int64_t j = 0; j < modes; j += kDoubles) {
-                const Vec<double> value = load(from + j);
-                const Vec<double> kept = (value < tiny) & (value > -tiny) ? Vec<double>{} : value;
-                const Narrow narrow = __builtin_convertvector(kept, Narrow);
+                const Narrow narrow = __builtin_convertvector(load(from + j), Narrow);
                 if (j + kDoubles <= modes)
                     std::memcpy(to + j, &narrow, sizeof narrow);
                 else
@@ -81,12 +73,12 @@ struct Matrix {
         for (int64_t j = 0; j < half; j += kDoubles) {
             const Vec<double> re = load(x + j), im = load(x + half + j);
             const Vec<double> a_re = load(a + j), a_im = sign * load(a + half + j);
-            store_normal(y + j, a_re * re - a_im * im);
-            store_normal(y + half + j, a_re * im + a_im * re);
+            store(y + j, a_re * re - a_im * im);
+            store(y + half + j, a_re * im + a_im * re);
         }
         for (int64_t r = 0; r < rank; ++r) {
             const double s = dot(G + r * size(), x);
-            for (int64_t j = 0; j < size(); j += kDoubles) store_normal(y + j, load(y + j) + s * load(F + r * size() + j));
+            for (int64_t j = 0; j < size(); j += kDoubles) store(y + j, load(y + j) + s * load(F + r * size() + j));
         }
     }
 
@@ -146,7 +138,7 @@ void row_times(const double* x, const double* M, int64_t size, int64_t j, double
     for (auto& s : sums) s = Vec<double>{};
     for (int64_t i = 0; i < size; ++i)
         for (int v = 0; v < V; ++v) sums[v] += x[i] * load(M + i * size + j + kDoubles * v);
-    for (int v = 0; v < V; ++v) store_normal(y + j + kDoubles * v, sums[v]);
+    for (int v = 0; v < V; ++v) store(y + j + kDoubles * v, sums[v]);
 }
 
 void row_times(const double* x, const double* M, int64_t size, double* y) {

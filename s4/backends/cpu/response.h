@@ -42,7 +42,7 @@ struct Factors {
             else
                 powers().transposed().apply(R + (k - rows) * N, R + k * N);
         }
-        for (int64_t k = 0; k < rows * blocks * N; ++k) rounded[k] = std::abs(R[k]) < kTiny<T> ? T(0) : T(R[k]);
+        for (int64_t k = 0; k < rows * blocks * N; ++k) rounded[k] = T(R[k]);
     }
 
     Matrix powers() const { return {jump.power, nullptr, nullptr, N / 2, 0, 1.0}; }  // A^T of a diagonal

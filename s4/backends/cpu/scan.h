@@ -188,13 +188,8 @@ void recur(const Packed<T>& onward, int64_t batch, int64_t count, bool reverse, 
         const int64_t at = reverse ? count - 1 - k : k;
         for (int64_t b = 0; b < batch; ++b) std::copy_n(S + (b * count + at) * N, N, next + b * N);
         onward.times(batch, View<const T>{x, N, 1}, View<T>{next, N, 1}, true);
-        for (int64_t b = 0; b < batch; ++b) {
-            std::copy_n(x + b * N, N, S + (b * count + at) * N);
-            for (int64_t j = 0; j < N; ++j) {
-                const T value = next[b * N + j];
-                x[b * N + j] = std::abs(value) < kTiny<T> ? T(0) : value;
-            }
-        }
+        for (int64_t b = 0; b < batch; ++b) std::copy_n(x + b * N, N, S + (b * count + at) * N);
+        std::copy_n(next, batch * N, x);
     }
 }
 

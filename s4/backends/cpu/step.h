@@ -1,5 +1,4 @@
 // One step of a recurrence x <- A x + B u, y = C x + D u, for a batch and all channels, in one pass.
-// What decays in silence becomes 0, not denormal: rounding would keep it there, at three times the cost of a step.
 //
 // Arrays are contiguous: state and its successor (batch, H, 2n), u and y (batch, H), a, B and C (H, 2n), F and G
 // (r, H, 2n) with r up to 2, D (H); a vector holds the n real, then the n imaginary parts of its modes.
@@ -19,11 +18,6 @@ INLINE V take(const T* from) {
     V value;
     std::memcpy(&value, from, sizeof value);
     return value;
-}
-
-template <class T, class V>
-INLINE V normal(V value) {
-    return (value < kTiny<T>)&(value > -kTiny<T>) ? V{} : value;  // NaN stays
 }
 
 // Channel h of the sequences [first, first + Rows). Reads a state before it writes there: `next` may be `state`.
@@ -56,7 +50,6 @@ INLINE void step_of(const Step<T>& s, int64_t h, int64_t first) {
             V next_re = a_re * re - a_im * im + u[b] * B_re, next_im = a_re * im + a_im * re + u[b] * B_im;
             for (int r = 0; r < R; ++r)
                 next_re += coefficient[r][b] * F_re[r], next_im += coefficient[r][b] * F_im[r];
-            next_re = normal<T>(next_re), next_im = normal<T>(next_im);
             std::memcpy(moved + b * row + j, &next_re, sizeof next_re);
             std::memcpy(moved + b * row + n + j, &next_im, sizeof next_im);
             sum[b] += next_re * C_re + next_im * C_im;
