@@ -19,9 +19,10 @@ from s4.checks import (
 )
 from s4.ops import dispatch, step
 from s4.ops.convolve import convolve
-from s4.ops.scan import scan
+from s4.ops.kept import Kept
+from s4.ops.response import continuation
+from s4.ops.scan import last_state, scan
 from s4.padding import zero_padding
-from s4.powers import Propagator
 from s4.system import DISCRETIZATIONS, dense, discretize, system
 
 _VARIANTS = {"dplr": "bilinear", "diag": "zoh"}  # and the discretisation of each, unless told
@@ -113,7 +114,7 @@ class S4Layer(nn.Module):
         self.bidirectional = bidirectional
         self.mode = mode
         self.backend = backend
-        self._kept = step.Kept()
+        self._kept = Kept()
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -187,6 +188,12 @@ class S4Layer(nn.Module):
         low_rank = [self.P] if self.variant == "dplr" else []
         return [self.log_dt, self.log_A_real, self.A_imag, *low_rank, self.B]
 
+    def train(self, mode: bool = True) -> "S4Layer":
+        """As of every module; what was kept of the parameters for evaluation is let go."""
+        if mode:
+            self._kept.clear()
+        return super().train(mode)
+
     def forward(
         self,
         u: Tensor,
@@ -225,24 +232,45 @@ class S4Layer(nn.Module):
             x = u.to(self.D.dtype)
             if lengths is not None:
                 x = zero_padding(x, lengths)
-            systems = system(*self._systems(rate))
-            recurrence = discretize(systems)
-            stateful = return_state or state is not None
-            after = None
-            if dispatch.takes_scan(self.mode, self.backend, recurrence, batch, L, stateful):
+            given = self._systems(rate)
+            kept = None if self.training else self._keeping(given, x, x if state is None else state)
+            made = {} if kept is None else kept
+            if "recurrence" not in made:
+                made["system"] = system(*given)
+                made["recurrence"] = discretize(made["system"])
+            recurrence, D, backend, after = made["recurrence"], self.D, self.backend, None
+            way = dispatch.way(
+                self.mode,
+                backend,
+                recurrence,
+                batch,
+                L,
+                stateful=return_state or state is not None,
+                kept=kept is not None,
+            )
+            if way == "steps":
+                y, after = step.run(recurrence, D, state, x, backend)
+            elif way == "scan":
                 whole = return_state and lengths is None
-                y, after = scan(x, recurrence, self.D, state, products, self.backend, return_state=whole)
+                y, after = scan(
+                    x, recurrence, D, state, products, backend, return_state=whole, kept=kept
+                )
             else:
-                dtype, backend = self.D.dtype, self.backend
-                k = kernel.kernel(systems, recurrence, L, dtype, method="auto", backend=backend)
-                more = None if state is None else Propagator(recurrence).continuation(state, L)
-                y = convolve(x, k, self.D, more)
+                if made.get("kernel", (None,))[0] != L:
+                    k = kernel.kernel(made["system"], recurrence, L, D.dtype, method="auto", backend=backend)
+                    made["kernel"] = L, k
+                more = None if state is None else continuation(recurrence, state, L, backend)
+                y = convolve(x, made["kernel"][1], D, more)
             if lengths is not None:
                 y = zero_padding(y, lengths)
             y = y.to(u.dtype)
             if not return_state:
                 return y
-            return y, Propagator(recurrence).after(x, state, lengths) if after is None else after
+            if lengths is not None:
+                after = last_state(x, recurrence, D, state, lengths, backend, kept)
+            elif after is None:
+                _, after = scan(x, recurrence, D, state, backend=backend, kept=kept)
+            return y, after
 
     def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0) -> tuple[Tensor, Tensor]:
         """One step of the recurrence; needs no call before it.
@@ -325,6 +353,12 @@ class S4Layer(nn.Module):
         """The arguments of `s4.system.system`."""
         P = self.P if self.variant == "dplr" else None
         return self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, P, rate, self.discretization
+
+    def _keeping(self, systems: tuple[Any, ...], *tensors: Tensor) -> dict[Any, Any] | None:
+        """What parameters came to in earlier calls, and where later ones find it; None if not."""
+        if not self.D.is_cpu or not dispatch.keeps(self.D, *tensors):
+            return None
+        return self._kept.of(*step.identity(systems, self.D, self.backend))
 
     def _check(self, rate: float, causal: str = "") -> None:
         """Of what every call needs; `causal` names what a bidirectional layer does not have."""

@@ -16,7 +16,7 @@ def zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
 
 
 def right_aligned(x: Tensor, lengths: Tensor) -> Tensor:
-    """Right-padded x (B, H, L), each sequence moved to the right, so that all end with their last input."""
-    L = x.shape[-1]
-    source = torch.arange(L, device=x.device) - (L - lengths[:, None, None])
-    return x.gather(-1, source.clamp(min=0).expand_as(x)).masked_fill(source < 0, 0)
+    """Right-padded x (B, L, H), each sequence moved to the right, so that all end with their last input."""
+    L = x.shape[1]
+    source = torch.arange(L, device=x.device)[:, None] - (L - lengths[:, None, None])
+    return x.gather(1, source.clamp(min=0).expand_as(x)).masked_fill(source < 0, 0)

@@ -7,13 +7,9 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
-from s4.padding import right_aligned
 from s4.precision import product, without_denormals
 from s4.system import Recurrence, block_diagonal, dense, modes, readout, row_modes, stack
-
-_LOG2_CHUNK = 6  # of the inputs that `Propagator.drive` turns into one state by a product
 
 
 class Propagator:
@@ -46,43 +42,6 @@ class Propagator:
         V = self._leave(self._columns(self._enter(X), T))
         K = product(without_denormals(R.to(dtype)), V.to(dtype))
         return rearrange(K, "h (a c) (b q) -> c q h (a b)", a=a, b=T, c=c, q=q)[..., :L]
-
-    def continuation(self, x: Float[Tensor, "B H N"], L: int) -> Float[Tensor, "B H {L}"]:
-        """C A^(l+1) x for l = 0, ..., L-1, in the dtype of x: what a state adds to the next L outputs."""
-        X = rearrange(x.to(self.recurrence.a.dtype), "b h n -> h n b")
-        moved = self._leave(self._left(0, self._enter(X)))
-        return rearrange(self.response(moved, L, x.dtype), "1 b h l -> b h l")
-
-    def drive(self, u: Float[Tensor, "B H L"]) -> Float[Tensor, "B H N"]:
-        """Sum over l of A^(L-1-l) B u_l, in the dtype of u: the state that inputs leave behind, from zero.
-
-        Chunks of inputs become states by one product, then neighbours merge, in log2 of their number rounds.
-        """
-        batch, _, L = u.shape
-        j = min(_LOG2_CHUNK, max(L - 1, 0).bit_length())
-        T = 2**j
-        c = max(1, -(-L // T))
-        chunks = rearrange(pad(u, (c * T - L, 0)), "b h (c t) -> h t (b c)", t=T, c=c)
-        V = self._leave(self._columns(self._enter(self.recurrence.B[..., None]), T)).flip(-1)
-        S = self._enter(product(V.to(u.dtype), chunks)).unflatten(-1, (batch, c))
-        while S.shape[-1] > 1:
-            S = pad(S, (S.shape[-1] % 2, 0))
-            early, late = S[..., 0::2], S[..., 1::2]
-            S = self._left(j, early.flatten(-2)).view_as(early) + late
-            j += 1
-        return rearrange(self._leave(S[..., 0]), "h n b -> b h n")
-
-    def after(
-        self, u: Float[Tensor, "B L H"], x: Float[Tensor, "B H N"] | None, lengths: Int[Tensor, "B"] | None
-    ) -> Float[Tensor, "B H N"]:
-        """The state after the inputs u, zero past the lengths, from the state x or zero."""
-        batch, L, _ = u.shape
-        inputs = u.mT if lengths is None else right_aligned(u.mT, lengths)
-        driven = self.drive(inputs)
-        if x is None:
-            return driven
-        steps = torch.full((batch,), L, device=u.device) if lengths is None else lengths
-        return driven + self.advance(x, steps, L)
 
     def advance(
         self, x: Float[Tensor, "B H N"], steps: Int[Tensor, "B"], longest: int

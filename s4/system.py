@@ -104,43 +104,17 @@ def zoh(system: System) -> Recurrence:
     """Zero-order hold of diagonal systems, Abar = e^(dt A), Bbar = A^-1 (Abar - I) B (S4D section 3.1)."""
     Lambda, _, B, C, dt, _ = system
     z = Lambda * dt[:, None]
-    mean = Phi.apply(z)
+    mean = _phi(z)
     none = dt.new_zeros(0, *B.shape[:-1], 2 * B.shape[-1])
     return Recurrence(stack(1 + z * mean), none, none, stack(mean * dt[:, None] * B), readout(C))
 
 
-def phi(z: Tensor) -> Tensor:
-    """(e^z - 1) / z, which is 1 at 0."""
-    z = z + 1e-300
-    return torch.expm1(z) / z
-
-
-def phi_derivative(z: Tensor, value: Tensor) -> Tensor:
-    """From z and phi(z); next to 0, where the quotient has no digits left, by the first terms of the series."""
-    near = z.abs() < 1e-3
-    w = torch.where(near, z, 0)
-    series = 1 / 2 + w * (1 / 3 + w * (1 / 8 + w * (1 / 30 + w / 144)))
-    return torch.where(near, series, value + (1 - value) / (z + near))
-
-
-class Phi(torch.autograd.Function):
-    """`phi`, whose gradient that of the quotient is not: it would be the difference of two huge numbers."""
-
-    generate_vmap_rule = True
-    forward = staticmethod(phi)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(*inputs, output)
-        ctx.save_for_forward(*inputs, output)
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        return g * phi_derivative(*ctx.saved_tensors).conj()
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        return tangent * phi_derivative(*ctx.saved_tensors)
+def _phi(z: Tensor) -> Tensor:
+    """(e^z - 1) / z; next to 0, where the derivatives of the quotient have no digits left, by its series."""
+    near = z.abs() < 1e-4
+    w, away = torch.where(near, z, 0), z + near
+    series = 1 + w * (1 / 2 + w * (1 / 6 + w / 24))
+    return torch.where(near, series, torch.expm1(away) / away)
 
 
 def _bilinear_resolvent(z: Tensor) -> tuple[Tensor, Tensor]:

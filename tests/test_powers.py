@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from s4 import system
+from s4.ops.response import continuation
 from s4.ops.step import plain
 from s4.powers import Propagator
 
@@ -66,14 +67,15 @@ def test_response_is_the_powers_one_by_one(variant: str, L: int) -> None:
 
 @pytest.mark.parametrize("L", [0, 1, 2, 3, 64, 65, 129, 300])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_drive_and_continuation_are_the_loop(variant: str, L: int) -> None:
+def test_what_a_state_adds_is_the_loop(variant: str, L: int) -> None:
     recurrence, want = structured(variant)
-    propagator = Propagator(recurrence)
-    u, x = torch.randn(2, 3, L).double(), torch.randn(2, 3, 8).double()
-    _, driven = oracle.recurrence(want.A, want.B, want.C[0], want.D, u.mT)
-    oracle.close(propagator.drive(u), driven, 1e-11)
-    free, _ = oracle.recurrence(want.A, want.B, want.C[0], want.D, torch.zeros_like(u.mT), x)
-    oracle.close(propagator.continuation(x, L), free.mT, 1e-11)
+    for batch in (2, 0):
+        u, x = torch.zeros(batch, L, 3).double(), torch.randn(batch, 3, 8).double()
+        free, _ = oracle.recurrence(want.A, want.B, want.C[0], want.D, u, x)
+        for backend in ("auto", "torch"):
+            got = continuation(recurrence, x, L, backend)
+            assert got.shape == (batch, 3, L)
+            oracle.close(got, free.mT, 1e-11)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -20,6 +20,7 @@ import s4.kernel
 from s4 import S4Layer
 from s4.backends import cpu
 from s4.ops import step as op
+from s4.ops.kept import Kept
 from s4.system import Recurrence, discretize, system
 
 FUSED = not isinstance(s4.kernel.backends()["cpu"], str)
@@ -156,7 +157,10 @@ def test_silence_leaves_no_denormal_numbers_and_nan_stays(dtype: torch.dtype) ->
     u, x = operands(layer)
     tiny = torch.finfo(dtype).tiny
     _, moved = layer.step(u * 0, x * tiny)
+    assert ((moved == 0) | (moved.abs() >= tiny)).all()
+    _, moved = layer.step(u * 0, x * tiny / 1024)
     assert (moved == 0).all()
+    assert (torch.full((99,), tiny, dtype=dtype) / 4 > 0).all()  # torch still has its own
     x[0, 1, 2] = torch.nan
     assert layer.step(u, x)[1][0, 1].isnan().any()
     assert layer.step(u * torch.nan, x)[1].isnan().all()
@@ -413,21 +417,17 @@ def test_inference_mode() -> None:
 
 def test_kept_by_address_and_version() -> None:
     """As on a GPU; "meta" stands for it, as anything but the CPU does."""
-    cache = op.Kept()
-
-    def new() -> Recurrence:
-        return Recurrence(*torch.ones(5, 2, 2, 2))
-
+    cache = Kept()
     t = torch.ones(3, device="meta")
-    first = cache.get([t], 1.0, new)
-    assert cache.get([t], 1.0, new) is first
-    assert cache.get([t], 2.0, new) is not first
-    second = cache.get([t], 1.0, new)
+    first = cache.of([t], 1.0)
+    assert cache.of([t], 1.0) is first
+    assert cache.of([t], 2.0) is not first
+    second = cache.of([t], 1.0)
     t.mul_(2)
-    assert cache.get([t], 1.0, new) is not second
+    assert cache.of([t], 1.0) is not second
     with torch.inference_mode():
         t = torch.ones(3, device="meta")
-        assert cache.get([t], 1.0, new) is not cache.get([t], 1.0, new)
+        assert cache.of([t], 1.0) is not cache.of([t], 1.0)
 
 
 class Step(nn.Module):
@@ -577,7 +577,7 @@ def test_kept_numbers_are_those_of_the_layer() -> None:
             entry = layer._kept._entry
             layer.step(*operands(layer))
         assert layer._kept._entry is entry
-        kept = entry[-1]
+        kept = entry[-1]["rounded"]
         assert isinstance(kept, Recurrence)
         assert all(t.is_contiguous() and t.dtype == torch.float32 for t in kept)
 

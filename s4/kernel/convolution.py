@@ -39,5 +39,5 @@ def kernel(
         few = not diagonal and dispatch.takes_sums(recurrence.a.shape[1], nodes, recurrence.a.device.type)
         method = "sums" if few else "powers"
     if method == "powers":
-        return response(recurrence, L, dtype, backend)
+        return response(recurrence, L, dtype, backend)[:, 0]
     return diag.kernel(recurrence, L, dtype) if diagonal else dplr.kernel(system, L, dtype, backend)

@@ -16,9 +16,11 @@ from s4.backends import AUTO, BACKENDS, OPERATIONS
 from s4.precision import constant
 from s4.system import Recurrence
 
-# max(B, 4) L from which a scan takes less time than an FFT convolution, by variant and d_state, on a CPU with
-# the fused code: measured (benchmarks/layer.py), forward and with backward.
-_LEAST = {"dplr": {32: 2048, 64: 8192, 128: 16384}, "diag": {32: 2048, 64: 8192, 128: 65536}}
+# max(B, 8) L from which a scan takes less time than an FFT convolution, by d_state, on a CPU with the fused
+# code: measured, with backward. Of diagonal systems, whose kernels take less, max(B, 2) L.
+_LEAST = {16: 1024, 32: 2048, 64: 6144, 128: 18432}
+# Inputs of a channel up to which a convolution takes less time than a scan, where the kernel and the maps are kept.
+_SHORT = 1024
 # Nodes over d_state^2 up to which Cauchy sums take less time than powers (benchmarks/kernels.py): on two
 # cores, where both are fused, and on an H200, where sums are and powers are not, measured to 16,384.
 _SUMS = {"cpu": 1 / 8, "cuda": 4.0}
@@ -107,19 +109,45 @@ def transformed() -> bool:
     return maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
-def takes_scan(mode: str, backend: str, recurrence: Recurrence, batch: int, L: int, stateful: bool) -> bool:
-    """Whether a sequence is processed by a scan, not by an FFT convolution.
+def way(
+    mode: str, backend: str, recurrence: Recurrence, batch: int, L: int, *, stateful: bool, kept: bool
+) -> str:
+    """How a sequence is processed: "fft", by convolution; "scan"; or "steps", one by one.
 
-    What "auto" expects to be faster is known of the CPU only. Without the fused code the maps of a chunk take
-    several times as long. A state that goes in or comes out is free in a scan, and costs the convolution as
-    much again.
+    What "auto" expects to be faster was measured on a CPU. A state that goes in or comes out is free in a scan
+    and costs the convolution several times as much again, and so do maps that are kept from an earlier call. A
+    few steps need neither. Without the fused code the maps of a chunk take several times as long.
     """
-    if (mode, backend) != ("auto", "auto") or recurrence.a.device.type != "cpu":
-        return mode == "scan"
-    least = _LEAST["dplr" if len(recurrence.F) else "diag"]
-    sizes = [size for size in least if recurrence.a.shape[1] <= size]
+    if mode != "auto":
+        return mode
+    local = recurrence.a.device.type == "cpu" and len(recurrence.C) == 1 and backend == "auto"
+    if local and L <= _few(stateful, kept) and not compiling():
+        return "steps"
+    if stateful:
+        return "scan"
+    if local and kept:
+        return "fft" if batch * L <= _SHORT else "scan"
+    if recurrence.a.device.type != "cpu" or backend != "auto":
+        return "fft"
+    sizes = [size for size in _LEAST if recurrence.a.shape[1] <= size]
     price = 1 if fused("scan", backend, "cpu") else 4
-    return bool(sizes) and max(batch, 4) * L * (4 if stateful else 1) >= least[sizes[0]] * price
+    inputs = max(batch, 8 if len(recurrence.F) else 2) * L
+    return "scan" if sizes and inputs >= _LEAST[sizes[0]] * price else "fft"
+
+
+def _few(stateful: bool, kept: bool) -> int:
+    """Steps that take less time one by one."""
+    return 4 * (1 + stateful) if kept or not torch.is_grad_enabled() else 1 + stateful
+
+
+def price_of_maps(recurrence: Recurrence, backend: str) -> int:
+    """Of maps made for one call, as `s4.ops.scan.chunk_length` takes it: where code is fused, by their size.
+
+    A compiled graph has one length of chunks for all sequences.
+    """
+    if torch.compiler.is_compiling() or not fused("maps", backend, recurrence.a.device.type):
+        return 0
+    return 2 if len(recurrence.F) else 1
 
 
 def takes_sums(d_state: int, nodes: int, device_type: str) -> bool:

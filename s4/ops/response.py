@@ -9,25 +9,38 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from s4.ops import dispatch
+from s4.ops import dispatch, step
 from s4.powers import Propagator
 from s4.system import Recurrence
 
 
-def response(recurrence: Recurrence, L: int, dtype: torch.dtype, backend: str = "auto") -> Tensor:
-    """C A^l B for l < L, (c, H, L) in dtype, of recurrences in float64."""
+def response(
+    recurrence: Recurrence, L: int, dtype: torch.dtype, backend: str = "auto", X: Tensor | None = None
+) -> Tensor:
+    """C A^l X for l < L, (c, q, H, L) in dtype, of recurrences in float64 and X (H, q, N), or B if None."""
     a, F, G, B, C = recurrence
-    inputs = a, F, G, B[:, None], C
+    inputs = a, F, G, B[:, None] if X is None else X, C
     if dispatch.fused("response", backend, a.device.type):
-        return operator(*inputs, L, dtype, backend)[:, 0]
-    return plain(*inputs, L, dtype)[:, 0]
+        return operator(*inputs, L, dtype, backend)
+    return plain(*inputs, L, dtype)
+
+
+def continuation(
+    recurrence: Recurrence, x: Float[Tensor, "B H N"], L: int, backend: str = "auto"
+) -> Float[Tensor, "B H {L}"]:
+    """C A^(l+1) x for l < L, in the dtype of x: what a state adds to the next L outputs."""
+    before = x.to(recurrence.a.dtype)
+    nothing = before.new_zeros(before.shape[:2])
+    _, moved = step.plain(recurrence, recurrence.a.new_zeros(len(recurrence.a)), before, nothing)
+    return response(recurrence, L, x.dtype, backend, moved.transpose(0, 1))[0]
 
 
 def plain(a: Tensor, F: Tensor, G: Tensor, X: Tensor, C: Tensor, L: int, dtype: torch.dtype) -> Tensor:
     """(c, q, H, L): rows C A^(a T) times columns A^b X, with l = a T + b."""
-    return Propagator(Recurrence(a, F, G, X[:, 0], C)).response(X.mT, L, dtype)
+    return Propagator(Recurrence(a, F, G, a, C)).response(X.mT, L, dtype)
 
 
 def checked(a: Tensor, F: Tensor, G: Tensor, X: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:

@@ -9,27 +9,32 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
 from s4.ops import dispatch
 from s4.ops.convolve import transpose
 from s4.ops.maps import maps
+from s4.padding import right_aligned
 from s4.powers import Propagator
 from s4.precision import add_product, product, without_denormals
 from s4.system import Recurrence
 
 _BLOCK = 1 << 19  # inputs in flight on a CPU: what a core's cache holds, with the products made of them
-_MANY = 1 << 16  # inputs a channel, for which longer chunks repay their larger maps
+_MANY = 1 << 16  # inputs a channel, for which longer chunks repay their larger maps, where those are kept
 _SERIAL = 32  # chunks that a loop goes over: more of them are first merged two by two
 
 
-def chunk_length(B: int, L: int, N: int) -> int:
-    """T, a power of two: the products cost 2T + 4N + 4N^2/T flop an input, the maps some T N a channel."""
+def chunk_length(B: int, L: int, N: int, price: int = 0) -> int:
+    """T, a power of two: the products cost 2T + 4N + 4N^2/T flop an input, the maps some T N^2 a channel.
+
+    `price` is that of making maps for these inputs alone, 1 for diagonal systems, 2 for others: of B L inputs
+    they then are to take no more than the products do. It is 0 where the maps serve later calls, too.
+    """
     most = max(N if B * L < _MANY else 2 * N, 32)
     T = 1
-    while min(L, most) > T:
+    while min(L, most) > T and (T < 8 or price * 4 * T * T < B * L):
         T *= 2
     return T
 
@@ -43,6 +48,7 @@ def scan(
     backend: str = "auto",
     *,
     return_state: bool = True,
+    kept: dict[Any, Any] | None = None,
 ) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B H N"] | None]:
     """Outputs, and the state after the last input if asked for, from the state x or zero.
 
@@ -54,11 +60,15 @@ def scan(
         products: the dtype of the large products' factors, if not that of u. The recurrence keeps that of u.
         backend: who computes, "auto" or one of `s4.kernel.backends()`.
         return_state: None stands for the state otherwise.
+        kept: where maps of this recurrence are kept for later calls.
     """
     B, L, H = u.shape
     N = recurrence.B.shape[-1]
-    T = chunk_length(B, L, N)
-    ahead, behind = maps(recurrence, D, T, u.dtype, backend)
+    T = chunk_length(B, L, N, dispatch.price_of_maps(recurrence, backend) if kept is None else 0)
+    made = {} if kept is None else kept
+    if (both := made.get(T)) is None:
+        both = made[T] = maps(recurrence, D, T, u.dtype, backend)
+    ahead, behind = both
     before = u.new_zeros(H, B, N) if x is None else x.transpose(0, 1)
     options = products or u.dtype, backend
     run = plain if dispatch.transformed() else operator
@@ -68,12 +78,28 @@ def scan(
         y = y + later
     if not return_state:
         return y, None
-    last, whole = last.transpose(0, 1), L // T * T
-    if whole < L:  # from the state before the ragged chunk to that after its inputs
-        tail = product(u[:, whole:].permute(2, 0, 1), ahead.inward[:, T - L + whole :])
-        steps = torch.full((B,), L - whole, device=u.device)
-        last = Propagator(recurrence).advance(last, steps, T - 1) + tail.transpose(0, 1)
-    return y, last
+    if (rest := L % T) > 0:  # from the state before the ragged chunk to that after its inputs
+        if made.get("rest", (0,))[0] != rest:
+            made["rest"] = rest, *maps(recurrence, D, rest, u.dtype, backend)
+        _, to_end, _ = made["rest"]
+        inputs = u[:, L - rest :].permute(2, 0, 1)
+        last = add_product(product(inputs, to_end.inward), last, to_end.onward)
+    return y, last.transpose(0, 1)
+
+
+def last_state(
+    u: Float[Tensor, "B L H"],
+    recurrence: Recurrence,
+    D: Float[Tensor, "H"],
+    x: Float[Tensor, "B H N"] | None,
+    lengths: Int[Tensor, "B"],
+    backend: str,
+    kept: dict[Any, Any] | None,
+) -> Float[Tensor, "B H N"]:
+    """The state after the own last input of each right-padded sequence, from the state x or zero."""
+    _, last = scan(right_aligned(u, lengths), recurrence, D, backend=backend, kept=kept)
+    assert last is not None
+    return last if x is None else last + Propagator(recurrence).advance(x, lengths, u.shape[1])
 
 
 def plain(

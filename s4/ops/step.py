@@ -1,15 +1,15 @@
-"""One step of a recurrence, and what parameters come to, kept from one step to the next."""
+"""One step of a recurrence, and a few in a row."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from s4.backends import cpu
 from s4.ops import dispatch
+from s4.ops.kept import Kept
 from s4.system import Recurrence, discretize, system
 
 _library = torch.library.Library("s4", "FRAGMENT")  # thinner than custom_op: a step takes microseconds
@@ -23,7 +23,7 @@ _library.define(
 )
 _RANK = 2  # of A, at most, that backends are written for
 _KEPT = 256  # systems, also of layers that are no more, until others take their place
-_kept: OrderedDict[object, "Kept"] = OrderedDict()  # by addresses of parameters, and options
+_kept: OrderedDict[object, Kept] = OrderedDict()  # by addresses of parameters, and options
 
 
 def plain(
@@ -40,7 +40,7 @@ def plain(
 
 
 def advance(
-    systems: tuple[Any, ...], D: Tensor, x: Tensor, u: Tensor, backend: str, kept: "Kept | None"
+    systems: tuple[Any, ...], D: Tensor, x: Tensor, u: Tensor, backend: str, kept: Kept | None
 ) -> tuple[Tensor, Tensor]:
     """`plain`, from the parameters of `s4.system.system`: the outputs and the next state.
 
@@ -51,8 +51,9 @@ def advance(
         kept: what keeps the recurrence between steps, or None where parameters are in training.
     """
     if kept is not None and dispatch.keeps(D, x, u):
-        tensors = [p for p in systems[:6] if p is not None]
-        recurrence = kept.get(tensors, (*systems[6:], D.dtype), lambda: _made(systems, D, x))
+        made = kept.of(*identity(systems, D, backend))
+        if (recurrence := made.get("rounded")) is None:
+            recurrence = made["rounded"] = _rounded(systems, D, x)
         module = dispatch.implementation("step", backend, D.device)
         if module is not None and len(recurrence.F) <= _RANK:
             # Without an operator, whose call takes a third of the time of a step.
@@ -70,7 +71,27 @@ def advance(
         return step(*recurrence, D, x, u, backend) if fused else plain(recurrence, D, x, u)
 
 
-def _made(systems: tuple[Any, ...], D: Tensor, x: Tensor) -> Recurrence:
+def identity(systems: tuple[Any, ...], D: Tensor, backend: str) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """The tensors and options that all is made of which is kept."""
+    return [*(p for p in systems[:6] if p is not None), D], (*systems[6:], D.dtype, backend)
+
+
+def run(
+    recurrence: Recurrence, D: Tensor, x: Tensor | None, u: Float[Tensor, "B L H"], backend: str
+) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B H N"]]:
+    """The outputs of a few steps, and the state after them, from the state x or zero."""
+    x = u.new_zeros(u.shape[0], *recurrence.B.shape) if x is None else x
+    recurrence = recurrence.to(D.dtype)
+    fused = dispatch.unwatched(D) and len(recurrence.F) <= _RANK
+    fused = fused and dispatch.fused("step", backend, D.device.type)
+    y = []
+    for u_t in u.unbind(1):
+        y_t, x = step(*recurrence, D, x, u_t, backend) if fused else plain(recurrence, D, x, u_t)
+        y.append(y_t)
+    return torch.stack(y, 1), x
+
+
+def _rounded(systems: tuple[Any, ...], D: Tensor, x: Tensor) -> Recurrence:
     """The recurrence in the precision of D, checked: what a backend reads through pointers is all there."""
     recurrence = discretize(system(*systems)).to(D.dtype)
     (_, H, N), rank = x.shape, len(recurrence.F)
@@ -78,43 +99,6 @@ def _made(systems: tuple[Any, ...], D: Tensor, x: Tensor) -> Recurrence:
     if (given := [tuple(part.shape) for part in (*recurrence, D)]) != shapes:
         raise ValueError(f"parameters must be those of {H} channels of {N} states, {shapes}, got {given}")
     return recurrence
-
-
-class Kept:
-    """The recurrence of one layer, until its parameters change. Copies and pickles of it are empty."""
-
-    def __init__(self) -> None:
-        self._entry: tuple[object, object, Recurrence] | None = None
-
-    def get(self, tensors: Sequence[Tensor], options: object, make: Callable[[], Recurrence]) -> Recurrence:
-        """The one last made, if options and numbers are still the same, or else a new one.
-
-        On the CPU the numbers themselves are compared with copies, so that no way to change a parameter goes
-        unseen; elsewhere, where that would wait for the device, memory addresses and versions, which miss
-        changes of `parameter.data` in place. Of inference tensors, without a version, nothing is kept there.
-        """
-        entry = self._entry
-        if tensors[0].device.type == "cpu":
-            if entry is not None and entry[0] == options:
-                held = entry[1]
-                if isinstance(held, cpu.Snapshot) and held.matches(tensors):
-                    return entry[2]
-            self._entry = options, cpu.Snapshot(tensors), (made := make())
-            return made
-        if any(t.is_inference() for t in tensors):
-            return make()
-        key = options, *((t.data_ptr(), t._version, t.dtype) for t in tensors)
-        if entry is None or entry[0] != key:
-            entry = (
-                key,
-                [t.detach() for t in tensors],
-                make(),
-            )  # so that no other comes to lie at their address
-            self._entry = entry
-        return entry[2]
-
-    def __reduce__(self) -> tuple[type["Kept"], tuple[()]]:
-        return Kept, ()
 
 
 def _step(
@@ -144,11 +128,9 @@ def _step_kept(
     tensors = [t for t in parameters if t is not None]
     key = *(t.data_ptr() for t in tensors), rate, discretization, D.dtype
     kept = _kept.setdefault(key, Kept())
-    recurrence = kept.get(
-        tensors,
-        (rate, discretization, D.dtype),
-        lambda: _made((*parameters, rate, discretization), D, x),
-    )
+    made = kept.of(tensors, (rate, discretization, D.dtype))
+    if (recurrence := made.get("rounded")) is None:
+        recurrence = made["rounded"] = _rounded((*parameters, rate, discretization), D, x)
     _kept[key] = kept  # another thread may have dropped it
     _kept.move_to_end(key)
     while len(_kept) > _KEPT:
