@@ -239,22 +239,13 @@ class S4Layer(nn.Module):
                 made["system"] = system(*given)
                 made["recurrence"] = discretize(made["system"])
             recurrence, D, backend, after = made["recurrence"], self.D, self.backend, None
-            way = dispatch.way(
-                self.mode,
-                backend,
-                recurrence,
-                batch,
-                L,
-                stateful=return_state or state is not None,
-                kept=kept is not None,
-            )
+            stateful = return_state or state is not None
+            way = dispatch.way(self.mode, backend, recurrence, batch, L, stateful, kept is not None)
             if way == "steps":
                 y, after = step.run(recurrence, D, state, x, backend)
             elif way == "scan":
                 whole = return_state and lengths is None
-                y, after = scan(
-                    x, recurrence, D, state, products, backend, return_state=whole, kept=kept
-                )
+                y, after = scan(x, recurrence, D, state, products, backend, return_state=whole, kept=kept)
             else:
                 if made.get("kernel", (None,))[0] != L:
                     k = kernel.kernel(made["system"], recurrence, L, D.dtype, method="auto", backend=backend)
@@ -266,10 +257,8 @@ class S4Layer(nn.Module):
             y = y.to(u.dtype)
             if not return_state:
                 return y
-            if lengths is not None:
+            if after is None or lengths is not None:
                 after = last_state(x, recurrence, D, state, lengths, backend, kept)
-            elif after is None:
-                _, after = scan(x, recurrence, D, state, backend=backend, kept=kept)
             return y, after
 
     def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0) -> tuple[Tensor, Tensor]:

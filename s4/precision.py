@@ -47,11 +47,13 @@ def add_product(C: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def without_denormals(t: Tensor) -> Tensor:
-    """t (H, ...) with zeros for what has decayed to denormal numbers or soon will: each costs a CPU 100 cycles.
+    """t (H, ...) with zeros for what has decayed to denormal numbers or soon will, of 100 cycles each on a CPU.
 
-    Next to the largest number of its channel, where that is below 1: a small channel loses nothing. The gradient
-    is that of t: what is 0 may have one, and is there to be learned.
+    Next to the largest number of its channel, where that is below 1: a small channel loses nothing. The
+    gradient is that of t: what is 0 may have one, and is there to be learned.
     """
+    if t.numel() == 0:
+        return t
     size = t.detach().abs()
     least = 1e8 * torch.finfo(t.dtype).tiny * size.amax(tuple(range(1, t.dim())), keepdim=True).clamp(max=1)
     return t - torch.where(size < least, t, 0).detach()

@@ -488,14 +488,17 @@ def test_auto_takes_the_way_of_its_table(variant: str, built: bool, monkeypatch:
     if not built:
         monkeypatch.setattr(cpu, "_library", lambda: "not built")
     fused = not isinstance(kernel.backends()["cpu"], str)
-    cases = [  # B, L, N, stateful, whether it scans with the fused code, and without
-        (1, 256, 32, False, False, False),
-        (1, 512, 32, False, True, False),
-        (1, 2048, 32, False, True, True),
-        (1, 512, 32, True, True, True),
+    low_rank = variant == "dplr"
+    cases = [  # B, L, N, whether there is a state, whether it scans with the fused code, and without
+        (1, 256, 32, False, low_rank, False),
+        (1, 100, 32, False, False, False),
+        (1, 100, 32, True, True, True),
+        (1, 3, 32, True, True, True),
+        (1, 2, 32, True, False, False),
         (8, 256, 32, False, True, False),
-        (1, 1024, 64, False, False, False),
-        (1, 2048, 64, False, True, False),
+        (1, 2048, 32, False, True, low_rank),
+        (1, 1024, 64, False, low_rank, False),
+        (1, 4096, 64, False, True, low_rank),
         (1, 20000, 130, False, False, False),
     ]
     for B, L, N, stateful, with_fused, without in cases:

@@ -19,7 +19,7 @@ from s4.system import Recurrence
 # max(B, 8) L from which a scan takes less time than an FFT convolution, by d_state, on a CPU with the fused
 # code: measured, with backward. Of diagonal systems, whose kernels take less, max(B, 2) L.
 _LEAST = {16: 1024, 32: 2048, 64: 6144, 128: 18432}
-# Inputs of a channel up to which a convolution takes less time than a scan, where the kernel and the maps are kept.
+# B L up to which a convolution takes less time than a scan, where kernel and maps are kept.
 _SHORT = 1024
 # Nodes over d_state^2 up to which Cauchy sums take less time than powers (benchmarks/kernels.py): on two
 # cores, where both are fused, and on an H200, where sums are and powers are not, measured to 16,384.
@@ -110,18 +110,18 @@ def transformed() -> bool:
 
 
 def way(
-    mode: str, backend: str, recurrence: Recurrence, batch: int, L: int, *, stateful: bool, kept: bool
+    mode: str, backend: str, recurrence: Recurrence, batch: int, L: int, stateful: bool, kept: bool
 ) -> str:
     """How a sequence is processed: "fft", by convolution; "scan"; or "steps", one by one.
 
-    What "auto" expects to be faster was measured on a CPU. A state that goes in or comes out is free in a scan
-    and costs the convolution several times as much again, and so do maps that are kept from an earlier call. A
-    few steps need neither. Without the fused code the maps of a chunk take several times as long.
+    What "auto" expects to be faster was measured on a CPU. A state that goes in or comes out is free in a
+    scan and costs the convolution several times as much again. A few steps need neither. What an earlier call
+    made and kept is free. Without the fused code the maps of a chunk take several times as long.
     """
     if mode != "auto":
         return mode
     local = recurrence.a.device.type == "cpu" and len(recurrence.C) == 1 and backend == "auto"
-    if local and L <= _few(stateful, kept) and not compiling():
+    if local and not compiling() and 0 < L <= _few(stateful, kept):
         return "steps"
     if stateful:
         return "scan"

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from s4.ops import dispatch
 from s4.ops.convolve import transpose
-from s4.ops.maps import maps
+from s4.ops.maps import Maps, maps
 from s4.padding import right_aligned
 from s4.powers import Propagator
 from s4.precision import add_product, product, without_denormals
@@ -66,7 +66,8 @@ def scan(
     N = recurrence.B.shape[-1]
     T = chunk_length(B, L, N, dispatch.price_of_maps(recurrence, backend) if kept is None else 0)
     made = {} if kept is None else kept
-    if (both := made.get(T)) is None:
+    both: tuple[Maps, Maps | None] | None = made.get(T)
+    if both is None:
         both = made[T] = maps(recurrence, D, T, u.dtype, backend)
     ahead, behind = both
     before = u.new_zeros(H, B, N) if x is None else x.transpose(0, 1)
@@ -92,14 +93,17 @@ def last_state(
     recurrence: Recurrence,
     D: Float[Tensor, "H"],
     x: Float[Tensor, "B H N"] | None,
-    lengths: Int[Tensor, "B"],
+    lengths: Int[Tensor, "B"] | None,
     backend: str,
     kept: dict[Any, Any] | None,
 ) -> Float[Tensor, "B H N"]:
-    """The state after the own last input of each right-padded sequence, from the state x or zero."""
-    _, last = scan(right_aligned(u, lengths), recurrence, D, backend=backend, kept=kept)
+    """The state after the last input, of padded sequences their own last one, from the state x or zero."""
+    inputs, first = (u, x) if lengths is None else (right_aligned(u, lengths), None)
+    _, last = scan(inputs, recurrence, D, first, None, backend, kept=kept)
     assert last is not None
-    return last if x is None else last + Propagator(recurrence).advance(x, lengths, u.shape[1])
+    if lengths is None or x is None:
+        return last
+    return last + Propagator(recurrence).advance(x, lengths, u.shape[1])
 
 
 def plain(

@@ -129,7 +129,8 @@ def _step_kept(
     key = *(t.data_ptr() for t in tensors), rate, discretization, D.dtype
     kept = _kept.setdefault(key, Kept())
     made = kept.of(tensors, (rate, discretization, D.dtype))
-    if (recurrence := made.get("rounded")) is None:
+    recurrence: Recurrence | None = made.get("rounded")
+    if recurrence is None:
         recurrence = made["rounded"] = _rounded((*parameters, rate, discretization), D, x)
     _kept[key] = kept  # another thread may have dropped it
     _kept.move_to_end(key)
