@@ -56,17 +56,30 @@ def _elsewhere(name: str, value: Tensor, like: Tensor) -> ValueError:
     return ValueError(f"{name} must be on the parameters' device {like.device}, got {value.device}")
 
 
-def check_features(name: str, value: Any, like: Tensor, *dims: str) -> None:
-    """A floating-point tensor of shape (*dims, d_model) on the device of the parameter `like` (d_model,)."""
+def check_features(name: str, value: Any, like: Tensor | int, *dims: str) -> None:
+    """A floating-point tensor of shape (*dims, d_model) on the device of the parameter `like` (d_model,).
+
+    Or of width `like` on any device: parameters of other modules may come only when those are called.
+    """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if value.dim() != len(dims) + 1 or value.shape[-1] != like.shape[0]:
-        raise ValueError(
-            f"{name} must have shape ({', '.join(dims)}, {like.shape[0]}), got {tuple(value.shape)}"
-        )
-    if value.device != like.device:
+    width = like.shape[0] if isinstance(like, Tensor) else like
+    if value.dim() != len(dims) + 1 or value.shape[-1] != width:
+        raise ValueError(f"{name} must have shape ({', '.join(dims)}, {width}), got {tuple(value.shape)}")
+    if isinstance(like, Tensor) and value.device != like.device:
         raise _elsewhere(name, value, like)
+
+
+def check_kind(name: str, value: Tensor, parameters: Iterable[Tensor], error: RuntimeError) -> None:
+    """Raise TypeError if torch's error may come from another dtype or device than that of the parameters.
+
+    Not before: hooks, autocast and the modules themselves may well take it.
+    """
+    kind, kinds = f"{value.dtype} on {value.device}", {f"{p.dtype} on {p.device}" for p in parameters}
+    if type(error) is RuntimeError and kinds - {kind}:  # no subclass: out of memory, a device that is lost
+        takes = ", ".join(sorted(kinds))
+        raise TypeError(f"{name} must suit parameters of {takes}, got {kind}: {error}") from error
 
 
 def check_state(

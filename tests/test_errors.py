@@ -272,6 +272,13 @@ def test_fft_size_of_nothing() -> None:
         assert conv.fft_size(n) == 2
 
 
+def narrow() -> S4Block:
+    """In bfloat16 but for its S4 layer."""
+    block = S4Block(causal(), norm="batch").bfloat16()
+    block.layer.float()
+    return block
+
+
 BLOCK = {
     "no layer": (lambda: S4Block(nn.Linear(4, 4)), TypeError, "layer.*Linear"),
     "unknown norm": (lambda: S4Block(causal(), norm="group"), ValueError, "norm.*layer.*group"),
@@ -291,7 +298,23 @@ BLOCK = {
     "prenorm a word": (lambda: S4Block(causal(), prenorm="yes"), EITHER, "prenorm.*yes"),
     "tie_dropout a word": (lambda: S4Block(causal(), tie_dropout="x"), EITHER, "tie_dropout.*x"),
     "norms": (lambda: S4Block(causal(), norm=["layer"]), EITHER, r"norm.*\['layer'\]"),
-    "sequence elsewhere": (lambda: S4Block(causal())(U.to("meta")), ValueError, "x .*meta"),
+    "sequence elsewhere": (lambda: S4Block(causal())(U.to("meta")), EITHER, "[xu] .*meta"),
+    "step elsewhere": (lambda: S4Block(causal()).step(U[:, 0].to("meta"), X), EITHER, "[xu] .*meta"),
+    "sequence of another dtype": (
+        lambda: S4Block(causal())(U.double()),
+        TypeError,
+        "x must suit.*float32 on cpu, got torch.float64",
+    ),
+    "step of another dtype": (
+        lambda: S4Block(causal(), norm="rms", prenorm=False).step(U[:, 0].bfloat16(), X),
+        TypeError,
+        "x must suit.*float32 on cpu, got torch.bfloat16",
+    ),
+    "sequence of the layer's dtype alone": (
+        lambda: narrow()(U),
+        TypeError,
+        "x must suit.*of torch.bfloat16 on cpu, got torch.float32",
+    ),
     "lengths elsewhere": (
         lambda: S4Block(causal())(U, lengths=torch.tensor([1, 2], device="meta")),
         ValueError,

@@ -19,6 +19,7 @@ from stacks import (
     in_steps,
     incoming,
     inputs,
+    offloaded,
     one_block_state,
     same,
     small,
@@ -200,6 +201,60 @@ def test_model_is_its_parts(pooling: str, block: str, length: int) -> None:
     oracle.close(model(u), model.decoder(pooled), 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("pooling", ["none", "mean", "last"])
+def test_all_but_the_layers_in_another_dtype(pooling: str, dtype: torch.dtype) -> None:
+    model = trained("mixed", "final norm", pooling).to(dtype)
+    for block in model.blocks:
+        block.layer.float()
+    u = inputs().to(dtype)
+    want, last = model(u, return_state=True)
+    assert want.dtype == dtype
+    assert {x.dtype for x in (*last.layers, last.total)} == {torch.float32}
+    oracle.close(model(u), want, 0.02)
+    oracle.close(model(u, model.initial_state(3), lengths=torch.tensor([L, L, L])), want, 0.02)
+    stepped, state = in_steps(model, u, model.initial_state(3))
+    assert stepped.dtype == dtype
+    same(state, last, 0.05)
+    oracle.close((stepped if pooling == "none" else stepped[:, -1]).double(), want.double(), 0.05)
+
+
+@pytest.mark.parametrize("pooling", ["none", "mean", "last"])
+def test_a_model_reads_no_parameters_of_its_parts(pooling: str) -> None:
+    """With all parameters away but while their own module runs, in generation also."""
+    model = trained("mixed", "final norm", pooling, tokens=True)
+    away, u, lengths = offloaded(model), inputs(tokens=True), torch.tensor([L, 1, 5])
+    want, state = model(u, lengths=lengths, return_state=True)
+    got, found = away(u, lengths=lengths, return_state=True)
+    oracle.close(got, want, 1e-9)
+    same(found, state)
+    for (y, after), (z, also) in (
+        (away(u, state, return_state=True), model(u, state, return_state=True)),
+        (away.step(u[:, 0], state), model.step(u[:, 0], state)),
+    ):
+        oracle.close(y, z, 1e-9)
+        same(after, also)
+    if pooling == "none":
+        assert torch.equal(away.generate(u, 5, lengths=lengths), model.generate(u, 5, lengths=lengths))
+
+
+def test_batch_norm_may_be_the_norm_of_a_model() -> None:
+    model = build().requires_grad_(False)
+    model.norm = norm = nn.BatchNorm1d(model.blocks[0].layer.d_model, momentum=1.0).double()
+    u, sizes = inputs(), [L, 1, 5]
+
+    def before(u: torch.Tensor) -> torch.Tensor:
+        return model.blocks[1](model.blocks[0](model.encoder(u)))[0]
+
+    model(u, lengths=torch.tensor(sizes))
+    x = torch.cat([before(u[b : b + 1, :n]) for b, n in enumerate(sizes)])
+    oracle.close(norm.running_mean, x.mean(0), 1e-9)  # not of the padding
+    model.eval()
+    want = model.decoder((before(u[:1]) - x.mean(0)) / (x.var(0) + norm.eps).sqrt())
+    oracle.close(model(u)[0], want, 1e-9)
+    oracle.close(in_steps(model, u, model.initial_state(3))[0], model(u), 1e-9)
+
+
 def test_bidirectional_model_has_no_step() -> None:
     model = trained(both=True)
     changed = inputs()
@@ -255,7 +310,13 @@ def bent(**parts: torch.Tensor) -> State:
     return small().initial_state(2)._replace(**parts)
 
 
+def between(encoder: nn.Module, decoder: nn.Module | None = None, norm: nn.Module | None = None) -> S4Model:
+    """One block of width four."""
+    return S4Model(encoder, [S4Block(S4Layer(4, 8))], decoder or nn.Linear(4, 7), norm=norm)
+
+
 T = torch.zeros(2, 5, dtype=torch.long)
+U = torch.zeros(2, 5, 3)
 X = torch.zeros(2, 4, 8)
 ERRORS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
     "unknown pooling": (lambda: small("max"), ValueError, "pooling.*mean.*max"),
@@ -291,6 +352,73 @@ ERRORS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
         lambda: S4Model(nn.Identity(), [S4Block(S4Layer(4, 8))], nn.Identity(), norm=5),
         TypeError,
         "norm.*5",
+    ),
+    "an encoder of another width": (
+        lambda: between(nn.Embedding(7, 5)),
+        ValueError,
+        "encoder must.*d_model=4, got embedding_dim=5",
+    ),
+    "an encoder that ends in another width": (
+        lambda: between(nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.GELU(), nn.Linear(4, 6)))),
+        ValueError,
+        "encoder must.*d_model=4, got out_features=6",
+    ),
+    "an encoder that gives another width": (
+        lambda: between(nn.Sequential(nn.Linear(3, 6), nn.GELU()))(U),
+        ValueError,
+        r"output of the encoder must have shape.*4.*\(2, 5, 6\)",
+    ),
+    "an encoder that gives another width to step": (
+        lambda: between(nn.Sequential(nn.Linear(3, 6), nn.GELU())).step(U[:, 0], one_block_state()),
+        ValueError,
+        r"output of the encoder must have shape.*4.*\(2, 1, 6\)",
+    ),
+    "an encoder that gives tokens": (lambda: between(nn.Identity())(T), TypeError, "encoder.*int64"),
+    "an encoder of another dtype": (
+        lambda: between(nn.Linear(3, 4))(U.double()),
+        TypeError,
+        "u, the input of the encoder, must suit.*float32.*float64",
+    ),
+    "tokens to a linear encoder": (lambda: between(nn.Linear(3, 4))(T), TypeError, "encoder.*float32.*int64"),
+    "a norm of another width": (
+        lambda: between(nn.Linear(3, 4), norm=nn.RMSNorm(6)),
+        ValueError,
+        r"norm must.*d_model=4.*\(6,\)",
+    ),
+    "a decoder of another width": (
+        lambda: between(nn.Linear(3, 4), nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 2))),
+        ValueError,
+        r"decoder must.*d_model=4, got normalized_shape=\(6,\)",
+    ),
+    "a decoder of another dtype": (
+        lambda: between(nn.Linear(3, 4), nn.Linear(4, 2).double())(U),
+        TypeError,
+        "input of the decoder must suit.*float64.*float32",
+    ),
+    "total of another dtype": (
+        lambda: small("mean")(T, bent(total=torch.zeros(2, 4).double())),
+        TypeError,
+        r"state\.total.*float32.*float64",
+    ),
+    "length of another dtype": (
+        lambda: small("mean")(T, bent(length=torch.zeros(2))),
+        TypeError,
+        r"state\.length.*int64.*float32",
+    ),
+    "layers of another dtype": (
+        lambda: small("mean")(T, small().initial_state(2).to(torch.float64)),
+        TypeError,
+        "state.*float32.*float64",
+    ),
+    "total elsewhere": (
+        lambda: small("mean").step(T[:, 0], bent(total=torch.zeros(2, 4, device="meta"))),
+        ValueError,
+        r"state\.total.*cpu.*meta",
+    ),
+    "state elsewhere": (
+        lambda: small("mean").step(T[:, 0], small().initial_state(2).to("meta")),
+        ValueError,
+        "state.*cpu.*meta",
     ),
     "poolings": (lambda: small(["mean"]), EITHER, r"pooling.*\['mean'\]"),
     "u of rank 1": (lambda: small()(T[0]), ValueError, r"u .*\(5,\)"),
