@@ -17,6 +17,7 @@ from s4.checks import (
     check_option,
     check_state,
     kind_of,
+    unread,
 )
 from s4.generation import Sampler, Stop, check_generation, feed_back, greedy
 from s4.padding import zero_padding
@@ -115,7 +116,7 @@ class S4Model(nn.Module):
         return (y, after) if return_state and after is not None else y
 
     def step(self, u: Tensor, state: State, *, rate: float = 1.0) -> tuple[Tensor, State]:
-        """One time step.
+        """One time step. Under FSDP2, `register_fsdp_forward_method(module, "step")` of what is sharded.
 
         Args:
             u: inputs (B, ...) of one position.
@@ -159,14 +160,15 @@ class S4Model(nn.Module):
     ) -> Tensor:
         """Go on from a prompt, feeding every output back as the next input. Call `eval` first.
 
-        The prompt is one `forward`, whatever its length; every new input then costs one `step`.
+        The prompt is one `forward`, whatever its length; every new input then costs one `step`. In training
+        mode dropout draws and batch norm counts, as there.
 
         Args:
             prompt: (B, L, ...) inputs as the encoder takes them, L at least 1.
             steps: how many to generate, at least 1.
             sample: from the decoder's output (B, ...) to the next input (B, ...), for tokens or for real
-                numbers: a mean, or a draw from the density that the output parametrises. None is `greedy`;
-                `categorical` draws tokens.
+                numbers: a mean, or a draw from the density that the output parametrises. None is `greedy`,
+                for tokens; `categorical()` draws them.
             stop: what ends a sequence: a token, or a function from the next input (B, ...) to booleans (B,).
             pad: stands in the result behind the input that ended a sequence.
             state: that the prompt goes on from, as `forward` or `step` returned it.
@@ -203,14 +205,14 @@ class S4Model(nn.Module):
         check_generation(prompt, sample, stop, pad)
         if lengths is not None:
             lengths = check_lengths(lengths, prompt.shape[0], prompt.shape[1], prompt)
-            if bool((lengths < 1).any()):
+            if not unread(lengths) and bool((lengths < 1).any()):
                 raise ValueError(f"lengths must be at least 1 to generate, got {lengths.tolist()}")
         with torch.no_grad():
             x, layers = self._run(prompt, state, lengths, rate, True)
             state = self._pool(x, layers, state, lengths)
             y = self._decoded(_last(x, lengths))
         step = partial(self.step, rate=rate)
-        return feed_back(step, y, state, greedy if sample is None else sample, stop, pad)
+        return feed_back(step, prompt[:, 0], y, state, greedy if sample is None else sample, stop, pad)
 
     def _encoded(self, u: Tensor) -> Tensor:
         x = _through(self.encoder, "u, the input of the encoder,", u)

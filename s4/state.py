@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from s4.checks import unread
+
 
 class State(NamedTuple):
     """The state of a whole stack after some inputs.
@@ -125,7 +127,7 @@ def _index(rows: Any, length: Tensor) -> Tensor | slice:
             raise ValueError(f"rows must be {batch} booleans, one a row of the batch, got {index.shape[0]}")
         return index.to(length.device)
     index = index.long()
-    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+    if index.device.type == "cpu" and not unread(index):
         outside = index[(index < -batch) | (index >= batch)]
         if len(outside):
             raise IndexError(f"rows must lie in {-batch}..{batch - 1}, got {outside.tolist()}")

@@ -27,6 +27,7 @@ from stacks import (
     trained,
 )
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import s4
 from s4 import S4Block, S4Layer, S4Model, State
@@ -168,6 +169,22 @@ def test_padding_is_not_looked_at(stack: str, block: str, pooling: str, both: bo
 
 
 @pytest.mark.parametrize("pooling", ["none", "mean", "last"])
+def test_lengths_may_be_mapped_over(pooling: str) -> None:
+    """As torch.func maps anything: their numbers are not looked at, as in torch.compile."""
+    model = trained("mixed", "prenorm", pooling)
+    u, lengths = inputs(6).view(2, 3, L, -1), torch.tensor([[L, 1, 0], [5, 6, 7]])
+    y, state = torch.vmap(lambda u, n: model(u, lengths=n, return_state=True))(u, lengths)
+    want, last = model(u.flatten(0, 1), lengths=lengths.flatten(), return_state=True)
+    oracle.close(y.flatten(0, 1), want, 1e-9)
+    same(State(*pytree.tree_map(lambda x: x.flatten(0, 1), state)), last)
+    rows = torch.tensor([[2, 0], [1, 1]])
+    some = torch.vmap(lambda total, rows: State((), total, total[:, 0].long()).select(rows).total)
+    assert torch.equal(
+        some(state.total, rows), torch.stack([state.total[0, rows[0]], state.total[1, rows[1]]])
+    )
+
+
+@pytest.mark.parametrize("pooling", ["none", "mean", "last"])
 def test_padding_may_be_no_token(pooling: str) -> None:
     """-100, which losses leave out of account, is outside every embedding."""
     model = trained("mixed", "prenorm", pooling, tokens=True)
@@ -236,6 +253,35 @@ def test_a_model_reads_no_parameters_of_its_parts(pooling: str) -> None:
         same(after, also)
     if pooling == "none":
         assert torch.equal(away.generate(u, 5, lengths=lengths), model.generate(u, 5, lengths=lengths))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch built without torch.distributed")
+@pytest.mark.parametrize("sharded", ["model", "blocks", "layers"])
+def test_the_state_of_a_sharded_model_is_plain(sharded: str) -> None:
+    """FSDP2, as one process has it: parameters are DTensors but in `forward` and what is registered."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    model = trained("mixed", "final norm", "mean")
+    parts = {"model": [model], "blocks": model.blocks, "layers": [block.layer for block in model.blocks]}[
+        sharded
+    ]
+    u, start = inputs(), model.initial_state(3)
+    want, want_step = model(u, lengths=torch.tensor([L, 1, 0]), return_state=True), model.step(u[:, 0], start)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for part in parts:
+            register_fsdp_forward_method(fully_shard(part, mesh=mesh), "step")
+        assert type(model.blocks[0].layer.D.data) is not torch.Tensor
+        state = model.initial_state(3)
+        assert {type(x) for x in tensors(state)} == {torch.Tensor}
+        same(state, start, 0)
+        got = model(u, state, lengths=torch.tensor([L, 1, 0]), return_state=True)
+        for (y, after), (z, also) in ((got, want), (model.step(u[:, 0], state), want_step)):
+            oracle.close(y, z, 1e-9)
+            same(after, also)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_batch_norm_may_be_the_norm_of_a_model() -> None:
