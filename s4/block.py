@@ -3,7 +3,15 @@
 from einops import rearrange
 from torch import Tensor, nn
 
-from s4.checks import check_features, check_flag, check_integer, check_lengths, check_number, check_option
+from s4.checks import (
+    check_features,
+    check_flag,
+    check_integer,
+    check_kind,
+    check_lengths,
+    check_number,
+    check_option,
+)
 from s4.layer import S4Layer
 from s4.padding import padding, zero_padding
 
@@ -103,21 +111,25 @@ class S4Block(nn.Module):
 
         Outputs past a sequence's end mean nothing.
         """
-        check_features("x", x, self.layer.D, "batch", "length")
+        check_features("x", x, self.layer.d_model, "batch", "length")
         if lengths is not None:
-            lengths = check_lengths(lengths, x.shape[0], x.shape[1], self.layer.D)
+            lengths = check_lengths(lengths, x.shape[0], x.shape[1], x)
             x = zero_padding(x, lengths)
-        z = self._normed(self.norm, x, lengths) if self.prenorm else x
-        after = None
         # A causal layer carries nothing back from behind the ends, where all is finite. Its masks are spared
         # in training only: in eval batch norm may put large numbers there, whose rounding an FFT spreads.
         spared = self.training and not (return_state or self.layer.bidirectional)
         ends = None if spared else lengths
-        z = self.layer(z, state, lengths=ends, rate=rate, return_state=return_state)
-        if return_state:
-            z, after = z
-        x = self._position_wise(x, z, lengths)
-        return x if after is None else (x, after)
+        after = None
+        try:
+            z = normed(self.norm, x, lengths) if self.prenorm else x
+            z = self.layer(z, state, lengths=ends, rate=rate, return_state=return_state)
+            if return_state:
+                z, after = z
+            y = self._position_wise(x, z, lengths)
+        except RuntimeError as error:
+            check_kind("x", x, self._position_wise_parameters(), error)
+            raise
+        return y if after is None else (y, after)
 
     def step(self, x: Tensor, state: Tensor, *, rate: float = 1.0) -> tuple[Tensor, Tensor]:
         """One step: x (B, d_model) and the layer's state to the same shapes.
@@ -125,10 +137,18 @@ class S4Block(nn.Module):
         Equals `forward` in eval mode; in training mode dropout draws a mask a step, also when tied, and batch
         norm takes its statistics over the batch alone.
         """
-        check_features("x", x, self.layer.D, "batch")
-        z = self._normed(self.norm, x[:, None], None)[:, 0] if self.prenorm else x
-        z, state = self.layer.step(z, state, rate=rate)
-        return self._position_wise(x[:, None], z[:, None], None)[:, 0], state
+        check_features("x", x, self.layer.d_model, "batch")
+        try:
+            z = normed(self.norm, x[:, None], None)[:, 0] if self.prenorm else x
+            if z.device == self.layer.D.device:
+                z, state = self.layer.step(z, state, rate=rate)
+            else:  # what offloads its parameters brings them for `forward`
+                z, state = self.layer(z[:, None], state, rate=rate, return_state=True)
+                z = z[:, 0]
+            return self._position_wise(x[:, None], z[:, None], None)[:, 0], state
+        except RuntimeError as error:
+            check_kind("x", x, self._position_wise_parameters(), error)
+            raise
 
     def initial_state(self, batch_size: int) -> Tensor:
         """The layer's state before any input: zeros (B, H, N)."""
@@ -138,12 +158,12 @@ class S4Block(nn.Module):
         """What follows the S4 layer, from the block's input and the layer's output (B, L, d_model)."""
         x = x + self.mixer(self._activate(z))
         if not self.prenorm:
-            x = self._normed(self.norm, x, lengths)
+            x = normed(self.norm, x, lengths)
         if self.feed_forward is None:
             return x
         norm, up, down = self.feed_forward["norm"], self.feed_forward["up"], self.feed_forward["down"]
-        x = x + down(self._activate(up(self._normed(norm, x, lengths) if self.prenorm else x)))
-        return x if self.prenorm else self._normed(norm, x, lengths)
+        x = x + down(self._activate(up(normed(norm, x, lengths) if self.prenorm else x)))
+        return x if self.prenorm else normed(norm, x, lengths)
 
     def _activate(self, z: Tensor) -> Tensor:
         z = self.activation(z)
@@ -152,15 +172,19 @@ class S4Block(nn.Module):
         out: Tensor = self.dropout(z)
         return out
 
-    def _normed(self, norm: nn.Module, x: Tensor, lengths: Tensor | None) -> Tensor:
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):  # also SyncBatchNorm
-            out: Tensor = norm(x)
-            return out
-        if lengths is None or not self.training:
-            flat: Tensor = norm(x.flatten(0, 1))
-            return flat.view_as(x)
-        # Only what lies inside the sequences may enter the statistics.
-        inside = (~padding(lengths, x.shape[1])).flatten().nonzero()[:, 0]
-        flat = x.flatten(0, 1)
-        normed = norm(flat.index_select(0, inside)).to(x.dtype)
-        return flat.detach().index_copy(0, inside, normed).view_as(x)
+    def _position_wise_parameters(self) -> list[Tensor]:
+        return [p for name, p in self.named_parameters() if not name.startswith("layer.")]
+
+
+def normed(norm: nn.Module, x: Tensor, lengths: Tensor | None) -> Tensor:
+    """A norm of x (B, L, d_model) at each position; padding does not enter the statistics of a batch norm."""
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):  # also SyncBatchNorm
+        out: Tensor = norm(x)
+        return out
+    flat = x.flatten(0, 1)
+    if lengths is None or not norm.training:
+        all_of_it: Tensor = norm(flat)
+        return all_of_it.view_as(x)
+    inside = (~padding(lengths, x.shape[1])).flatten().nonzero()[:, 0]
+    some = norm(flat.index_select(0, inside)).to(x.dtype)
+    return flat.detach().index_copy(0, inside, some).view_as(x)

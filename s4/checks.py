@@ -7,13 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
 
+_MOST = 2**40  # of a size: beyond it no machine has the memory, and products of sizes overflow
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def kind_of(value: Any) -> str:
     """What a message says that it got: the shape of a tensor, the type of anything else."""
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def unread(tensor: Tensor) -> bool:
+    """Whether numbers cannot be looked at: torch compiles, traces or transforms, or there are none."""
+    if torch.compiler.is_compiling() or maybe_current_level() is not None:
+        return True
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return True
+    return tensor.is_meta or type(tensor) is not Tensor
 
 
 def check_option(name: str, value: Any, options: Iterable[str], where: str = "") -> None:
@@ -30,11 +41,13 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
-    """An integer of at least `least`."""
+    """An integer of at least `least`, and no larger than any size."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not torch.compiler.is_compiling() and value > _MOST:  # which would bound a length of a program
+        raise ValueError(f"{name} must be at most {_MOST}, got {value}")
 
 
 def check_number(name: str, value: Any, least: float | int, *, above: bool = False) -> None:
@@ -56,17 +69,31 @@ def _elsewhere(name: str, value: Tensor, like: Tensor) -> ValueError:
     return ValueError(f"{name} must be on the parameters' device {like.device}, got {value.device}")
 
 
-def check_features(name: str, value: Any, like: Tensor, *dims: str) -> None:
-    """A floating-point tensor of shape (*dims, d_model) on the device of the parameter `like` (d_model,)."""
+def check_features(name: str, value: Any, like: Tensor | int, *dims: str) -> None:
+    """A floating-point tensor of shape (*dims, d_model) on the device of the parameter `like` (d_model,).
+
+    Or of width `like` on any device: parameters of other modules may come only when those are called.
+    """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if value.dim() != len(dims) + 1 or value.shape[-1] != like.shape[0]:
-        raise ValueError(
-            f"{name} must have shape ({', '.join(dims)}, {like.shape[0]}), got {tuple(value.shape)}"
-        )
-    if value.device != like.device:
+    width = like.shape[0] if isinstance(like, Tensor) else like
+    if value.dim() != len(dims) + 1 or value.shape[-1] != width:
+        raise ValueError(f"{name} must have shape ({', '.join(dims)}, {width}), got {tuple(value.shape)}")
+    if isinstance(like, Tensor) and value.device != like.device:
         raise _elsewhere(name, value, like)
+
+
+def check_kind(name: str, value: Tensor, parameters: Iterable[Tensor], error: RuntimeError) -> None:
+    """Raise TypeError if torch's error may come from another dtype or device than that of plain parameters.
+
+    Not before: hooks, autocast and the modules themselves may well take it.
+    """
+    plain = [p for p in parameters if type(p) in (Tensor, torch.nn.Parameter)]
+    kind, kinds = f"{value.dtype} on {value.device}", {f"{p.dtype} on {p.device}" for p in plain}
+    if type(error) is RuntimeError and kinds - {kind}:  # no subclass: out of memory, a device that is lost
+        takes = ", ".join(sorted(kinds))
+        raise TypeError(f"{name} must suit parameters of {takes}, got {kind}: {error}") from error
 
 
 def check_state(
@@ -84,7 +111,7 @@ def check_state(
 
 
 def check_lengths(lengths: Any, batch: int, L: int, like: Tensor) -> Tensor:
-    """`batch` integers in 0..L, returned as int64. torch.compile and meta tensors leave the range unread."""
+    """`batch` integers in 0..L, returned as int64. Where numbers are `unread`, so is the range."""
     if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
         got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
         raise TypeError(f"lengths must be a tensor of integers, got {got}")
@@ -93,7 +120,6 @@ def check_lengths(lengths: Any, batch: int, L: int, like: Tensor) -> Tensor:
     if lengths.device != like.device:
         raise _elsewhere("lengths", lengths, like)
     lengths = lengths.long()
-    unread = torch.compiler.is_compiling() or lengths.is_meta
-    if not unread and bool(((lengths < 0) | (lengths > L)).any()):
+    if not unread(lengths) and bool(((lengths < 0) | (lengths > L)).any()):
         raise ValueError(f"lengths must lie in 0..{L}, the length of the batch, got {lengths.tolist()}")
     return lengths

@@ -1,13 +1,13 @@
 """From outputs to the next inputs: samplers, and the loop that feeds them back."""
 
 from collections.abc import Callable, Iterator
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from s4.checks import check_integer, check_number, kind_of
+from s4.checks import check_integer, check_number, kind_of, unread
 from s4.state import State
 
 Sampler = Callable[[Tensor], Tensor]
@@ -15,7 +15,12 @@ Stop = Callable[[Tensor], Tensor]
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The most likely token: (B, vocabulary) to (B,)."""
+    """The most likely tokens: (B, ..., vocabulary) to (B, ...).
+
+    Raises:
+        ValueError: logits of another shape.
+    """
+    _check_logits(logits)
     return logits.argmax(-1)
 
 
@@ -36,7 +41,8 @@ def categorical(
         generator: source of randomness, for draws that can be repeated.
 
     Returns:
-        a function from logits (B, vocabulary) to tokens (B,).
+        a function from logits (B, ..., vocabulary) to tokens (B, ...). It raises ValueError for logits of
+        another shape, or that are no distribution: with NaN or inf, or -inf alone.
 
     Raises:
         ValueError, TypeError: an argument of the wrong kind; the message names it.
@@ -52,15 +58,28 @@ def categorical(
         raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
 
     def sample(logits: Tensor) -> Tensor:
-        p = torch.softmax((logits - logits.amax(-1, keepdim=True)).double() / temperature, -1)
+        _check_logits(logits)
+        rows = logits.flatten(0, -2)
+        largest = rows.amax(-1, keepdim=True)
+        if not unread(rows) and not bool((fit := torch.isfinite(largest[:, 0])).all()):
+            # Before multinomial, whose own check would leave a GPU unusable.
+            raise ValueError(
+                f"logits must be a distribution, got NaN, inf or only -inf in {int((~fit).sum())} rows"
+            )
+        p = torch.softmax((rows - largest).double() / temperature, -1)
         p, token = p.sort(dim=-1, descending=True, stable=True)
         if top_k is not None:
             p[:, top_k:] = 0
         if top_p is not None:
             p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0
-        return token.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
+        return token.gather(-1, torch.multinomial(p, 1, generator=generator)).view(logits.shape[:-1])
 
     return sample
+
+
+def _check_logits(logits: Any) -> None:
+    if not isinstance(logits, Tensor) or logits.dim() < 2 or not logits.shape[-1]:
+        raise ValueError(f"logits must be a tensor of shape (batch, ..., vocabulary), got {kind_of(logits)}")
 
 
 def check_generation(prompt: Any, sample: Any, stop: Any, pad: Any) -> None:
@@ -71,14 +90,29 @@ def check_generation(prompt: Any, sample: Any, stop: Any, pad: Any) -> None:
         )
     if sample is not None and not callable(sample):
         raise TypeError(f"sample must be a function of the decoder's output, got {sample!r}")
+    if sample is categorical:
+        raise TypeError(
+            "sample must be a function of the decoder's output, got categorical: call categorical()"
+        )
+    if prompt.is_floating_point() and sample in (None, greedy):
+        raise ValueError(
+            f"sample must be a function from the decoder's output to the next inputs, {prompt.dtype} here, "
+            f"got {'None' if sample is None else 'greedy'}, which chooses tokens"
+        )
     if stop is not None and not callable(stop):
-        check_integer("stop", stop, 0)
-    if not isinstance(pad, Real):
-        raise TypeError(f"pad must be a number, got {pad!r}")
+        if prompt.dim() > 2 or not isinstance(stop, Integral) or isinstance(stop, bool):
+            takes = "a function" if prompt.dim() > 2 else "a token, or a function"
+            raise TypeError(
+                f"stop must be {takes} from inputs (batch, ...) to booleans (batch,), got {stop!r}"
+            )
+        check_integer("stop", int(stop), 0)
+    if not isinstance(pad, Real) or not (prompt.is_floating_point() or isinstance(pad, Integral)):
+        raise TypeError(f"pad must be a number as {prompt.dtype} has them, got {pad!r}")
 
 
 def feed_back(
     step: Callable[[Tensor, State], tuple[Tensor, State]],
+    last: Tensor,
     y: Tensor,
     state: State,
     sample: Sampler,
@@ -89,17 +123,17 @@ def feed_back(
 
     Args:
         step: from an input and the state before it to an output and the state after it.
-        y: the first output.
+        last: the last inputs (B, ...), of the shape of the next ones.
+        y: their output.
         state: the state that it left.
         sample, stop, pad: those of `S4Model.generate`.
     """
-    batch = state.length.shape[0]
     ended = torch.zeros_like(state.length, dtype=torch.bool)
     while True:
         with torch.no_grad():  # never held across a yield: the caller's code keeps its own gradient mode
             new = sample(y)
-            if not isinstance(new, Tensor) or new.shape[:1] != (batch,):
-                raise ValueError(f"sample must return the next inputs ({batch}, ...), got {kind_of(new)}")
+            if not isinstance(new, Tensor) or new.shape != last.shape:
+                raise ValueError(f"sample must return the next inputs {kind_of(last)}, got {kind_of(new)}")
             met = None if stop is None else _meets(stop, new)
         if met is None:
             yield new

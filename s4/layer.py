@@ -35,6 +35,7 @@ _MIN_DECAY = (
 # The arguments of a layer. Those that parameters have their shapes and first values from are read-only.
 _FIXED = ("d_model", "d_state", "variant", "init", "dt_min", "dt_max", "n_ssm", "bidirectional")
 _OPTIONS = ("discretization", "mode", "backend")
+_MEANINGS = {"dt": "log_dt", "Lambda": "log_A_real and A_imag"}  # what parameters mean, and which
 
 
 class S4Layer(nn.Module):
@@ -98,7 +99,7 @@ class S4Layer(nn.Module):
             raise ValueError(f"n_ssm must divide d_model ({d_model}), got {n_ssm}")
         init = _checked_init(variant, init, d_state)
         check_number("dt_min", dt_min, 0, above=True)
-        check_number("dt_max", dt_max, dt_min)
+        check_number(f"dt_max, with dt_min={dt_min},", dt_max, dt_min)
         check_flag("bidirectional", bidirectional)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         dtype = _DTYPES.get(str(dtype).removeprefix("torch."), dtype)
@@ -137,6 +138,8 @@ class S4Layer(nn.Module):
             raise AttributeError(
                 f"{name} is read-only: make a new layer, S4Layer(**{{**layer.config(), ...}})"
             )
+        if name in _MEANINGS:
+            raise AttributeError(f"{name} is read-only: set what it is made of, {_MEANINGS[name]}")
         if name == "discretization":
             low_rank = self.variant == "dplr"
             names = [n for n, it in DISCRETIZATIONS.items() if it.low_rank or not low_rank]
@@ -151,11 +154,16 @@ class S4Layer(nn.Module):
         """The arguments that `S4Layer(**config)` makes this layer with, but for its numbers and device.
 
         As JSON and YAML have them: dtype by its name, one's own init as nested lists of [re, im].
+
+        Raises:
+            ValueError: parameters moved to a dtype that no layer is made in.
         """
         options = {name: getattr(self, name) for name in (*_FIXED, *_OPTIONS)}
         if not isinstance(self.init, str):
             options["init"] = [torch.view_as_real(part).tolist() for part in self.init]
-        return {**options, "dtype": str(self.D.dtype).removeprefix("torch.")}
+        dtype = str(self.D.dtype).removeprefix("torch.")
+        check_option("dtype", dtype, _DTYPES, " to make a layer with")
+        return {**options, "dtype": dtype}
 
     @property
     def dt(self) -> Tensor:
@@ -289,10 +297,11 @@ class S4Layer(nn.Module):
         return y.to(u.dtype), state
 
     def initial_state(self, batch_size: int) -> Tensor:
-        """The state before any input: zeros (B, H, N)."""
+        """The state before any input: zeros (B, H, N), a plain tensor also where parameters are sharded."""
         self._check(1.0, "initial_state")
         check_integer("batch_size", batch_size, 0)
-        return self.D.new_zeros(batch_size, self.d_model, self.d_state)
+        shape = (batch_size, self.d_model, self.d_state)
+        return torch.zeros(shape, dtype=self.D.dtype, device=self.D.device)
 
     def kernel(self, L: int, *, rate: float = 1.0, method: str = "auto") -> Tensor:
         """Impulse response without D: (H, L); if bidirectional (2, H, L), forward and backward.

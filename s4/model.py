@@ -7,8 +7,18 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from s4.block import S4Block
-from s4.checks import check_integer, check_lengths, check_module, check_option, check_state, kind_of
+from s4.block import S4Block, normed
+from s4.checks import (
+    check_features,
+    check_integer,
+    check_kind,
+    check_lengths,
+    check_module,
+    check_option,
+    check_state,
+    kind_of,
+    unread,
+)
 from s4.generation import Sampler, Stop, check_generation, feed_back, greedy
 from s4.padding import zero_padding
 from s4.state import State
@@ -52,6 +62,10 @@ class S4Model(nn.Module):
         if len({block.layer.d_model for block in stack}) > 1:
             raise ValueError(f"blocks must share one d_model, got {[b.layer.d_model for b in stack]}")
         check_option("pooling", pooling, ("none", "mean", "last"))
+        d_model = stack[0].layer.d_model
+        _check_width("encoder", encoder, -1, ("out_features", "embedding_dim", "normalized_shape"), d_model)
+        _check_width("norm", norm, -1, ("normalized_shape", "num_features"), d_model)
+        _check_width("decoder", decoder, 0, ("in_features", "normalized_shape"), d_model)
         self.encoder = encoder
         self.blocks: Sequence[S4Block] = nn.ModuleList(stack)  # type: ignore[assignment]
         self.norm = norm
@@ -86,23 +100,23 @@ class S4Model(nn.Module):
         if not isinstance(u, Tensor) or u.dim() < 2:
             raise ValueError(f"u must be a tensor of shape (batch, length, ...), got {kind_of(u)}")
         if lengths is not None:
-            lengths = check_lengths(lengths, u.shape[0], u.shape[1], self.blocks[0].layer.D)
+            lengths = check_lengths(lengths, u.shape[0], u.shape[1], u)
         x, layers = self._run(u, state, lengths, rate, return_state)
         after = None
         if return_state or self.pooling == "mean":
             after = self._pool(x, layers, state, lengths)
         if after is not None and self.pooling == "mean":
-            y = self.decoder(_mean(after))
+            y = self._decoded(_mean(after).to(x.dtype))
         elif self.pooling == "last":
-            y = self.decoder(_last(x, lengths))
+            y = self._decoded(_last(x, lengths))
         else:
-            y = self.decoder(x)
+            y = self._decoded(x)
             if lengths is not None:
                 y = zero_padding(y, lengths)
         return (y, after) if return_state and after is not None else y
 
     def step(self, u: Tensor, state: State, *, rate: float = 1.0) -> tuple[Tensor, State]:
-        """One time step.
+        """One time step. Under FSDP2, `register_fsdp_forward_method(module, "step")` of what is sharded.
 
         Args:
             u: inputs (B, ...) of one position.
@@ -116,20 +130,20 @@ class S4Model(nn.Module):
         if not isinstance(u, Tensor) or u.dim() < 1:
             raise ValueError(f"u must be a tensor of shape (batch, ...), got {kind_of(u)}")
         self._check_state(state, u.shape[0])
-        x = self.encoder(u[:, None])[:, 0]
+        x = self._encoded(u[:, None])[:, 0]
         layers = []
         for block, layer_state in zip(self.blocks, state.layers, strict=True):
             x, layer_state = block.step(x, layer_state, rate=rate)
             layers.append(layer_state)
         if self.norm is not None:
-            x = self.norm(x[:, None])[:, 0]
-        after = State(tuple(layers), state.total + x, state.length + 1)
-        return self.decoder(_mean(after) if self.pooling == "mean" else x), after
+            x = normed(self.norm, x[:, None], None)[:, 0]
+        after = State(tuple(layers), state.total + x.to(state.total.dtype), state.length + 1)
+        return self._decoded(_mean(after).to(x.dtype) if self.pooling == "mean" else x), after
 
     def initial_state(self, batch_size: int) -> State:
         """The state before any input."""
         layers = tuple(block.initial_state(batch_size) for block in self.blocks)
-        total = layers[0].new_zeros(layers[0].shape[:2])
+        total = layers[-1].new_zeros(layers[-1].shape[:2])
         return State(layers, total, torch.zeros(batch_size, dtype=torch.long, device=total.device))
 
     def generate(
@@ -146,14 +160,15 @@ class S4Model(nn.Module):
     ) -> Tensor:
         """Go on from a prompt, feeding every output back as the next input. Call `eval` first.
 
-        The prompt is one `forward`, whatever its length; every new input then costs one `step`.
+        The prompt is one `forward`, whatever its length; every new input then costs one `step`. In training
+        mode dropout draws and batch norm counts, as there.
 
         Args:
             prompt: (B, L, ...) inputs as the encoder takes them, L at least 1.
             steps: how many to generate, at least 1.
             sample: from the decoder's output (B, ...) to the next input (B, ...), for tokens or for real
-                numbers: a mean, or a draw from the density that the output parametrises. None is `greedy`;
-                `categorical` draws tokens.
+                numbers: a mean, or a draw from the density that the output parametrises. None is `greedy`,
+                for tokens; `categorical()` draws them.
             stop: what ends a sequence: a token, or a function from the next input (B, ...) to booleans (B,).
             pad: stands in the result behind the input that ended a sequence.
             state: that the prompt goes on from, as `forward` or `step` returned it.
@@ -189,15 +204,23 @@ class S4Model(nn.Module):
             raise ValueError(f"generation needs a model with pooling='none', got {self.pooling!r}")
         check_generation(prompt, sample, stop, pad)
         if lengths is not None:
-            lengths = check_lengths(lengths, prompt.shape[0], prompt.shape[1], self.blocks[0].layer.D)
-            if bool((lengths < 1).any()):
+            lengths = check_lengths(lengths, prompt.shape[0], prompt.shape[1], prompt)
+            if not unread(lengths) and bool((lengths < 1).any()):
                 raise ValueError(f"lengths must be at least 1 to generate, got {lengths.tolist()}")
         with torch.no_grad():
             x, layers = self._run(prompt, state, lengths, rate, True)
             state = self._pool(x, layers, state, lengths)
-            y = self.decoder(_last(x, lengths))
+            y = self._decoded(_last(x, lengths))
         step = partial(self.step, rate=rate)
-        return feed_back(step, y, state, greedy if sample is None else sample, stop, pad)
+        return feed_back(step, prompt[:, 0], y, state, greedy if sample is None else sample, stop, pad)
+
+    def _encoded(self, u: Tensor) -> Tensor:
+        x = _through(self.encoder, "u, the input of the encoder,", u)
+        check_features("the output of the encoder", x, self.blocks[0].layer.d_model, "batch", "length")
+        return x
+
+    def _decoded(self, x: Tensor) -> Tensor:
+        return _through(self.decoder, "the input of the decoder", x)
 
     def _run(
         self, u: Tensor, state: State | None, lengths: Tensor | None, rate: float, return_state: bool
@@ -207,7 +230,7 @@ class S4Model(nn.Module):
             self._check_state(state, u.shape[0])
         if lengths is not None:
             u = zero_padding(u, lengths)
-        x, layers = self.encoder(u), []
+        x, layers = self._encoded(u), []
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.layers[i]
             x = block(x, before, lengths=lengths, rate=rate, return_state=return_state)
@@ -215,7 +238,7 @@ class S4Model(nn.Module):
                 x, after = x
                 layers.append(after)
         if self.norm is not None:
-            x = self.norm(x)
+            x = normed(self.norm, x, lengths)
         if lengths is not None:
             x = zero_padding(x, lengths)
         return x, tuple(layers)
@@ -224,7 +247,7 @@ class S4Model(nn.Module):
         self, x: Tensor, layers: tuple[Tensor, ...], before: State | None, lengths: Tensor | None
     ) -> State:
         length = torch.full(x.shape[:1], x.shape[1], device=x.device) if lengths is None else lengths
-        total = x.sum(1, dtype=self.blocks[0].layer.D.dtype)
+        total = x.sum(1, dtype=layers[-1].dtype if layers else torch.promote_types(x.dtype, torch.float32))
         if before is not None:
             total, length = total + before.total, length + before.length
         return State(layers, total, length)
@@ -237,12 +260,33 @@ class S4Model(nn.Module):
                 f"state must be a State of {len(self.blocks)} layers, as initial_state, forward and "
                 f"step return it, got {got}"
             )
-        D = self.blocks[0].layer.D
-        check_state("state.total", state.total, (batch, D.shape[0]), D)
-        check_state("state.length", state.length, (batch,), D, torch.int64)
-        for i, (layer_state, block) in enumerate(zip(state.layers, self.blocks, strict=True)):
+        for i, (x, block) in enumerate(zip(state.layers, self.blocks, strict=True)):
             shape = (batch, block.layer.d_model, block.layer.d_state)
-            check_state(f"state.layers[{i}]", layer_state, shape, block.layer.D)
+            check_state(f"state.layers[{i}]", x, shape, x)  # its dtype and device are its layer's to check
+        check_state("state.total", state.total, x.shape[:2], x)
+        check_state("state.length", state.length, (batch,), x, torch.int64)
+
+
+def _check_width(
+    name: str, module: nn.Module | None, end: int, attributes: tuple[str, ...], d_model: int
+) -> None:
+    """The width that meets the blocks, where a module or this end of a sequence of them tells it."""
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[end]
+    for attribute in attributes:
+        width = getattr(module, attribute, 0)
+        if isinstance(width, (int, tuple)) and width not in (0, d_model, (d_model,)):  # 0: not known yet
+            raise ValueError(f"{name} must have the blocks' d_model={d_model}, got {attribute}={width}")
+
+
+def _through(module: nn.Module, name: str, x: Tensor) -> Tensor:
+    """module(x), with an error that names x where its kind does not suit the module."""
+    try:
+        out: Tensor = module(x)
+    except RuntimeError as error:
+        check_kind(name, x, module.parameters(), error)
+        raise
+    return out
 
 
 def _mean(state: State) -> Tensor:

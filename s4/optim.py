@@ -1,8 +1,9 @@
 """Optimizer groups that train the SSM parameters as the S4 papers do."""
 
+import math
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from s4.checks import check_module, check_number
 from s4.layer import S4Layer
@@ -12,7 +13,7 @@ _UNDECAYED_MODULES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchno
 
 
 def param_groups(
-    model: nn.Module, lr: float, weight_decay: float = 0.05, ssm_lr: float = 1e-3
+    model: nn.Module, lr: float | Tensor, weight_decay: float = 0.05, ssm_lr: float = 1e-3
 ) -> list[dict[str, Any]]:
     """Parameter groups for a torch optimizer, such as AdamW (S4 appendix D.2).
 
@@ -21,7 +22,7 @@ def param_groups(
 
     Args:
         model: any module, with S4 layers anywhere in it.
-        lr: learning rate.
+        lr: learning rate; of a tensor with one number each group gets a copy.
         weight_decay: of what decays; the papers' 0.05.
         ssm_lr: largest learning rate of dt, A and B; the papers' 0.001.
 
@@ -33,7 +34,7 @@ def param_groups(
             a parametrization, or sharding that flattens them: make the groups before it).
     """
     check_module("model", model)
-    check_number("lr", lr, 0)
+    check_number("lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr, 0)
     check_number("weight_decay", weight_decay, 0)
     check_number("ssm_lr", ssm_lr, 0)
     own = {id(p) for p in model.parameters()}
@@ -53,9 +54,14 @@ def param_groups(
     members: dict[str, list[nn.Parameter]] = {"ssm": [], "no_decay": [], "decay": []}
     for p in model.parameters():
         members["ssm" if id(p) in ssm else "no_decay" if id(p) in plain else "decay"].append(p)
-    rates = {"ssm": (min(ssm_lr, lr), 0.0), "no_decay": (lr, 0.0), "decay": (lr, weight_decay)}
+    rates = {"ssm": (ssm_lr, 0.0), "no_decay": (math.inf, 0.0), "decay": (math.inf, weight_decay)}
     return [
-        {"params": params, "lr": rates[name][0], "weight_decay": rates[name][1], "name": name}
+        {"params": params, "lr": _at_most(lr, rates[name][0]), "weight_decay": rates[name][1], "name": name}
         for name, params in members.items()
         if params
     ]
+
+
+def _at_most(lr: float | Tensor, most: float) -> float | Tensor:
+    # A copy for each group, as schedulers change it in place.
+    return lr.detach().clamp(max=most) if isinstance(lr, Tensor) else min(most, lr)

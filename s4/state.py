@@ -1,19 +1,22 @@
 """State: what a stack of blocks carries from one input to the next."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from s4.checks import unread
 
 
 class State(NamedTuple):
     """The state of a whole stack after some inputs.
 
     Shapes: layers, one (B, H, N) a block; total (B, d_model) and length (B,), the sum and the number of the
-    outputs of the last block so far, from which mean pooling goes on. As a dict of plain tensors it is
-    `state._asdict()`, which `torch.save` takes, and comes back as `State(**torch.load(file))`. No method
-    changes the state that it is called on.
+    outputs of the last block so far, from which mean pooling goes on. `torch.save`, `torch.load`, pickles,
+    copies, `torch.compile` and `torch.export` take it as it is; as a dict it is `state._asdict()`. It is a
+    named tuple, but has no arithmetic. No method changes the state that it is called on.
     """
 
     layers: tuple[Tensor, ...]
@@ -49,14 +52,22 @@ class State(NamedTuple):
         """The same values without their history: where backpropagation through time ends."""
         return State(tuple(x.detach() for x in self.layers), self.total.detach(), self.length.detach())
 
-    def to(self, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None) -> "State":
+    def to(
+        self, device: torch.device | torch.dtype | str | int | None = None, dtype: torch.dtype | None = None
+    ) -> "State":
         """On another device, in another floating-point dtype, or both; `length` stays an integer.
 
+        As of a tensor, the dtype may stand alone: `state.to(torch.float64)`.
+
         Raises:
-            TypeError: no device, or a dtype that is not of floating-point numbers.
+            ValueError: no device. TypeError: a dtype that is not of floating-point numbers.
         """
-        if device is not None and not isinstance(device, (torch.device, str, int)):
-            raise TypeError(f"device must be a torch.device or the name of one, got {device!r}")
+        if isinstance(device, torch.dtype) and dtype is None:
+            device, dtype = None, device
+        try:
+            device = None if device is None else torch.device(device)  # type: ignore[arg-type]
+        except (TypeError, RuntimeError):
+            raise ValueError(f"device must be a torch.device or the name of one, got {device!r}") from None
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
         layers = tuple(x.to(device=device, dtype=dtype) for x in self.layers)
@@ -74,7 +85,7 @@ class State(NamedTuple):
             raise TypeError(f"states must be a sequence of State, got {type(states).__name__}")
         if not all(isinstance(state, State) for state in states):
             raise TypeError(f"states must be a sequence of State, got {[type(s).__name__ for s in states]}")
-        kinds = [[(*x.shape[1:], x.dtype, x.device) for x in (*s.layers, s.total)] for s in states]
+        kinds = [[(*x.shape[1:], x.dtype, x.device) for x in (*s.layers, s.total, s.length)] for s in states]
         if not kinds or any(kind != kinds[0] for kind in kinds):
             got = "; ".join(map(_described, states)) or "none"
             raise ValueError(f"states must be one or more, alike in all but their batch, got {got}")
@@ -82,23 +93,41 @@ class State(NamedTuple):
         return State(layers, torch.cat([s.total for s in states]), torch.cat([s.length for s in states]))
 
 
+def _no_arithmetic(state: State, other: Any) -> NoReturn:
+    raise TypeError(
+        f"a State has no arithmetic, got {type(other).__name__}: State.cat puts batches together, and "
+        "state._replace(layers=...) changes a part"
+    )
+
+
+for _name in ("__add__", "__radd__", "__mul__", "__rmul__"):  # which join and repeat the parts of a tuple
+    setattr(State, _name, _no_arithmetic)
+# What torch.load may make by its defaults; what a saved program of torch.export calls this kind of tree.
+torch.serialization.add_safe_globals([State])
+pytree._register_namedtuple(State, serialized_type_name="s4.State")
+
+
 def _index(rows: Any, length: Tensor) -> Tensor | slice:
     """What indexes the batch of `length` (B,) by these rows."""
     if isinstance(rows, slice):
-        return rows
+        parts = [part for part in (rows.start, rows.stop, rows.step) if part is not None]
+        if all(hasattr(part, "__index__") for part in parts) and (rows.step is None or rows.step > 0):
+            return rows
     try:
         index = torch.as_tensor(rows)
     except (TypeError, ValueError, RuntimeError):
         index = torch.zeros(())
     if index.dim() != 1 or (len(index) and (index.is_floating_point() or index.is_complex())):
-        raise ValueError(f"rows must be a slice, or row numbers or booleans in one dimension, got {rows!r}")
+        raise ValueError(
+            f"rows must be a slice forwards, or row numbers or booleans in one dimension, got {rows!r}"
+        )
     batch = length.shape[0]
     if index.dtype == torch.bool:
         if index.shape[0] != batch:
             raise ValueError(f"rows must be {batch} booleans, one a row of the batch, got {index.shape[0]}")
         return index.to(length.device)
     index = index.long()
-    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+    if index.device.type == "cpu" and not unread(index):
         outside = index[(index < -batch) | (index >= batch)]
         if len(outside):
             raise IndexError(f"rows must lie in {-batch}..{batch - 1}, got {outside.tolist()}")
@@ -107,4 +136,5 @@ def _index(rows: Any, length: Tensor) -> Tensor | slice:
 
 def _described(state: State) -> str:
     shapes = [tuple(x.shape) for x in state.layers]
-    return f"{len(shapes)} layers {shapes} of {state.total.dtype} on {state.total.device}"
+    total, length = state.total, state.length
+    return f"{len(shapes)} layers {shapes} of {total.dtype} and length of {length.dtype} on {total.device}"

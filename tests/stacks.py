@@ -1,6 +1,7 @@
 """Small models, trained a little, and the ways through them: what tests of model, state, generation share."""
 
 import copy
+from functools import partial
 
 import oracle
 import torch
@@ -109,3 +110,21 @@ def small(pooling: str = "none", both: bool = False) -> S4Model:
 
 def one_block_state() -> State:
     return S4Model(nn.Embedding(7, 4), [S4Block(S4Layer(4, 8))], nn.Linear(4, 7)).initial_state(2)
+
+
+def offloaded(module: nn.Module) -> nn.Module:
+    """A copy with its parameters on meta, as accelerate offloads: a module's are there in its `forward`."""
+    copied = copy.deepcopy(module)
+    for part in copied.modules():
+        own = dict(part.named_parameters(recurse=False))
+        away = {name: nn.Parameter(p.detach().to("meta")) for name, p in own.items()}
+
+        def place(part: nn.Module, *_: object, found: dict[str, nn.Parameter]) -> None:
+            for name, p in found.items():
+                setattr(part, name, p)
+
+        if own:
+            place(part, found=away)
+            part.register_forward_pre_hook(partial(place, found=own))
+            part.register_forward_hook(partial(place, found=away), always_call=True)
+    return copied

@@ -7,6 +7,7 @@ import pickle
 import oracle
 import pytest
 import torch
+from stacks import offloaded
 from torch import Tensor, nn
 
 from s4 import S4Block, S4Layer
@@ -123,6 +124,22 @@ def test_initial_state_is_the_layers() -> None:
     assert torch.equal(block.initial_state(3), torch.zeros(3, D_MODEL, D_STATE).double())
     x = torch.randn(3, L, D_MODEL).double()
     oracle.close(block(x, block.initial_state(3)), block(x), 1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+def test_a_block_reads_no_parameters_of_its_parts(options: dict[str, object]) -> None:
+    """What offloads them, such as accelerate, brings them when the `forward` of a part is called."""
+    block = build(**options)
+    away = offloaded(block)
+    assert all(p.is_meta for p in away.parameters())
+    x, state = torch.randn(3, L, D_MODEL).double(), torch.randn(3, D_MODEL, D_STATE).double()
+    lengths = torch.tensor([L, 0, 5])
+    for got, want in zip(
+        (*away(x, state, lengths=lengths, return_state=True), *away.step(x[:, 0], state)),
+        (*block(x, state, lengths=lengths, return_state=True), *block.step(x[:, 0], state)),
+        strict=True,
+    ):
+        oracle.close(got, want, 1e-9)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "both"])

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import s4.kernel
 from s4 import S4Layer, backends, hippo
@@ -118,6 +119,15 @@ def test_ones_own_tensors_may_be_conjugated_arrays_or_changed_later() -> None:
     assert layer.config() == before
     with pytest.raises(TypeError, match=r"Lambda of init must hold complex numbers.*meta"):
         S4Layer(2, 8, init=(Lambda.to("meta"), P, B))
+
+
+def test_a_layer_with_ones_own_tensors_is_made_without_numbers() -> None:
+    """As frameworks do that plan a model's memory before they make it."""
+    own = [torch.view_as_real(part).tolist() for part in hippo.dplr("legs", 8)]
+    with FakeTensorMode():
+        layer = S4Layer(2, 8, init=own)
+        y, state = layer(torch.randn(3, 9, 2), lengths=torch.tensor([9, 1, 0]), return_state=True)
+    assert (y.shape, state.shape) == ((3, 9, 2), (3, 2, 8))
 
 
 @pytest.mark.parametrize("where", ["forward", "step", "kernel"])

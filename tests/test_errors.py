@@ -37,7 +37,9 @@ LAYER = {
     "empty discretization": ({"discretization": ""}, ValueError, "discretization"),
     "dt_min zero": ({"dt_min": 0.0}, ValueError, "dt_min"),
     "dt_min negative": ({"dt_min": -1e-3}, ValueError, "dt_min"),
-    "dt_max below dt_min": ({"dt_min": 0.1, "dt_max": 0.01}, ValueError, "dt_max"),
+    "dt_max below dt_min": ({"dt_min": 0.1, "dt_max": 0.01}, ValueError, r"dt_max.*dt_min=0\.1.*0\.01"),
+    "d_model of no machine": ({"d_model": 2**62}, ValueError, "d_model.*at most"),
+    "d_state of no machine": ({"d_state": 2**62}, ValueError, "d_state.*at most"),
     "dt_max infinite": ({"dt_max": float("inf")}, ValueError, "dt_max"),
     "dt_max nan": ({"dt_max": float("nan")}, ValueError, "dt_max"),
     "unknown mode": ({"mode": "loop"}, ValueError, "mode.*fft.*loop"),
@@ -84,6 +86,8 @@ CALLS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
     "complex u": (lambda: causal()(U + 0j), TypeError, "u .*complex64"),
     "boolean u": (lambda: causal()(U > 0), TypeError, "u .*bool"),
     "u an array": (lambda: causal()(U.numpy()), TypeError, "u .*ndarray"),
+    "dt set": (lambda: setattr(causal(), "dt", 0.1), AttributeError, "dt is read-only.*log_dt"),
+    "Lambda set": (lambda: setattr(causal(), "Lambda", 0.1), AttributeError, "Lambda.*log_A_real and A_imag"),
     "state of another batch": (lambda: causal()(U, X[:1]), ValueError, r"state .*\(2, 4, 8\).*\(1, 4, 8\)"),
     "state of another size": (
         lambda: causal()(U, X[..., :6]),
@@ -136,6 +140,13 @@ CALLS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
     "infinite rate": (lambda: causal()(U, rate=float("inf")), ValueError, "rate.*inf"),
     "rate nan": (lambda: causal()(U, rate=float("nan")), ValueError, "rate.*nan"),
     "kernel of negative length": (lambda: causal().kernel(-1), ValueError, "L .*-1"),
+    "kernel of no machine": (lambda: causal().kernel(2**62), ValueError, f"L .*at most.*{2**62}"),
+    "batch size of no machine": (
+        lambda: causal().initial_state(2**62),
+        ValueError,
+        f"batch_size.*at most.*{2**62}",
+    ),
+    "config of bfloat16": (lambda: causal().bfloat16().config(), ValueError, "dtype.*float32.*bfloat16"),
     "kernel of half a length": (lambda: causal().kernel(2.5), EITHER, r"L .*2\.5"),
     "kernel at no rate": (lambda: causal().kernel(3, rate=0.0), ValueError, "rate.*0"),
     "dense at a negative rate": (lambda: causal().dense(rate=-2.0), ValueError, "rate.*-2"),
@@ -242,6 +253,16 @@ SUMS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
         ValueError,
         "backend.*torch.*magic",
     ),
+    "cauchy no backend": (
+        lambda: s4.kernel.cauchy(V, Z, W, backend=None),
+        ValueError,
+        "backend.*torch.*None",
+    ),
+    "cauchy backends": (
+        lambda: s4.kernel.cauchy(V, Z, W, backend=["torch"]),
+        ValueError,
+        r"backend.*\['torch'\]",
+    ),
     "cauchy of a list": (lambda: s4.kernel.cauchy([1], Z, W), TypeError, "v .*list"),
     "cauchy at a number": (lambda: s4.kernel.cauchy(V, 1j, W), TypeError, "z .*complex"),
     "cauchy real v": (lambda: s4.kernel.cauchy(V.real, Z, W), TypeError, "v .*float32"),
@@ -258,6 +279,11 @@ SUMS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
     "vandermonde modes": (lambda: s4.kernel.vandermonde(V, W[:, :1], 3), ValueError, "v and x.*2.*1"),
     "vandermonde batches": (lambda: s4.kernel.vandermonde(V, W[:2], 3), ValueError, r"x.*\(2, 2\)"),
     "vandermonde length": (lambda: s4.kernel.vandermonde(V, W, -1), ValueError, "L .*-1"),
+    "vandermonde of no machine": (
+        lambda: s4.kernel.vandermonde(V, W, 2**62),
+        ValueError,
+        f"L .*at most.*{2**62}",
+    ),
     "vandermonde half a length": (lambda: s4.kernel.vandermonde(V, W, 2.5), TypeError, r"L .*2\.5"),
 }
 
@@ -270,6 +296,13 @@ def test_sums(call: Callable[[], Any], kind: Kind, match: str) -> None:
 def test_fft_size_of_nothing() -> None:
     for n in (0, 1, 2):
         assert conv.fft_size(n) == 2
+
+
+def narrow() -> S4Block:
+    """In bfloat16 but for its S4 layer."""
+    block = S4Block(causal(), norm="batch").bfloat16()
+    block.layer.float()
+    return block
 
 
 BLOCK = {
@@ -291,7 +324,23 @@ BLOCK = {
     "prenorm a word": (lambda: S4Block(causal(), prenorm="yes"), EITHER, "prenorm.*yes"),
     "tie_dropout a word": (lambda: S4Block(causal(), tie_dropout="x"), EITHER, "tie_dropout.*x"),
     "norms": (lambda: S4Block(causal(), norm=["layer"]), EITHER, r"norm.*\['layer'\]"),
-    "sequence elsewhere": (lambda: S4Block(causal())(U.to("meta")), ValueError, "x .*meta"),
+    "sequence elsewhere": (lambda: S4Block(causal())(U.to("meta")), EITHER, "[xu] .*meta"),
+    "step elsewhere": (lambda: S4Block(causal()).step(U[:, 0].to("meta"), X), EITHER, "[xu] .*meta"),
+    "sequence of another dtype": (
+        lambda: S4Block(causal())(U.double()),
+        TypeError,
+        "x must suit.*float32 on cpu, got torch.float64",
+    ),
+    "step of another dtype": (
+        lambda: S4Block(causal(), norm="rms", prenorm=False).step(U[:, 0].bfloat16(), X),
+        TypeError,
+        "x must suit.*float32 on cpu, got torch.bfloat16",
+    ),
+    "sequence of the layer's dtype alone": (
+        lambda: narrow()(U),
+        TypeError,
+        "x must suit.*of torch.bfloat16 on cpu, got torch.float32",
+    ),
     "lengths elsewhere": (
         lambda: S4Block(causal())(U, lengths=torch.tensor([1, 2], device="meta")),
         ValueError,

@@ -12,7 +12,7 @@ from refusals import EITHER, Kind, refuses
 from stacks import D_IN, STACKS, VOCABULARY, inputs, small, trained
 from torch import Tensor
 
-from s4 import S4Model, categorical, greedy
+from s4 import S4Block, S4Layer, S4Model, categorical, greedy
 
 
 def by_prefix(model: S4Model, prompt: Tensor, steps: int, sample: Callable[[Tensor], Tensor]) -> Tensor:
@@ -250,10 +250,25 @@ def test_draws_follow_the_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_samplers_choose_a_token_for_each_row_of_logits() -> None:
+    """Of (B, ..., vocabulary): several tokens may make one input."""
+    logits = torch.full((2, 3, 5), -math.inf)
+    want = torch.tensor([[0, 4, 2], [1, 1, 3]])
+    logits.scatter_(-1, want[..., None], 0.0)
+    assert torch.equal(greedy(logits), want)
+    assert torch.equal(categorical(top_k=2)(logits), want)
+
+
 def test_greedy_is_the_first_of_the_best() -> None:
     assert greedy(torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 3.0]])).tolist() == [0, 1]
 
 
+def of_reals() -> S4Model:
+    return S4Model(torch.nn.Linear(3, 4), [S4Block(S4Layer(4, 8))], torch.nn.Linear(4, 7))
+
+
+ODD = torch.tensor([[0.0, 1.0, -math.inf], [0.0, math.nan, 1.0], [-math.inf] * 3, [0.0, math.inf, 0.0]])
+U = torch.zeros(2, 5, 3)
 T = torch.zeros(2, 5, dtype=torch.long)
 X = torch.zeros(2, 4, 8)
 ERRORS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
@@ -269,6 +284,50 @@ ERRORS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
     "stream from a layer's state": (lambda: small().stream(T, state=X), EITHER, "state"),
     "stream at no rate": (lambda: small().stream(T, rate=0.0), ValueError, "rate.*0"),
     "generate by a number": (lambda: small().generate(T, 2, 5), TypeError, "sample.*5"),
+    "generate by categorical itself": (
+        lambda: small().generate(T, 2, categorical),
+        TypeError,
+        r"sample.*got categorical.*call categorical\(\)",
+    ),
+    "stream of reals by nothing": (lambda: of_reals().stream(U), ValueError, "sample.*float32.*None.*tokens"),
+    "stream of reals by greedy": (
+        lambda: of_reals().stream(U, greedy),
+        ValueError,
+        "sample.*float32.*greedy.*tokens",
+    ),
+    "generate reals by tokens": (
+        lambda: of_reals().generate(U, 2, categorical()),
+        ValueError,
+        r"sample.*\(2, 3\), got \(2,\)",
+    ),
+    "generate reals of another width": (
+        lambda: of_reals().generate(U, 2, lambda y: y),
+        ValueError,
+        r"sample.*\(2, 3\), got \(2, 7\)",
+    ),
+    "generate reals of another dtype": (
+        lambda: of_reals().generate(U, 2, lambda y: y[:, :3].double()),
+        TypeError,
+        "input of the encoder.*float32.*float64",
+    ),
+    "stop reals at a token": (
+        lambda: of_reals().stream(U, first_three, stop=3),
+        TypeError,
+        r"stop must be a function.*\(batch,\), got 3",
+    ),
+    "stop at two tokens": (
+        lambda: small().stream(T, stop=[1, 2]),
+        TypeError,
+        r"stop must be a token, or a function.*\[1, 2\]",
+    ),
+    "stop beyond all tokens": (lambda: small().stream(T, stop=2**70), ValueError, "stop.*at most"),
+    "pad tokens by a half": (lambda: small().stream(T, stop=1, pad=0.5), TypeError, r"pad.*int64.*0\.5"),
+    "pad tokens by nan": (lambda: small().stream(T, stop=1, pad=math.nan), TypeError, "pad.*int64.*nan"),
+    "logits of nan": (lambda: categorical()(ODD[:2]), ValueError, "logits.*NaN.*in 1 rows"),
+    "logits of nothing": (lambda: categorical()(ODD[2:]), ValueError, "logits.*only -inf in 2 rows"),
+    "logits of one row": (lambda: categorical()(ODD[0]), ValueError, r"logits.*\(3,\)"),
+    "logits without tokens": (lambda: categorical()(ODD[:, :0]), ValueError, r"logits.*\(4, 0\)"),
+    "logits a list": (lambda: greedy([0.0]), ValueError, "logits.*list"),
     "generate no tensor": (lambda: small().generate(T, 2, lambda y: 3), ValueError, "sample.*int"),
     "generate one of two": (
         lambda: small().generate(T, 2, lambda y: T[:1, 0]),

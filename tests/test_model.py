@@ -19,6 +19,7 @@ from stacks import (
     in_steps,
     incoming,
     inputs,
+    offloaded,
     one_block_state,
     same,
     small,
@@ -26,6 +27,7 @@ from stacks import (
     trained,
 )
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import s4
 from s4 import S4Block, S4Layer, S4Model, State
@@ -167,6 +169,22 @@ def test_padding_is_not_looked_at(stack: str, block: str, pooling: str, both: bo
 
 
 @pytest.mark.parametrize("pooling", ["none", "mean", "last"])
+def test_lengths_may_be_mapped_over(pooling: str) -> None:
+    """As torch.func maps anything: their numbers are not looked at, as in torch.compile."""
+    model = trained("mixed", "prenorm", pooling)
+    u, lengths = inputs(6).view(2, 3, L, -1), torch.tensor([[L, 1, 0], [5, 6, 7]])
+    y, state = torch.vmap(lambda u, n: model(u, lengths=n, return_state=True))(u, lengths)
+    want, last = model(u.flatten(0, 1), lengths=lengths.flatten(), return_state=True)
+    oracle.close(y.flatten(0, 1), want, 1e-9)
+    same(State(*pytree.tree_map(lambda x: x.flatten(0, 1), state)), last)
+    rows = torch.tensor([[2, 0], [1, 1]])
+    some = torch.vmap(lambda total, rows: State((), total, total[:, 0].long()).select(rows).total)
+    assert torch.equal(
+        some(state.total, rows), torch.stack([state.total[0, rows[0]], state.total[1, rows[1]]])
+    )
+
+
+@pytest.mark.parametrize("pooling", ["none", "mean", "last"])
 def test_padding_may_be_no_token(pooling: str) -> None:
     """-100, which losses leave out of account, is outside every embedding."""
     model = trained("mixed", "prenorm", pooling, tokens=True)
@@ -198,6 +216,89 @@ def test_model_is_its_parts(pooling: str, block: str, length: int) -> None:
         oracle.close(model(u, return_state=True)[1].total, x.sum(1), 1e-12)
     pooled = {"none": x, "mean": x.mean(1), "last": x[:, -1]}[pooling]
     oracle.close(model(u), model.decoder(pooled), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("pooling", ["none", "mean", "last"])
+def test_all_but_the_layers_in_another_dtype(pooling: str, dtype: torch.dtype) -> None:
+    model = trained("mixed", "final norm", pooling).to(dtype)
+    for block in model.blocks:
+        block.layer.float()
+    u = inputs().to(dtype)
+    want, last = model(u, return_state=True)
+    assert want.dtype == dtype
+    assert {x.dtype for x in (*last.layers, last.total)} == {torch.float32}
+    oracle.close(model(u), want, 0.02)
+    oracle.close(model(u, model.initial_state(3), lengths=torch.tensor([L, L, L])), want, 0.02)
+    stepped, state = in_steps(model, u, model.initial_state(3))
+    assert stepped.dtype == dtype
+    same(state, last, 0.05)
+    oracle.close((stepped if pooling == "none" else stepped[:, -1]).double(), want.double(), 0.05)
+
+
+@pytest.mark.parametrize("pooling", ["none", "mean", "last"])
+def test_a_model_reads_no_parameters_of_its_parts(pooling: str) -> None:
+    """With all parameters away but while their own module runs, in generation also."""
+    model = trained("mixed", "final norm", pooling, tokens=True)
+    away, u, lengths = offloaded(model), inputs(tokens=True), torch.tensor([L, 1, 5])
+    want, state = model(u, lengths=lengths, return_state=True)
+    got, found = away(u, lengths=lengths, return_state=True)
+    oracle.close(got, want, 1e-9)
+    same(found, state)
+    for (y, after), (z, also) in (
+        (away(u, state, return_state=True), model(u, state, return_state=True)),
+        (away.step(u[:, 0], state), model.step(u[:, 0], state)),
+    ):
+        oracle.close(y, z, 1e-9)
+        same(after, also)
+    if pooling == "none":
+        assert torch.equal(away.generate(u, 5, lengths=lengths), model.generate(u, 5, lengths=lengths))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch built without torch.distributed")
+@pytest.mark.parametrize("sharded", ["model", "blocks", "layers"])
+def test_the_state_of_a_sharded_model_is_plain(sharded: str) -> None:
+    """FSDP2, as one process has it: parameters are DTensors but in `forward` and what is registered."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    model = trained("mixed", "final norm", "mean")
+    parts = {"model": [model], "blocks": model.blocks, "layers": [block.layer for block in model.blocks]}[
+        sharded
+    ]
+    u, start = inputs(), model.initial_state(3)
+    want, want_step = model(u, lengths=torch.tensor([L, 1, 0]), return_state=True), model.step(u[:, 0], start)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for part in parts:
+            register_fsdp_forward_method(fully_shard(part, mesh=mesh), "step")
+        assert type(model.blocks[0].layer.D.data) is not torch.Tensor
+        state = model.initial_state(3)
+        assert {type(x) for x in tensors(state)} == {torch.Tensor}
+        same(state, start, 0)
+        got = model(u, state, lengths=torch.tensor([L, 1, 0]), return_state=True)
+        for (y, after), (z, also) in ((got, want), (model.step(u[:, 0], state), want_step)):
+            oracle.close(y, z, 1e-9)
+            same(after, also)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_batch_norm_may_be_the_norm_of_a_model() -> None:
+    model = build().requires_grad_(False)
+    model.norm = norm = nn.BatchNorm1d(model.blocks[0].layer.d_model, momentum=1.0).double()
+    u, sizes = inputs(), [L, 1, 5]
+
+    def before(u: torch.Tensor) -> torch.Tensor:
+        return model.blocks[1](model.blocks[0](model.encoder(u)))[0]
+
+    model(u, lengths=torch.tensor(sizes))
+    x = torch.cat([before(u[b : b + 1, :n]) for b, n in enumerate(sizes)])
+    oracle.close(norm.running_mean, x.mean(0), 1e-9)  # not of the padding
+    model.eval()
+    want = model.decoder((before(u[:1]) - x.mean(0)) / (x.var(0) + norm.eps).sqrt())
+    oracle.close(model(u)[0], want, 1e-9)
+    oracle.close(in_steps(model, u, model.initial_state(3))[0], model(u), 1e-9)
 
 
 def test_bidirectional_model_has_no_step() -> None:
@@ -255,7 +356,13 @@ def bent(**parts: torch.Tensor) -> State:
     return small().initial_state(2)._replace(**parts)
 
 
+def between(encoder: nn.Module, decoder: nn.Module | None = None, norm: nn.Module | None = None) -> S4Model:
+    """One block of width four."""
+    return S4Model(encoder, [S4Block(S4Layer(4, 8))], decoder or nn.Linear(4, 7), norm=norm)
+
+
 T = torch.zeros(2, 5, dtype=torch.long)
+U = torch.zeros(2, 5, 3)
 X = torch.zeros(2, 4, 8)
 ERRORS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
     "unknown pooling": (lambda: small("max"), ValueError, "pooling.*mean.*max"),
@@ -291,6 +398,73 @@ ERRORS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
         lambda: S4Model(nn.Identity(), [S4Block(S4Layer(4, 8))], nn.Identity(), norm=5),
         TypeError,
         "norm.*5",
+    ),
+    "an encoder of another width": (
+        lambda: between(nn.Embedding(7, 5)),
+        ValueError,
+        "encoder must.*d_model=4, got embedding_dim=5",
+    ),
+    "an encoder that ends in another width": (
+        lambda: between(nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.GELU(), nn.Linear(4, 6)))),
+        ValueError,
+        "encoder must.*d_model=4, got out_features=6",
+    ),
+    "an encoder that gives another width": (
+        lambda: between(nn.Sequential(nn.Linear(3, 6), nn.GELU()))(U),
+        ValueError,
+        r"output of the encoder must have shape.*4.*\(2, 5, 6\)",
+    ),
+    "an encoder that gives another width to step": (
+        lambda: between(nn.Sequential(nn.Linear(3, 6), nn.GELU())).step(U[:, 0], one_block_state()),
+        ValueError,
+        r"output of the encoder must have shape.*4.*\(2, 1, 6\)",
+    ),
+    "an encoder that gives tokens": (lambda: between(nn.Identity())(T), TypeError, "encoder.*int64"),
+    "an encoder of another dtype": (
+        lambda: between(nn.Linear(3, 4))(U.double()),
+        TypeError,
+        "u, the input of the encoder, must suit.*float32.*float64",
+    ),
+    "tokens to a linear encoder": (lambda: between(nn.Linear(3, 4))(T), TypeError, "encoder.*float32.*int64"),
+    "a norm of another width": (
+        lambda: between(nn.Linear(3, 4), norm=nn.RMSNorm(6)),
+        ValueError,
+        r"norm must.*d_model=4.*\(6,\)",
+    ),
+    "a decoder of another width": (
+        lambda: between(nn.Linear(3, 4), nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 2))),
+        ValueError,
+        r"decoder must.*d_model=4, got normalized_shape=\(6,\)",
+    ),
+    "a decoder of another dtype": (
+        lambda: between(nn.Linear(3, 4), nn.Linear(4, 2).double())(U),
+        TypeError,
+        "input of the decoder must suit.*float64.*float32",
+    ),
+    "total of another dtype": (
+        lambda: small("mean")(T, bent(total=torch.zeros(2, 4).double())),
+        TypeError,
+        r"state\.total.*float32.*float64",
+    ),
+    "length of another dtype": (
+        lambda: small("mean")(T, bent(length=torch.zeros(2))),
+        TypeError,
+        r"state\.length.*int64.*float32",
+    ),
+    "layers of another dtype": (
+        lambda: small("mean")(T, small().initial_state(2).to(torch.float64)),
+        TypeError,
+        "state.*float32.*float64",
+    ),
+    "total elsewhere": (
+        lambda: small("mean").step(T[:, 0], bent(total=torch.zeros(2, 4, device="meta"))),
+        ValueError,
+        r"state\.total.*cpu.*meta",
+    ),
+    "state elsewhere": (
+        lambda: small("mean").step(T[:, 0], small().initial_state(2).to("meta")),
+        ValueError,
+        "state.*cpu.*meta",
     ),
     "poolings": (lambda: small(["mean"]), EITHER, r"pooling.*\['mean'\]"),
     "u of rank 1": (lambda: small()(T[0]), ValueError, r"u .*\(5,\)"),

@@ -134,6 +134,22 @@ def test_training_with_the_groups_moves_what_it_should() -> None:
         assert torch.equal(before[name], p) == frozen, name
 
 
+def test_a_rate_may_be_a_tensor() -> None:
+    """As a captured optimizer needs it. A scheduler changes each group's in place, so none is shared."""
+    lr = torch.tensor(0.1)
+    groups = param_groups(build(), lr=lr, ssm_lr=0.01)
+    assert {group["name"]: round(group["lr"].item(), 6) for group in groups} == {
+        "ssm": 0.01,
+        "no_decay": 0.1,
+        "decay": 0.1,
+    }
+    optimizer = torch.optim.AdamW(groups, lr=lr, foreach=False)
+    scheduler = torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda epoch: 0.5)
+    optimizer.step(), scheduler.step()
+    assert [round(group["lr"].item(), 6) for group in groups] == [0.005, 0.05, 0.05]
+    assert lr.item() == torch.tensor(0.1).item()
+
+
 BELOW_ZERO = {"lr": -1.0, "weight_decay": -0.1, "ssm_lr": -1e-3}
 
 
@@ -148,6 +164,8 @@ def test_numbers_out_of_range(name: str, value: float, nan: bool) -> None:
 OTHER_KINDS = {
     "a list of modules": ({"model": [nn.Linear(2, 2)]}, TypeError, "model.*Linear"),
     "lr a word": ({"lr": "1"}, EITHER, "lr.*1"),
+    "lr of two": ({"lr": torch.ones(2)}, TypeError, r"lr.*tensor\(\[1"),
+    "lr a tensor below zero": ({"lr": torch.tensor(-1.0)}, ValueError, "lr.*-1"),
     "lr infinite": ({"lr": float("inf")}, ValueError, "lr.*inf"),
     "ssm_lr infinite": ({"ssm_lr": float("inf")}, ValueError, "ssm_lr.*inf"),
     "weight_decay none": ({"weight_decay": None}, EITHER, "weight_decay.*None"),

@@ -1,8 +1,10 @@
 """State: its rows go on as their sequences do, wherever it was kept and however it was put together."""
 
+import copy
 import io
 import itertools
 import math
+import operator
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -158,7 +160,10 @@ def test_a_state_goes_through_export() -> None:
 
     one = Step().eval()
     arguments = inputs()[:, 0], incoming(one.model).detach(), torch.tensor([True, False, True])
-    program = torch.export.export(one, arguments)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(one, arguments), file)
+    file.seek(0)
+    program = torch.export.load(file)
     others = inputs()[:, 0], incoming(one.model).detach(), torch.tensor([False, False, True])
     for case in (arguments, others):
         want, want_state = one(*case)
@@ -168,16 +173,23 @@ def test_a_state_goes_through_export() -> None:
         same(state, want_state, 1e-12)
 
 
+def reloaded(saved: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file)
+
+
 def test_a_state_is_saved_moved_and_put_together() -> None:
     model = trained("mixed", "prenorm", "mean")
     state = incoming(model, 5)
-    file = io.BytesIO()
-    torch.save(state._asdict(), file)
-    file.seek(0)
     for twin in (
-        State(**torch.load(file, weights_only=True)),
+        reloaded(state),
+        reloaded({"step": 3, "states": [state]})["states"][0],
+        State(**reloaded(state._asdict())),
         State(*state),
         pickle.loads(pickle.dumps(state)),
+        copy.deepcopy(state),
         State.cat([state.select([0]), state.select(slice(1, 4)), state.select([4])]),
     ):
         assert isinstance(twin, State)
@@ -185,6 +197,7 @@ def test_a_state_is_saved_moved_and_put_together() -> None:
         model.step(inputs(5)[:, 0], twin)
     narrow = state.to(dtype=torch.float32)
     assert [x.dtype for x in tensors(narrow)] == [torch.float32] * 3 + [torch.int64]
+    same(state.to(torch.float32), narrow, 0)
     same(narrow.to(torch.device("cpu"), torch.float64), state, 1e-6)
     model.float().step(inputs(5)[:, 0].float(), narrow)
     assert all(x.device.type == "meta" for x in tensors(state.to("meta")))
@@ -194,6 +207,12 @@ T = torch.zeros(2, 5, dtype=torch.long)
 ERRORS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
     "one row of a state": (lambda: small().initial_state(2).select(1), EITHER, "rows.*1"),
     "half a row of a state": (lambda: small().initial_state(2).select([0.5]), EITHER, r"rows.*0\.5"),
+    "rows of halves": (lambda: small().initial_state(2).select(slice(0.5)), ValueError, r"rows.*slice.*0\.5"),
+    "rows backwards": (
+        lambda: small().initial_state(2).select(slice(None, None, -1)),
+        ValueError,
+        "rows.*forwards.*-1",
+    ),
     "rows in a table": (lambda: small().initial_state(2).select(T), ValueError, "rows"),
     "rows a word": (lambda: small().initial_state(2).select("ab"), ValueError, "rows.*'ab'"),
     "no rows": (lambda: small().initial_state(2).select(None), ValueError, "rows.*None"),
@@ -211,11 +230,14 @@ ERRORS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
     "reset one row": (lambda: small().initial_state(2).reset(1), ValueError, "rows.*1"),
     "reset half a row": (lambda: small().initial_state(2).reset([0.5]), ValueError, r"rows.*0\.5"),
     "reset a row too far": (lambda: small().initial_state(2).reset([2]), IndexError, r"rows.*\[2\]"),
-    "to a dtype as device": (
-        lambda: small().initial_state(2).to(torch.float64),
-        TypeError,
+    "to two dtypes": (
+        lambda: small().initial_state(2).to(torch.float64, torch.float32),
+        ValueError,
         "device.*torch.float64",
     ),
+    "to no device": (lambda: small().initial_state(2).to("gpu"), ValueError, "device.*'gpu'"),
+    "to a flag": (lambda: small().initial_state(2).to(True), ValueError, "device.*True"),
+    "to integers alone": (lambda: small().initial_state(2).to(torch.int64), TypeError, "dtype.*torch.int64"),
     "to integers": (lambda: small().initial_state(2).to(dtype=torch.int64), TypeError, "dtype.*torch.int64"),
     "to complex numbers": (
         lambda: small().initial_state(2).to(dtype=torch.complex64),
@@ -244,6 +266,19 @@ ERRORS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
         lambda: State.cat([one_block_state(), one_block_state().to(dtype=torch.float64)]),
         ValueError,
         "states.*alike.*float32.*float64",
+    ),
+    "states of two kinds of length": (
+        lambda: State.cat([one_block_state(), one_block_state()._replace(length=T[:, 0].int())]),
+        ValueError,
+        "states.*int64.*int32",
+    ),
+    "twice": (lambda: one_block_state() * 2, TypeError, "State has no arithmetic.*int"),
+    "twice from the left": (lambda: 2 * one_block_state(), TypeError, "State has no arithmetic.*int"),
+    "a sum": (lambda: one_block_state() + one_block_state(), TypeError, "no arithmetic.*State"),
+    "a sum with a tuple": (
+        lambda: operator.add((), one_block_state()),
+        TypeError,
+        "no arithmetic.*tuple",
     ),
     "states of two widths": (
         lambda: State.cat([one_block_state(), State((torch.zeros(2, 3, 8),), torch.zeros(2, 3), T[:, 0])]),
