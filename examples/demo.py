@@ -66,7 +66,7 @@ def plot(images: Tensor, labels: Tensor, predicted: Tensor, file: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     """Train, step, compare, plot; 1 if the accuracy or the agreement is not what it should be."""
-    cli = run(["fit", "digits", "--run_dir", "runs/demo", *arguments])
+    cli = run(["fit", "digits", "--run_dir", "runs/demo", *arguments], "demo.py")
     model, data = cli.model.model.cpu().eval(), cli.datamodule
     images, labels = (data.tensors["test"][name] for name in ("images", "labels"))
     inputs = data.normalize(images)

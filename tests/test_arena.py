@@ -14,6 +14,7 @@ import train
 from data import listops, pathfinder
 from data.arena import ListOps, Pathfinder
 from data.storage import DataError
+from data.tasks import TASKS
 from PIL import Image
 
 pytestmark = [
@@ -47,7 +48,7 @@ def test_recipes_have_the_values_of_the_authors(
     assert (found["dt_min"], found["dt_max"], found["dropout"]) == (dt_min, 0.1, 0.0)
     assert (found["prenorm"], found["norm"], found["bidirectional"]) == (prenorm, "batch", True)
     assert (values["data"]["batch_size"], values["trainer"]["max_epochs"]) == (batch_size, epochs)
-    made = train.TASKS[values["task"]](**values["data"])
+    made = TASKS[values["task"]](**values["data"])
     assert made.train_size == rows
     # A tenth of the steps is warm-up.
     assert found["warmup_steps"] * 10 == rows // batch_size * epochs

@@ -16,9 +16,12 @@ import train
 from data import images, storage
 from data.base import Batch, Spec
 from example_files import TINY, WRITERS, fails, step_losses, write_parquet
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from trainer import runs
 from trainer.checkpoints import CONTENT, CheckpointError, load_checkpoint
+from trainer.progress import LineProgress
+from trainer.task import SequenceTask
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),
@@ -45,7 +48,7 @@ def test_recipe_trains_resumes_and_tests(
     limits = ["--trainer.max_steps", "3", "--trainer.max_epochs", "-1", "--save_every", "1"]
     save = runs.LastCheckpoint._save
 
-    def keep_the_first(self: runs.LastCheckpoint, trainer: train.Trainer) -> None:
+    def keep_the_first(self: runs.LastCheckpoint, trainer: Trainer) -> None:
         save(self, trainer)
         if trainer.global_step == 1:
             shutil.copytree(self.file.parent, "stopped")
@@ -118,24 +121,20 @@ def test_print_config(capsys: Capture) -> None:
 def test_every_choice_of_the_model_exists() -> None:
     choices = {
         name: get_args(hint)
-        for name, hint in get_type_hints(train.SequenceTask.__init__).items()
+        for name, hint in get_type_hints(SequenceTask.__init__).items()
         if get_origin(hint) is Literal
     }
     assert choices.keys() == {"cell", "variant", "init", "mode", "pooling", "norm", "mixer"}
     for name, values in choices.items():
         for value in values:
             variant = {"variant": "diag"} if value in ("lin", "inv") else {}
-            train.SequenceTask(LABELS, d_model=4, n_layers=1, d_state=2, **{name: value, **variant})
+            SequenceTask(LABELS, d_model=4, n_layers=1, d_state=2, **{name: value, **variant})
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
 def test_final_norm_of_pre_norm_stacks(norm: str) -> None:
     kinds = [
-        type(
-            train.SequenceTask(
-                LABELS, d_model=4, n_layers=1, d_state=2, norm=norm, prenorm=prenorm
-            ).model.norm
-        )
+        type(SequenceTask(LABELS, d_model=4, n_layers=1, d_state=2, norm=norm, prenorm=prenorm).model.norm)
         for prenorm in (True, False)
     ]
     assert kinds == [torch.nn.RMSNorm if norm == "rms" else torch.nn.LayerNorm, type(None)]
@@ -144,7 +143,7 @@ def test_final_norm_of_pre_norm_stacks(norm: str) -> None:
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_lstm_of_padded_sequences(pooling: str) -> None:
     """Each row of a batch gives what it gives alone."""
-    task = train.SequenceTask(Spec("label", 3, 5), cell="lstm", d_model=6, n_layers=2, pooling=pooling)
+    task = SequenceTask(Spec("label", 3, 5), cell="lstm", d_model=6, n_layers=2, pooling=pooling)
     u, lengths = torch.randn(3, 9, 3), torch.tensor([9, 1, 4])
     together = task(Batch(u, torch.zeros(3), lengths))
     for row, length in enumerate(lengths.tolist()):
@@ -154,7 +153,7 @@ def test_lstm_of_padded_sequences(pooling: str) -> None:
 
 def test_lengths_and_rate_reach_the_model() -> None:
     """Each row of a padded batch gives what it gives alone, at the rate of the batch."""
-    task = train.SequenceTask(Spec("label", 1, 5), d_model=4, n_layers=1, d_state=4, dt_min=0.1, dt_max=1.0)
+    task = SequenceTask(Spec("label", 1, 5), d_model=4, n_layers=1, d_state=4, dt_min=0.1, dt_max=1.0)
     u, lengths = torch.randn(2, 9, 1), torch.tensor([9, 4])
     for rate in (1.0, 2.0):
         got = task(Batch(u, torch.zeros(2), lengths, rate))
@@ -212,7 +211,7 @@ def test_generation_with_the_weights_of_something_else(tmp_path: Path, capsys: C
 
 
 def test_lines_of_progress(capsys: Capture) -> None:
-    line = runs.LineProgress(seconds=0)
+    line = LineProgress(seconds=0)
     place = {"global_step": 10, "estimated_stepping_batches": 40, "current_epoch": 1}
     trainer = type("Trainer", (), place)()
     line.get_metrics = lambda *_: {"train/loss": 0.5}
@@ -225,7 +224,7 @@ def test_lines_of_progress(capsys: Capture) -> None:
 
 
 def test_lines_while_testing(capsys: Capture) -> None:
-    line = runs.LineProgress(seconds=0)
+    line = LineProgress(seconds=0)
     trainer = type("Trainer", (), {"num_test_batches": [3]})()
     line.on_test_batch_end(trainer, None, None, None, 0)
     assert capsys.readouterr().out.split() == ["testing", "batch", "1", "of", "3"]
@@ -235,7 +234,7 @@ def test_lines_while_testing(capsys: Capture) -> None:
 
 
 def test_schedule() -> None:
-    model = train.SequenceTask(LABELS, d_model=4, n_layers=1, d_state=2, warmup_steps=10)
+    model = SequenceTask(LABELS, d_model=4, n_layers=1, d_state=2, warmup_steps=10)
     model.trainer = type("Trainer", (), {"estimated_stepping_batches": 110})()
     factors = [model.lr_factor(step) for step in range(111)]
     assert factors[0] == pytest.approx(1 / 11)
@@ -250,7 +249,7 @@ def test_schedule() -> None:
 
 
 def test_unknown_recipe(capsys: Capture) -> None:
-    fails(capsys, 2, ["unheard"], "unknown recipe 'unheard'", *RECIPES)
+    fails(capsys, 2, ["unheard"], "recipe 'unheard'", *RECIPES)
 
 
 @pytest.mark.parametrize(

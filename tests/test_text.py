@@ -21,6 +21,8 @@ from data.retrieval import PaperPairs
 from data.storage import DataError
 from data.text import Reviews
 from example_files import TINY, WRITERS, fails
+from lightning.pytorch import Trainer
+from trainer.task import SequenceTask
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),
@@ -142,7 +144,7 @@ def test_pairs(tmp_path: Path) -> None:
     assert batch.targets.tolist() == [1, 0, 1]
     assert data.lengths("train").tolist() == [9, 3, 4]
     # The model reads each paper without the padding that comes from the other one.
-    model = train.SequenceTask(data.spec, d_model=8, n_layers=1, d_state=4, bidirectional=True).eval()
+    model = SequenceTask(data.spec, d_model=8, n_layers=1, d_state=4, bidirectional=True).eval()
     alone = data.transform(data.fetch("train", torch.tensor([2])), True)
     torch.testing.assert_close(model(batch)[:1], model(alone))
     a, b = (model.model(alone.inputs[:, i], lengths=alone.lengths[:, i]) for i in range(2))
@@ -230,10 +232,10 @@ def test_evaluation_predicts_every_character_once(
 
 def test_bits_of_a_uniform_distribution(characters: tuple[Characters, bytes]) -> None:
     data, _ = characters
-    model = train.SequenceTask(data.spec, d_model=4, n_layers=1, d_state=2)
+    model = SequenceTask(data.spec, d_model=4, n_layers=1, d_state=2)
     torch.nn.init.zeros_(model.model.decoder.weight)
     torch.nn.init.zeros_(model.model.decoder.bias)
-    trainer = train.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+    trainer = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
     (scores,) = trainer.validate(model, data, verbose=False)
     assert scores["val/bits"] == pytest.approx(8)
     assert scores["val/perplexity"] == pytest.approx(

@@ -18,9 +18,12 @@ import train
 from data import images
 from data.storage import atomic_save
 from example_files import TINY, fails, step_losses, write_parquet
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
 from safetensors.torch import load_file
 from trainer import runs
 from trainer.checkpoints import CONTENT, load_checkpoint
+from trainer.task import SequenceTask
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),
@@ -73,7 +76,7 @@ def test_resume_before_and_after_the_end_of_an_epoch(
     options += [f"--trainer.{limit}", "2" if limit == "max_epochs" else "20"]
     save = runs.LastCheckpoint._save
 
-    def keep_each(self: runs.LastCheckpoint, trainer: train.Trainer) -> None:
+    def keep_each(self: runs.LastCheckpoint, trainer: Trainer) -> None:
         save(self, trainer)
         folder = tmp_path / f"at-{trainer.global_step}"
         folder.mkdir()
@@ -101,7 +104,7 @@ def test_longer_run_after_one_that_ended(
     first: int, ema: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within an epoch of 10 steps or at its end: the losses of the longer run from the beginning."""
-    monkeypatch.setattr(train.SequenceTask, "lr_factor", lambda self, step: 1.0)
+    monkeypatch.setattr(SequenceTask, "lr_factor", lambda self, step: 1.0)
     options = ["digits", *TINY, "--model.dropout", "0.1", "--ema", ema]
     train.run([*options, "--trainer.max_steps", "22", "--run_dir", "whole"])
     train.run([*options, "--trainer.max_steps", str(first), "--run_dir", "ended"])
@@ -117,21 +120,21 @@ def test_run_that_was_told_to_stop(step: int, tmp_path: Path, monkeypatch: pytes
     """As trainer.max_time does it; and SIGTERM, after which the very step is kept."""
     options = ["digits", *TINY, "--model.dropout", "0.1", "--trainer.max_steps", "22"]
     train.run([*options, "--run_dir", "whole"])
-    ended = train.Timer.on_train_batch_end
+    ended = Timer.on_train_batch_end
 
-    def stop(self: train.Timer, trainer: train.Trainer, *arguments: object) -> None:
+    def stop(self: Timer, trainer: Trainer, *arguments: object) -> None:
         ended(self, trainer, *arguments)
         trainer.should_stop = trainer.should_stop or trainer.global_step == step
 
-    def terminate(self: train.Timer, trainer: train.Trainer, *arguments: object) -> None:
+    def terminate(self: Timer, trainer: Trainer, *arguments: object) -> None:
         ended(self, trainer, *arguments)
         if trainer.global_step == 8:
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train.Timer, "on_train_batch_end", stop)
+        patched.setattr(Timer, "on_train_batch_end", stop)
         assert train.run([*options, "--run_dir", "stopped"]).results["steps"] == step
-        patched.setattr(train.Timer, "on_train_batch_end", terminate)
+        patched.setattr(Timer, "on_train_batch_end", terminate)
         with pytest.raises(SystemExit) as exit:
             train.run([*options, "--run_dir", "terminated"])
         assert exit.value.code == 128 + signal.SIGTERM
@@ -150,7 +153,7 @@ def test_resume_around_validations_within_an_epoch(tmp_path: Path, monkeypatch: 
     options += ["--save_every", "2"]
     save = runs.LastCheckpoint._save
 
-    def keep_each(self: runs.LastCheckpoint, trainer: train.Trainer) -> None:
+    def keep_each(self: runs.LastCheckpoint, trainer: Trainer) -> None:
         save(self, trainer)
         shutil.copytree("whole", f"at-{trainer.global_step}")
 
@@ -173,14 +176,14 @@ def validations(folder: Path) -> list[tuple[str, str]]:
 
 def test_best_weights_of_a_moved_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are overwritten by better ones only. Here each epoch is worse than the one before."""
-    monkeypatch.setattr(train.SequenceTask, "monitor", property(lambda self: ("worse", "max")))
-    ended = train.SequenceTask.on_validation_epoch_end
+    monkeypatch.setattr(SequenceTask, "monitor", property(lambda self: ("worse", "max")))
+    ended = SequenceTask.on_validation_epoch_end
 
-    def worse(self: train.SequenceTask) -> None:
+    def worse(self: SequenceTask) -> None:
         self.log("worse", -float(self.trainer.global_step))
         ended(self)
 
-    monkeypatch.setattr(train.SequenceTask, "on_validation_epoch_end", worse)
+    monkeypatch.setattr(SequenceTask, "on_validation_epoch_end", worse)
     options = ["digits", *TINY]
     train.run([*options, "--trainer.max_epochs", "1", "--run_dir", "old"])
     shutil.move("old", "new")
@@ -194,7 +197,7 @@ def test_resume_between_the_batches_of_a_step(tmp_path: Path, monkeypatch: pytes
     options += ["--trainer.max_steps", "5"]
     save = runs.LastCheckpoint._save
 
-    def keep_each(self: runs.LastCheckpoint, trainer: train.Trainer) -> None:
+    def keep_each(self: runs.LastCheckpoint, trainer: Trainer) -> None:
         save(self, trainer)
         shutil.copytree("whole", f"at-{trainer.global_step}")  # which raises for a second at the same step
 
@@ -209,7 +212,7 @@ def test_resume_between_the_batches_of_a_step(tmp_path: Path, monkeypatch: pytes
 def test_configuration_of_a_resumed_run_is_a_recipe(tmp_path: Path) -> None:
     options = ["digits", *TINY, "--trainer.max_steps", "2"]
     train.run(options)
-    train.run([*options, "--ckpt_path", "last"])
+    train.run([*options, "--trainer.max_steps", "3", "--ckpt_path", "last"])
     cli = train.run(["runs/digits/config.yaml"])
     assert cli.resume_step == 0
     assert cli.results["recipe"] == "digits"
@@ -257,7 +260,7 @@ def test_resume_knows_a_moved_folder_from_other_images(tmp_path: Path, capsys: C
 
 def test_failed_write_keeps_the_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "last.ckpt"
-    content = dict.fromkeys(CONTENT, 0)
+    content = {name: kind() for name, kind in CONTENT.items()}
     atomic_save(content, file)
     with pytest.raises(Exception, match="pickle"):
         atomic_save({"state_dict": {}, "bad": lambda: None}, file)
@@ -312,13 +315,13 @@ def test_accumulated_batches_train_as_one(tmp_path: Path) -> None:
 
 def test_moving_average_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights: list[dict[str, torch.Tensor]] = []
-    step = train.SequenceTask.on_train_batch_end
+    step = SequenceTask.on_train_batch_end
 
-    def keep(self: train.SequenceTask, *arguments: object) -> None:
+    def keep(self: SequenceTask, *arguments: object) -> None:
         weights.append({name: weight.detach().clone() for name, weight in self.named_parameters()})
         step(self, *arguments)
 
-    monkeypatch.setattr(train.SequenceTask, "on_train_batch_end", keep)
+    monkeypatch.setattr(SequenceTask, "on_train_batch_end", keep)
     train.run(["digits", *TINY, "--ema", "0.5", "--trainer.max_steps", "6"])
     averaged = load_file(tmp_path / "runs" / "digits" / "model.safetensors")
     for name in weights[0]:
@@ -342,7 +345,7 @@ def test_resume_with_a_moving_average(tmp_path: Path, monkeypatch: pytest.Monkey
     options = ["digits", *TINY, "--ema", "0.9", "--save_every", "2", "--trainer.max_steps", "5"]
     save = runs.LastCheckpoint._save
 
-    def keep(self: runs.LastCheckpoint, trainer: train.Trainer) -> None:
+    def keep(self: runs.LastCheckpoint, trainer: Trainer) -> None:
         save(self, trainer)
         if trainer.global_step == 2:
             shutil.copytree("whole", "stopped")

@@ -83,8 +83,8 @@ class Forecasting(SequenceData):
         context: steps to predict them from.
         multivariate: predict all channels from all, else one channel from itself.
         calendar: periods of which the time is an input; none if not given.
-        path: a folder with the CSV file as published: ETTh1.csv, ETTh2.csv, ETTm1.csv or WTH.csv; without
-            it the first three are fetched from GitHub.
+        path: the CSV file as published, or a folder with it as ETTh1.csv, ETTh2.csv, ETTm1.csv or WTH.csv;
+            without it the first three are fetched from GitHub.
         batch_size: training windows a step, on each device.
         eval_batch_size: windows a step in validation and test.
         cache_dir: where tensors are kept; without it ~/.cache/s4-examples.
@@ -128,9 +128,12 @@ class Forecasting(SequenceData):
         """The CSV file, checked to be there."""
         if not self.path:
             return []
-        file = self.path / self.source.file
+        file = self.path / self.source.file if self.path.is_dir() else self.path
         if not file.is_file():
-            raise DataError(f"data.path {self.path} has no {file.name}; it comes from {self.source.origin}")
+            raise DataError(
+                f"no file {file}; expected data.path to be {self.source.file}, or a folder with it; "
+                f"it comes from {self.source.origin}"
+            )
         return [file]
 
     def build(self, split: str) -> dict[str, Tensor]:

@@ -131,6 +131,8 @@ class Characters(Windows):
     def build(self, split: str) -> dict[str, Tensor]:
         """tokens uint8 (n,), the bytes; sizes int64 (3,) of the parts."""
         text = self.files(split)[0].read_bytes() if self.path else _shakespeare()
+        if not text:
+            raise DataError(f"data.path {self.path} is an empty text")
         # Those of the data set karpathy/tiny_shakespeare on the hub.
         train = int(0.9 * len(text))
         val = (len(text) - train) // 2

@@ -3,7 +3,10 @@
 import hashlib
 import os
 import pickle
+import struct
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What torch.load raises on a file that is truncated, empty, or not one of its own.
-UNREADABLE = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError)
+# What `load_whole` raises on a file that is damaged, empty, or not one of its own.
+UNREADABLE = (
+    *(
+        RuntimeError,
+        EOFError,
+        OSError,
+        KeyError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        TypeError,
+        OverflowError,
+    ),
+    *(MemoryError, AssertionError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error),
+)
 
 
 class DataError(Exception):
@@ -45,6 +61,18 @@ def atomic_save(content: object, path: Path) -> None:
         raise
 
 
+def load_whole(file: Path, **options: Any) -> Any:
+    """`torch.load` of plain values, after a look at the checksums of all parts, which torch does not take.
+
+    Raises:
+        UNREADABLE: if the file is absent, damaged or of another kind.
+    """
+    with zipfile.ZipFile(file) as parts:
+        if damaged := parts.testzip():
+            raise ValueError(f"the checksum of {damaged} is another than when it was written")
+    return torch.load(file, weights_only=True, **options)
+
+
 def cached(file: Path, build: Callable[[], dict[str, Tensor]]) -> dict[str, Any]:
     """Tensors from a file, memory-mapped, made and written first if it is absent or damaged.
 
@@ -55,7 +83,7 @@ def cached(file: Path, build: Callable[[], dict[str, Tensor]]) -> dict[str, Any]
         DataError: if the file cannot be written.
     """
     try:
-        content = torch.load(file, mmap=True, weights_only=True)
+        content = load_whole(file, mmap=True)
         if (
             isinstance(content, dict)
             and "digest" in content
@@ -76,7 +104,7 @@ def cached(file: Path, build: Callable[[], dict[str, Tensor]]) -> dict[str, Any]
     whole = {**tensors, "digest": digest.hexdigest()[:16]}
     try:
         atomic_save({**whole, "layout": _layout(whole)}, file)
-        return {**torch.load(file, mmap=True, weights_only=True), **{"digest": whole["digest"]}}
+        return {**load_whole(file, mmap=True), **{"digest": whole["digest"]}}
     except OSError as error:
         raise _unwritable(file, error) from error
 

@@ -5,20 +5,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from data.storage import UNREADABLE, atomic_save, first_line
+from data.storage import UNREADABLE, atomic_save, first_line, load_whole
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-# What testing and resuming read of a checkpoint.
-CONTENT = (
-    "epoch",
-    "global_step",
-    "loops",
-    "lr_schedulers",
-    "optimizer_states",
-    "pytorch-lightning_version",
-    "state_dict",
-)
+# What testing and resuming read of a checkpoint, and of which kind it is.
+CONTENT: dict[str, type] = {
+    "epoch": int,
+    "global_step": int,
+    "loops": dict,
+    "lr_schedulers": list,
+    "optimizer_states": list,
+    "pytorch-lightning_version": str,
+    "state_dict": dict,
+}
+OPTIONAL: dict[str, type] = {"callbacks": dict, "hyper_parameters": dict}
+
+
+class ConfigError(Exception):
+    """A value in the configuration that the model or the data refuses."""
 
 
 class CheckpointError(Exception):
@@ -34,16 +38,23 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        content = load_whole(path, map_location=map_location)
     except UNREADABLE as error:
         # What torch says of a file that is none of its own is how to open it in spite of the danger.
         reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
         raise CheckpointError(
-            f"{path} is damaged or not a checkpoint{reason}; nothing was changed"
+            f"{path} is damaged or not a checkpoint{reason}; nothing was changed; give another by ckpt_path, "
+            "such as best.ckpt or last.ckpt of the same run"
         ) from error
     if missing := [name for name in CONTENT if not isinstance(content, dict) or name not in content]:
         raise CheckpointError(
             f"{path} is not a checkpoint of this program, it has no {', '.join(missing)}; nothing was changed"
+        )
+    kinds = {**CONTENT, **{name: kind for name, kind in OPTIONAL.items() if name in content}}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(content[name], kind)]:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this program, its {wrong[0]} is no {kinds[wrong[0]].__name__}; "
+            "nothing was changed"
         )
     return content
 

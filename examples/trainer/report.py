@@ -11,17 +11,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from trainer.runs import read_metrics
+
 
 def learning_curve(folder: Path) -> Path | None:
     """Plot what training and validation logged in metrics.csv; None if nothing was."""
     import matplotlib.pyplot as plt  # only here: training does without
 
     series: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
-    with (folder / "metrics.csv").open(newline="") as rows:
-        for row in csv.DictReader(rows):
-            for name, value in row.items():
-                if value and name.startswith(("train/", "val/")):
-                    series[name].append((int(row["step"]), float(value)))
+    for row in read_metrics(folder / "metrics.csv"):
+        for name, value in row.items():
+            if name.startswith(("train/", "val/")):
+                series[name].append((int(row["step"]), float(value)))
     if not series:
         return None
     logged = {name.split("/")[1] for name in series}

@@ -1,52 +1,74 @@
-"""The folder of a run: where it is, what is logged and kept in it, and how progress is shown."""
+"""The folder of a run: where it is, and what is logged and kept in it."""
 
+import contextlib
 import csv
 import glob
+import itertools
 import os
 import random
 import re
 import subprocess
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from data.storage import first_line
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import (
     Checkpoint,
     EMAWeightAveraging,
     ModelCheckpoint,
-    ProgressBar,
-    RichProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
-from trainer.checkpoints import CheckpointError
+from trainer.checkpoints import CheckpointError, ConfigError
+
+CONFIG = "config.yaml"
 
 
-def runs_of(run_dir: Path) -> list[Path]:
-    """The folders RUN, RUN-2, RUN-3, ... that exist and are not empty, in the order they were made."""
+def runs_of(run_dir: Path) -> dict[int, Path]:
+    """The folders RUN, RUN-2, RUN-3, ... that exist and are not empty, by number.
+
+    Raises:
+        ConfigError: if `run_dir` is no name of a folder beside which others can be, such as `.` or nothing.
+    """
+    if run_dir.name in ("", ".."):
+        raise ConfigError(f"run_dir must name a folder of the run, such as runs/digits, got '{run_dir}'")
     numbered = {}
     for folder in run_dir.parent.glob(f"{glob.escape(run_dir.name)}*"):
         match = re.fullmatch(re.escape(run_dir.name) + r"(?:-(\d+))?", folder.name)
         if match and folder.is_dir() and any(folder.iterdir()):
             numbered[int(match[1] or 1)] = folder
-    return [numbered[number] for number in sorted(numbered)]
+    return dict(sorted(numbered.items()))
 
 
 def new_run(run_dir: Path) -> Path:
-    """RUN, or the first free of RUN-2, RUN-3, ...: a new run never writes into the folder of another."""
-    runs = runs_of(run_dir)
-    if not runs:
-        return run_dir
-    last = re.fullmatch(r".*-(\d+)", runs[-1].name.removeprefix(run_dir.name))
-    return run_dir.with_name(f"{run_dir.name}-{int(last[1]) + 1 if last else 2}")
+    """Take RUN, or the first of RUN-2, RUN-3, ... behind those that are: a run never writes into another's.
+
+    The folder is absent or empty, and taken by making its config.yaml: of two runs that start together only
+    one can.
+    """
+    for number in itertools.count(max(runs_of(run_dir), default=0) + 1):
+        folder = run_dir if number == 1 else run_dir.with_name(f"{run_dir.name}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            with contextlib.suppress(FileExistsError):
+                (folder / CONFIG).touch(exist_ok=False)
+                return folder
+    raise AssertionError("there is always a next number")
+
+
+def leave_run(folder: Path) -> None:
+    """Give back a folder that `new_run` took, if nothing came of it."""
+    with contextlib.suppress(OSError):
+        if not (folder / CONFIG).stat().st_size:
+            (folder / CONFIG).unlink()
+            folder.rmdir()
 
 
 def find_checkpoint(run_dir: Path, names: tuple[str, ...]) -> Path:
@@ -55,7 +77,7 @@ def find_checkpoint(run_dir: Path, names: tuple[str, ...]) -> Path:
     Raises:
         CheckpointError: if no run has any.
     """
-    for folder in reversed(runs_of(run_dir)):
+    for folder in reversed(runs_of(run_dir).values()):
         for name in names:
             if (folder / name).is_file():
                 return folder / name
@@ -124,16 +146,35 @@ class ResumableCSVLogger(CSVLogger):
         """The writer, holding the rows of the sessions before."""
         if self._experiment is not None:
             return self._experiment
-        kept: list[dict[str, Any]] = []
+        kept: list[dict[str, str]] = []
         if self.file.is_file():
-            with self.file.open(newline="") as rows:
-                for row in csv.DictReader(rows):
-                    if row["step"] and int(row["step"]) < self.resume_step:
-                        kept.append({name: value for name, value in row.items() if value})
+            kept = [row for row in read_metrics(self.file) if int(row["step"]) < self.resume_step]
         writer = super().experiment
         writer.metrics[:] = kept
         writer.save()
         return writer
+
+
+def read_metrics(file: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, each with the numbers that are there.
+
+    Raises:
+        ConfigError: if the file holds anything else.
+    """
+    try:
+        text = file.read_text()
+        # Without the row that a killed run was about to write.
+        rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+        found = [{name: value for name, value in row.items() if value} for row in rows]
+        for row in found:
+            int(row["step"])
+            for value in row.values():
+                float(value)
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ConfigError(
+            f"{file} is damaged ({first_line(error)}): mend it, or move it away to go on without it"
+        ) from error
+    return found
 
 
 class LastCheckpoint(Checkpoint):
@@ -211,102 +252,6 @@ class LastCheckpoint(Checkpoint):
         self._saved = trainer.global_step
         if not getattr(trainer, "fast_dev_run", False):
             trainer.save_checkpoint(self.file)
-
-
-class BarProgress(RichProgressBar):
-    """Lightning's progress bar without the version of the loggers: a run has its own folder."""
-
-    def get_metrics(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        """What is shown beside the bar."""
-        return {
-            name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"
-        }
-
-
-class LineProgress(ProgressBar):
-    """Progress as a few plain lines, for logs: one every 30 seconds and one after each validation."""
-
-    def __init__(self, seconds: float = 30.0) -> None:
-        super().__init__()
-        self.seconds, self.console = seconds, Console(highlight=False, soft_wrap=True)
-        self._began = self._last = time.monotonic()
-        self._first_step = 0
-
-    def disable(self) -> None:
-        """Lightning silences the other ranks with this."""
-        self.console.quiet = True
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
-        self._began = self._last = time.monotonic()
-        self._first_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """A line if it is time."""
-        if time.monotonic() - self._last > self.seconds:
-            self._line(trainer, pl_module)
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """A line if it is time."""
-        self._place("validating", batch_idx, trainer.num_val_batches)
-
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """A line if it is time."""
-        self._place("testing", batch_idx, trainer.num_test_batches)
-
-    def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """A line if it is time."""
-        self._place("predicting", batch_idx, trainer.num_predict_batches)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A line with the validation figures."""
-        if trainer.training or trainer.state.fn == "fit":
-            self._line(trainer, pl_module)
-
-    def _place(self, doing: str, batch_idx: int, batches: Sequence[int | float]) -> None:
-        if time.monotonic() - self._last > self.seconds:
-            self._last = time.monotonic()
-            self.console.print(f"{doing}  batch {batch_idx + 1} of {batches[0]}")
-
-    def _line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._last = time.monotonic()
-        metrics = self.get_metrics(trainer, pl_module)
-        figures = "  ".join(
-            f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)
-        )
-        step, last = trainer.global_step, trainer.estimated_stepping_batches
-        left = (last - step) * (self._last - self._began) / max(1, step - self._first_step)
-        self.console.print(
-            f"epoch {trainer.current_epoch}  step {step} of {last}  {left / 60:.1f} min left  {figures}"
-        )
 
 
 def _validates(trainer: pl.Trainer, batch_idx: int) -> bool:

@@ -91,11 +91,13 @@ class SequenceTask(pl.LightningModule):
         super().__init__()
         # With them `test` rebuilds the model of a checkpoint by itself.
         self.save_hyperparameters(ignore="spec")
-        if n_layers < 1 or ff_every < 1 or warmup_steps < 0:
-            raise ValueError(
-                "need model.n_layers and model.ff_every of at least 1 and model.warmup_steps of at least 0, "
-                f"got {n_layers}, {ff_every} and {warmup_steps}"
-            )
+        for least, values in (
+            (1, {"d_model": d_model, "n_layers": n_layers, "ff_every": ff_every}),
+            (0, {"warmup_steps": warmup_steps, "lr": lr, "ssm_lr": ssm_lr, "weight_decay": weight_decay}),
+        ):
+            for name, value in values.items():
+                if not value >= least:
+                    raise ValueError(f"model.{name} must be at least {least}, got {value}")
         self.spec, self.warmup_steps = spec, warmup_steps
         self.lr, self.ssm_lr, self.weight_decay = lr, ssm_lr, weight_decay
         if cutoffs and spec.kind != "token":
@@ -232,7 +234,7 @@ class SequenceTask(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another model, by name."""
-        saved = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
+        saved = {name: tuple(getattr(x, "shape", ())) for name, x in checkpoint["state_dict"].items()}
         own = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
         if differing := [name for name in {**own, **saved} if saved.get(name) != own.get(name)]:
             name = differing[0]

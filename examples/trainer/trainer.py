@@ -1,6 +1,7 @@
 """Lightning's Trainer with one command more: generation."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from data.base import SequenceData
@@ -10,17 +11,38 @@ from rich.console import Console
 from rich.markup import escape
 
 from s4 import S4Model, categorical
-from trainer.checkpoints import load_checkpoint
+from trainer.checkpoints import ConfigError, load_checkpoint
 from trainer.report import print_results
 from trainer.task import SequenceTask
 
 
-class ConfigError(Exception):
-    """A value in the configuration that the model or the data refuses."""
-
-
 class ExampleTrainer(Trainer):
-    """Lightning's Trainer with one command more."""
+    """Lightning's Trainer with one command more.
+
+    Its arguments that are numbers of batches or fractions are named here, as `int | float` is a type of its
+    own, where `Union` may give the `float | int` of another library, which takes 1 for 1.0, all batches.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
+        val_check_interval: int | float | str | None = None,
+        **others: Any,
+    ) -> None:
+        super().__init__(
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            overfit_batches=overfit_batches,
+            val_check_interval=val_check_interval,
+            **others,
+        )
 
     def generate(
         self,

@@ -211,6 +211,7 @@ def losses(folder: Path) -> dict[str, float]:
 def write_run() -> None:
     """run/last.ckpt, of a run in its middle, and run/losses.json, what the run logged from there on."""
     import train
+    from trainer import cli
     from trainer.checkpoints import AtomicCheckpointIO
 
     with tempfile.TemporaryDirectory() as folder:
@@ -222,7 +223,7 @@ def write_run() -> None:
                     (HERE / "run").mkdir(exist_ok=True)
                     shutil.copy(path, HERE / "run" / "last.ckpt")
 
-        train.AtomicCheckpointIO = Keep
+        cli.AtomicCheckpointIO = Keep
         train.run([*RUN, "--run_dir", folder])
         later = {step: loss for step, loss in losses(Path(folder)).items() if int(step) >= STOPPED}
     (HERE / "run" / "losses.json").write_text(json.dumps(later, indent=2) + "\n")
