@@ -10,6 +10,7 @@ shrunk and printed as `Case(...)`: `check(Case(...))` runs it again.
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from scipy.signal import cont2discrete
 from torch import Tensor
@@ -69,41 +70,41 @@ class Case(NamedTuple):
 
 @st.composite
 def cases(draw: st.DrawFn, variant: str, dtype: str) -> Case:
-    """Small by preference: that is where they shrink to."""
-    init = draw(st.sampled_from(INITS[variant]))
-    both = draw(st.booleans())
-    way = "whole" if both else draw(st.sampled_from(["whole", "chunks", "steps"]))
-    n_ssm = draw(st.integers(1, 3))
-    usual, edges = st.integers(1, 40), st.sampled_from([0, 63, 64, 65, 127, 128, 129])
-    lengths = [usual, usual, edges, st.integers(1, 200), usual, edges, usual, st.integers(500, 600)]
-    input_dtype = draw(st.sampled_from([dtype, dtype, dtype, "float32", "float64", "bfloat16", "float16"]))
-    half = input_dtype == "float16"
+    """The first of each choice by preference: that is what they shrink to.
+
+    One source of random choices, as of many strategies Hypothesis would copy what one drew to another.
+    """
+    random = draw(st.randoms(use_true_random=False))
+    choice, some = random.choice, partial(random.choice, [False, True])
+    both, n_ssm = choice([False, False, True]), random.randint(1, 3)
+    way = "whole" if both else choice(["whole", "chunks", "steps"])
+    usual, edge = random.randint(1, 40), choice([0, 63, 64, 65, 127, 128, 129])
+    longer = choice([edge, edge, random.randint(1, 200), random.randint(500, 1200)])
+    input_dtype = choice([dtype, dtype, dtype, "float32", "float64", "bfloat16", "float16"])
     return Case(
         variant,
         dtype,
-        seed=draw(st.integers(0, 2**32 - 1)),
-        init=init,
-        discretization="bilinear" if variant == "dplr" else draw(st.sampled_from(["zoh", "bilinear"])),
-        d_state=draw(st.sampled_from([2, 4, 6, 8, 10, 16, 32, 34, 64])),
-        H=n_ssm * draw(st.integers(1, 6 // n_ssm)),
+        seed=random.randrange(2**20),
+        init=choice(INITS[variant]),
+        discretization="bilinear" if variant == "dplr" else choice(["zoh", "bilinear"]),
+        d_state=choice([2, 4, 6, 8, 10, 16, 32, 34, 64]),
+        H=n_ssm * random.randint(1, 6 // n_ssm),
         n_ssm=n_ssm,
         bidirectional=both,
-        parameters=draw(st.sampled_from(["initial", "trained", "any"])),
-        mode=draw(st.sampled_from(["auto", "fft", "scan"])),
-        backend=draw(st.sampled_from(["auto", "auto", *BACKENDS])),
-        training=draw(st.booleans()),
-        gradients=draw(st.booleans()),
-        batch=draw(st.sampled_from([1, 2, 3, 1, 2, 3, 2, 0])),
-        L=draw(usual if way == "steps" else st.one_of(lengths)),
-        rate=draw(st.sampled_from([1.0, 0.25, 0.7, 2.0, 4.0])),
+        parameters=choice(["initial", "trained", "any"]),
+        mode=choice(["auto", "fft", "scan"]),
+        backend=choice(["auto", *BACKENDS]),
+        training=some(),
+        gradients=some(),
+        batch=choice([1, 2, 3, 1, 2, 3, 4, 5, 0]),
+        L=usual if way == "steps" else choice([usual, longer]),
+        rate=choice([1.0, 0.25, 0.7, 2.0, 4.0]),
         way=way,
-        state=not both and draw(st.booleans()),
-        lengths=way == "whole" and draw(st.booleans()),
-        layout=draw(
-            st.sampled_from(["plain", "channels first", "batch last", "sliced", "expanded", "negated"])
-        ),
+        state=not both and some(),
+        lengths=way == "whole" and some(),
+        layout=choice(["plain", "channels first", "batch last", "sliced", "expanded", "negated"]),
         input_dtype=input_dtype,
-        scale=0 if half else draw(st.sampled_from([0, 0, -20, -3, 10])),
+        scale=0 if input_dtype == "float16" else choice([0, 0, -20, -3, 10]),
     )
 
 
@@ -374,9 +375,10 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("variant", ["dplr", "diag"])
 def test_a_layer_is_the_recurrence_of_its_parameters(variant: str, dtype: str) -> None:
-    @settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize="FUZZ" not in os.environ)
+    @settings(max_examples=EXAMPLES, deadline=None, database=None)
     @given(cases(variant, dtype))
     def every(case: Case) -> None:
         check(case)
 
-    every()
+    start = None if "FUZZ" in os.environ else f"{variant} {dtype}"
+    every() if start is None else seed(start)(every)()
