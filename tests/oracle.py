@@ -82,17 +82,17 @@ def discretise(A: Tensor, B: Tensor, dt: Tensor, method: str) -> tuple[Tensor, T
 
 
 def exponential(M: Tensor) -> Tensor:
-    """e^M by Taylor's series of M / 2^k, then k squarings.
+    """e^M of each of (H, N, N), by Taylor's series of M / 2^k, its norm at most 1, then k squarings.
 
     The gradient of torch.linalg.matrix_exp loses the digits of M where the gradient that comes in is large.
     """
-    k = int(M.detach().abs().sum(-1).max().clamp(min=0.5).log2().ceil()) + 1
+    k = M.detach().abs().sum(-1).amax(-1).clamp(min=1).log2().ceil()[:, None, None]
     term = E = torch.eye(M.shape[-1], dtype=M.dtype).expand(M.shape)
-    for i in range(1, 19):
+    for i in range(1, 21):
         term = term @ M / (i * 2**k)
         E = E + term
-    for _ in range(k):
-        E = E @ E
+    for i in range(int(k.max())):
+        E = torch.where(i < k, E @ E, E)
     return E
 
 
