@@ -5,7 +5,7 @@ PYTHON ?= python3
 PY := $(if $(VENV),$(VENV)/bin/python,python)
 STAMP := $(if $(VENV),$(VENV),$(shell python -c "import sys; print(sys.prefix)"))/.installed
 
-.PHONY: demo test lint gpu gpu-bundle compat clean help
+.PHONY: demo test fuzz lint sanitize gpu gpu-bundle compat clean help
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -16,10 +16,16 @@ demo: $(STAMP)-examples  ## train on digits, then classify them pixel by pixel a
 test: $(STAMP)-test  ## the whole test suite
 	$(PY) -m pytest -q -n $(or $(WORKERS),auto)
 
+fuzz: $(STAMP)-test  ## random layers and inputs against scipy, 10,000 of them or CASES=number
+	FUZZ=$(or $(CASES),10000) $(PY) -m pytest -q tests/test_fuzz.py
+
 lint: $(STAMP)-dev  ## format, lint and types, as the pre-commit hooks and CI check them
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+sanitize: $(STAMP)-test  ## the C++ code under the address, undefined-behaviour and thread sanitizers of g++
+	$(PY) .ci/sanitize.py
 
 compat:  ## the suite on every Python, torch and instruction set, or on some: make compat ROWS="oldest 3.12"
 	$(PYTHON) .ci/compat.py $(ROWS)

@@ -72,10 +72,28 @@ def discretise(A: Tensor, B: Tensor, dt: Tensor, method: str) -> tuple[Tensor, T
         right = torch.cat([torch.eye(N, dtype=A.dtype) + step / 2 * A, step * B[:, :, None]], -1)
         both = torch.linalg.solve(left, right)
     else:
-        block = torch.cat([A, B[:, :, None]], -1)
+        # B as large as A: what an exponential loses is relative to the largest of the two.
+        scale = ((A.abs().amax((1, 2)) + 1e-30) / (B.abs().amax(1) + 1e-30)).detach()[:, None, None]
+        block = torch.cat([A, scale * B[:, :, None]], -1)
         block = torch.cat([block, torch.zeros(H, 1, N + 1, dtype=A.dtype)], 1)
-        both = torch.linalg.matrix_exp(step * block)[:, :N]
+        both = exponential(step * block)[:, :N]
+        both = torch.cat([both[:, :, :N], both[:, :, N:] / scale], -1)
     return both[:, :, :N], both[:, :, N]
+
+
+def exponential(M: Tensor) -> Tensor:
+    """e^M of each of (H, N, N), by Taylor's series of M / 2^k, its norm at most 1, then k squarings.
+
+    The gradient of torch.linalg.matrix_exp loses the digits of M where the gradient that comes in is large.
+    """
+    k = M.detach().abs().sum(-1).amax(-1).clamp(min=1).log2().ceil()[:, None, None]
+    term = E = torch.eye(M.shape[-1], dtype=M.dtype).expand(M.shape)
+    for i in range(1, 21):
+        term = term @ M / (i * 2**k)
+        E = E + term
+    for i in range(int(k.max())):
+        E = torch.where(i < k, E @ E, E)
+    return E
 
 
 def discrete(parameters: Mapping[str, Tensor], method: str, rate: float = 1.0) -> Discrete:

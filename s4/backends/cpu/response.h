@@ -55,7 +55,7 @@ void response_of(const Response& c, int64_t h, T* out) {
     std::vector<T> whole(width * f.blocks);
     for (int64_t i = 0; i < f.rows; ++i)
         for (int64_t k = 0; k < f.q; ++k) {
-            product<T, double, T>(f.blocks, width, N, {&f.rounded[i * N], f.rows * N, 1},
+            product<T, double, T>(f.blocks, width, N, {f.rounded.data() + i * N, f.rows * N, 1},
                                   View<const double>{f.V + k * width * N, 1, N}, View<T>{whole.data(), width, 1});
             std::copy_n(whole.data(), c.steps, out + ((i * f.q + k) * c.systems.channels + h) * c.steps);
         }
@@ -80,7 +80,8 @@ void response_backward_of(const Response& c, int64_t h, const T* grad, const Gra
             for (int64_t b = 0; b < blocks; ++b)
                 for (int64_t j = 0; j < N; ++j) R[(b * rows + i) * N + j] += part[b * N + j];
             product<T, T, double>(width, N, blocks, {whole.data(), 1, width},
-                                  View<const T>{&f.rounded[i * N], rows * N, 1}, View<double>{part.data(), N, 1});
+                                  View<const T>{f.rounded.data() + i * N, rows * N, 1},
+                                  View<double>{part.data(), N, 1});
             for (int64_t j = 0; j < width * N; ++j) V[k * width * N + j] += part[j];
         }
 
