@@ -5,6 +5,7 @@ from s4.block import S4Block
 from s4.generation import categorical, greedy
 from s4.layer import S4Layer
 from s4.model import S4Model
+from s4.ops import flops as _flops  # noqa: F401 - tells torch of them
 from s4.optim import param_groups
 from s4.state import State
 

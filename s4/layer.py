@@ -255,11 +255,12 @@ class S4Layer(nn.Module):
                 whole = return_state and lengths is None
                 y, after = scan(x, recurrence, D, state, products, backend, return_state=whole, kept=kept)
             else:
-                if made.get("kernel", (None,))[0] != L:
+                length, k = made.get("kernel", (None, None))
+                if length != L:
                     k = kernel.kernel(made["system"], recurrence, L, D.dtype, method="auto", backend=backend)
                     made["kernel"] = L, k
                 more = None if state is None else continuation(recurrence, state, L, backend)
-                y = convolve(x, made["kernel"][1], D, more)
+                y = convolve(x, k, D, more)
             if lengths is not None:
                 y = zero_padding(y, lengths)
             y = y.to(u.dtype)

@@ -47,7 +47,7 @@ def add_product(C: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def without_denormals(t: Tensor) -> Tensor:
-    """t (H, ...) with zeros for what has decayed to denormal numbers or soon will, of 100 cycles each on a CPU.
+    """t (H, ...) with zeros for what has decayed to denormal numbers or soon will, slow on a CPU.
 
     Next to the largest number of its channel, where that is below 1: a small channel loses nothing. The
     gradient is that of t: what is 0 may have one, and is there to be learned.

@@ -80,9 +80,10 @@ def scan(
     if not return_state:
         return y, None
     if (rest := L % T) > 0:  # from the state before the ragged chunk to that after its inputs
-        if made.get("rest", (0,))[0] != rest:
-            made["rest"] = rest, *maps(recurrence, D, rest, u.dtype, backend)
-        _, to_end, _ = made["rest"]
+        length, to_end = made.get("rest", (0, ahead))
+        if length != rest:
+            to_end, _ = maps(recurrence, D, rest, u.dtype, backend)
+            made["rest"] = rest, to_end
         inputs = u[:, L - rest :].permute(2, 0, 1)
         last = add_product(product(inputs, to_end.inward), last, to_end.onward)
     return y, last.transpose(0, 1)
