@@ -70,6 +70,9 @@ def load_whole(file: Path, **options: Any) -> Any:
     with zipfile.ZipFile(file) as parts:
         if damaged := parts.testzip():
             raise ValueError(f"the checksum of {damaged} is another than when it was written")
+        # torch writes none. Of what they call a folder it reads nothing, and gives memory as it finds it.
+        if odd := next((part.filename for part in parts.infolist() if part.external_attr), None):
+            raise ValueError(f"the attributes of {odd} are others than when it was written")
     return torch.load(file, weights_only=True, **options)
 
 

@@ -134,6 +134,8 @@ class ExampleCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         fitting = self.config.subcommand == "fit"
         path = config.ckpt_path
+        if path == "":  # as of a variable that is not set
+            raise ConfigError("ckpt_path must be last, best or a file, got nothing")
         if path in ("last", "best"):
             path = find_checkpoint(config.run_dir, (f"{path}.ckpt",))
         elif path is None and not fitting:
