@@ -57,7 +57,9 @@ def of_response(a: Shape, F: Shape, G: Shape, X: Shape, C: Shape, L: int, *_: An
     return H * (made + 2 * N * L * c * q)
 
 
-def of_response_backward(grad: Shape, a: Shape, F: Shape, G: Shape, X: Shape, C: Shape, *_: Any) -> int:
+def of_response_backward(
+    grad: Shape, a: Shape, F: Shape, G: Shape, X: Shape, C: Shape, *_: Any, **__: Any
+) -> int:
     return 3 * of_response(a, F, G, X, C, grad[-1])
 
 
@@ -82,7 +84,7 @@ def of_step_kept(system: Sequence[Shape | None], D: Shape, x: Shape, *_: Any, **
     return batch * H * (_moved(N, P[0] if P else 0) + 4 * N + 2)
 
 
-for name, formula in {
+_FORMULAS: dict[str, Any] = {
     "scan": of_scan,
     "scan_backward": of_scan_backward,
     "maps": of_maps,
@@ -93,5 +95,6 @@ for name, formula in {
     "cauchy_backward": of_cauchy_backward,
     "step": of_step,
     "step_kept": of_step_kept,
-}.items():
+}
+for name, formula in _FORMULAS.items():
     register_flop_formula(getattr(torch.ops.s4, name))(formula)
