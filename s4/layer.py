@@ -57,12 +57,18 @@ class S4Layer(nn.Module):
         bidirectional: also convolve backwards, with an output row C of its own. No state, no step.
         mode: how `forward` processes a sequence: "fft", by FFT convolution; "scan", by matrix products over
             chunks, under autocast to bfloat16 the larger ones in that, within 2% of the largest output; or
-            "auto", by the shape the faster one on a CPU, elsewhere "fft".
+            "auto", the faster by the shape on a CPU, elsewhere "fft", and with a state "scan" on any device.
+            An FFT mixes all inputs in its rounding: a later nan or inf reaches every output of its channel and
+            sequence, a later 1e10 the digits of smaller ones. In a scan it reaches those of its own chunk
+            only, and in `step` none: choose "scan" where earlier outputs must not depend on later inputs.
         backend: who computes, in every operation: "auto", the fastest that can run; or one of
             `s4.kernel.backends()`, for the operations that it has, plain PyTorch for the others; the kernel
             of "dplr" is then made of its sums.
         device: of the parameters.
         dtype: of the parameters and the state, torch.float32 or torch.float64, or their names.
+
+    In evaluation on a CPU, without gradients, what the parameters come to (maps, a kernel) is kept until one of
+    them changes or `train()` is called.
 
     `mode`, `backend` and `discretization` can be set on a layer that exists; the others are read-only.
 
@@ -218,7 +224,8 @@ class S4Layer(nn.Module):
             state: (B, H, N) to go on from, as `step` or an earlier `forward` returned it; None is zero.
             lengths: (B,) integers, the lengths of right-padded sequences. What lies past them is ignored,
                 outputs there are zero, and a sequence's state is the one at its own end.
-            rate: multiplies dt; 0.5 for inputs sampled twice as fast as those trained on.
+            rate: multiplies dt, the time from one input to the next: after training at 16 kHz, 0.5 for inputs
+                at 32 kHz, whose steps are half as long, and 2 for those at 8 kHz.
             return_state: also return the state after the last input.
 
         Returns:

@@ -46,7 +46,8 @@ def of_maps(a: Shape, F: Shape, G: Shape, B: Shape, C: Shape, D: Shape, T: int, 
 
 
 def of_maps_backward(grads: Sequence[Shape], inputs: Sequence[Shape], *_: Any, **__: Any) -> int:
-    return 3 * of_maps(*inputs, grads[1][1])
+    a, F, G, B, C, D = inputs
+    return 3 * of_maps(a, F, G, B, C, D, grads[1][1])
 
 
 def of_response(a: Shape, F: Shape, G: Shape, X: Shape, C: Shape, L: int, *_: Any, **__: Any) -> int:
