@@ -66,6 +66,7 @@ def test_folder_of_a_run_that_is_training_is_taken(monkeypatch: pytest.MonkeyPat
 def test_run_that_does_not_begin_leaves_no_folder(capsys: Capture) -> None:
     fails(capsys, 1, [*DIGITS, "--model.d_state", "3"], "d_state")
     fails(capsys, 1, ["smnist", *TINY, "--data.path", "nowhere"], "nowhere")
+    train.run([*DIGITS, "--trainer.fast_dev_run", "true"])  # which writes nothing
     assert not any(Path("runs").glob("*"))
 
 
