@@ -3,6 +3,7 @@
 import csv
 import datetime
 import math
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,13 @@ def test_loader_reads_every_window_once(folder: Path) -> None:
     for loader, part in ((module.val_dataloader(), "val"), (module.test_dataloader(), "test")):
         read = torch.cat([batch.targets for batch in loader])
         assert len(read) == len(module.parts[part][1]) == 2880 - 5 + 1
+
+
+def test_path_of_the_file_itself(folder: Path, tmp_path: Path) -> None:
+    """Whatever its name."""
+    file = shutil.copy(folder / "ETTh1.csv", tmp_path / "loads.csv")
+    named, found = (Forecasting(path=path).build("series") for path in (file, folder))
+    assert torch.equal(named["values"], found["values"])
 
 
 def test_errors(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,6 +242,7 @@ class ExampleCLI(LightningCLI):
     def after_fit(self) -> None:
         """Test the best weights, plot the curves, and say what was reached and where it is."""
         if getattr(self.trainer, "fast_dev_run", False):
+            leave_run(self._get(self.config, "run_dir"))
             return
         steps, epochs = self.trainer.global_step, self.trainer.current_epoch
         seconds = self.timer.time_elapsed("train")
