@@ -55,7 +55,7 @@ def kernel(way: str, values: dict[str, torch.Tensor], L: int, dtype: torch.dtype
         return dplr.kernel(systems, L, dtype, how)
     recurrence = system.discretize(systems)
     if "powers" in way:
-        return response(recurrence, L, dtype, "torch" if how == "torch" else "auto")
+        return response(recurrence, L, dtype, "torch" if how == "torch" else "auto")[:, 0]
     return diag.kernel(recurrence, L, dtype)
 
 
