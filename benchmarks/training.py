@@ -30,8 +30,9 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 from data.base import Batch, SequenceData, padded  # noqa: E402
 from data.images import SOURCES, SequentialImages  # noqa: E402
 from data.storage import DataError  # noqa: E402
+from data.tasks import TASKS  # noqa: E402
 from example_files import write_parquet  # noqa: E402
-from train import RECIPES, TASKS  # noqa: E402
+from train import RECIPES  # noqa: E402
 from trainer.task import SequenceTask  # noqa: E402
 
 MIN_ROUNDS = 3
