@@ -24,7 +24,7 @@ def unread(tensor: Tensor) -> bool:
         return True
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         return True
-    return tensor.is_meta or type(tensor) is not Tensor
+    return tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
 def check_option(name: str, value: Any, options: Iterable[str], where: str = "") -> None:
@@ -89,6 +89,10 @@ def check_kind(name: str, value: Tensor, parameters: Iterable[Tensor], error: Ru
 
     Not before: hooks, autocast and the modules themselves may well take it.
     """
+    device = value.device.type
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if cast or not (value.is_floating_point() or "dtype" in str(error)):  # tokens are of no parameter's
+        return
     plain = [p for p in parameters if type(p) in (Tensor, torch.nn.Parameter)]
     kind, kinds = f"{value.dtype} on {value.device}", {f"{p.dtype} on {p.device}" for p in plain}
     if type(error) is RuntimeError and kinds - {kind}:  # no subclass: out of memory, a device that is lost

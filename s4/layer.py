@@ -58,17 +58,16 @@ class S4Layer(nn.Module):
         mode: how `forward` processes a sequence: "fft", by FFT convolution; "scan", by matrix products over
             chunks, under autocast to bfloat16 the larger ones in that, within 2% of the largest output; or
             "auto", the faster by the shape on a CPU, elsewhere "fft", and with a state "scan" on any device.
-            An FFT mixes all inputs in its rounding: a later nan or inf reaches every output of its channel and
-            sequence, a later 1e10 the digits of smaller ones. In a scan it reaches those of its own chunk
-            only, and in `step` none: choose "scan" where earlier outputs must not depend on later inputs.
+            Through an FFT a later nan, or the rounding of a later 1e10, reaches all outputs of a channel, in
+            a scan those of its chunk, in `step` none.
         backend: who computes, in every operation: "auto", the fastest that can run; or one of
             `s4.kernel.backends()`, for the operations that it has, plain PyTorch for the others; the kernel
             of "dplr" is then made of its sums.
         device: of the parameters.
         dtype: of the parameters and the state, torch.float32 or torch.float64, or their names.
 
-    In evaluation on a CPU, without gradients, what the parameters come to (maps, a kernel) is kept until one of
-    them changes or `train()` is called.
+    In evaluation on a CPU, without gradients, what the parameters come to at one rate is kept until one of
+    them changes or the layer is moved or trained: some 3 N^2 + L numbers a channel.
 
     `mode`, `backend` and `discretization` can be set on a layer that exists; the others are read-only.
 
@@ -207,6 +206,10 @@ class S4Layer(nn.Module):
         if mode:
             self._kept.clear()
         return super().train(mode)
+
+    def _apply(self, *arguments: Any) -> "S4Layer":
+        self._kept.clear()
+        return super()._apply(*arguments)
 
     def forward(
         self,

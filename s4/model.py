@@ -271,7 +271,7 @@ def _check_width(
     name: str, module: nn.Module | None, end: int, attributes: tuple[str, ...], d_model: int
 ) -> None:
     """The width that meets the blocks, where a module or this end of a sequence of them tells it."""
-    while isinstance(module, nn.Sequential) and len(module):
+    while type(module) is nn.Sequential and len(module):
         module = module[end]
     for attribute in attributes:
         width = getattr(module, attribute, 0)

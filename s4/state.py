@@ -85,6 +85,9 @@ class State(NamedTuple):
             raise TypeError(f"states must be a sequence of State, got {type(states).__name__}")
         if not all(isinstance(state, State) for state in states):
             raise TypeError(f"states must be a sequence of State, got {[type(s).__name__ for s in states]}")
+        parts = [x for state in states for x in (*state.layers, state.total, state.length)]
+        if odd := {type(x).__name__ for x in parts if not isinstance(x, Tensor)}:
+            raise TypeError(f"states must hold tensors, got {', '.join(sorted(odd))}")
         kinds = [[(*x.shape[1:], x.dtype, x.device) for x in (*s.layers, s.total, s.length)] for s in states]
         if not kinds or any(kind != kinds[0] for kind in kinds):
             got = "; ".join(map(_described, states)) or "none"

@@ -1,5 +1,6 @@
 """The way that mode="auto" takes: all ways are the same map, and what is kept is never out of date."""
 
+import contextlib
 import copy
 
 import oracle
@@ -148,3 +149,35 @@ def test_padded_sequences_end_in_their_own_states(mode: str, variant: str) -> No
         theirs = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         for a, b in zip(got, theirs, strict=True):
             oracle.close(a, b, 1e-8)
+
+
+@pytest.mark.skipif(not FUSED, reason="the C++ extension is not built")
+def test_parameters_without_memory_are_not_compared() -> None:
+    """A tensor subclass that holds others, and one on "meta", have no address for C++ to read."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    u, x = torch.randn(1, 600, H).double(), torch.randn(1, H, N).double()
+    layer = build("diag").eval()
+    want = layer(u)
+    with torch.no_grad():
+        layer(u)
+        layer.C = nn.Parameter(TwoTensor(layer.C.detach(), layer.C.detach()))
+        for _ in range(2):
+            oracle.close(layer(u), want, 1e-12)
+        layer.C = nn.Parameter(layer.C.detach().a.to("meta"))
+        for _ in range(2):
+            for run in (lambda: layer(u), lambda: layer.step(u[:, 0], x)):
+                with contextlib.suppress(RuntimeError, ValueError):  # but never the end of the process
+                    run()
+
+
+def test_little_is_kept() -> None:
+    """One set of maps and one of what is left of a chunk, however many lengths there were."""
+    layer = S4Layer(4, 128).eval()
+    with torch.no_grad():
+        for L in (9, 17, 33, 65, 129, 257, 600):
+            layer(torch.randn(1, L, 4), return_state=True)
+        kept = layer._kept.of(*s4.ops.step.identity(layer._systems(1.0), layer.D, "auto"))
+    assert set(kept) <= {"system", "recurrence", "rounded", "maps", "rest", "kernel"}
+    layer.double()
+    assert layer._kept._entry is None

@@ -31,7 +31,8 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
         ValueError: the last dimensions of v and w differ, devices differ, or the backend cannot run.
     """
     check_sums({"v": v, "z": z, "w": w})
-    dispatch.check_backend(backend)
+    if not isinstance(backend, str):
+        dispatch.check_backend(backend)  # which refuses it; names are checked inside the operator
     if v.shape[-1] != w.shape[-1]:
         raise ValueError(
             f"v and w must have one length of the last dimension, got {v.shape[-1]} and {w.shape[-1]}"

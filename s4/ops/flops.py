@@ -1,6 +1,7 @@
 """Floating point operations of the operators, for torch.utils.flop_counter.FlopCounterMode.
 
-Of the arithmetic that the fused code does, a multiplication and an addition each one. Torch counts no FFT.
+Of the arithmetic that the fused code does, a multiplication and an addition each one. Torch counts no FFT,
+and no single steps where gradients are recorded.
 A backward pass of maps and responses takes three times the forward, its factors made again.
 """
 

@@ -66,10 +66,12 @@ def scan(
     N = recurrence.B.shape[-1]
     T = chunk_length(B, L, N, dispatch.price_of_maps(recurrence, backend) if kept is None else 0)
     made = {} if kept is None else kept
-    both: tuple[Maps, Maps | None] | None = made.get(T)
-    if both is None:
-        both = made[T] = maps(recurrence, D, T, u.dtype, backend)
-    ahead, behind = both
+    length, both = made.get("maps", (0, None))
+    if both is None or length != T:
+        both = maps(recurrence, D, T, u.dtype, backend)
+        made["maps"] = T, both
+    ahead: Maps = both[0]
+    behind: Maps | None = both[1]
     before = u.new_zeros(H, B, N) if x is None else x.transpose(0, 1)
     options = products or u.dtype, backend
     run = plain if dispatch.transformed() else operator
@@ -79,14 +81,19 @@ def scan(
         y = y + later
     if not return_state:
         return y, None
-    if (rest := L % T) > 0:  # from the state before the ragged chunk to that after its inputs
-        length, to_end = made.get("rest", (0, ahead))
-        if length != rest:
-            to_end, _ = maps(recurrence, D, rest, u.dtype, backend)
-            made["rest"] = rest, to_end
-        inputs = u[:, L - rest :].permute(2, 0, 1)
-        last = add_product(product(inputs, to_end.inward), last, to_end.onward)
-    return y, last.transpose(0, 1)
+    rest = L % T
+    if rest == 0:
+        return y, last.transpose(0, 1)
+    # From the state before the ragged chunk to that after its inputs.
+    driven = product(u[:, L - rest :].permute(2, 0, 1), ahead.inward[:, T - rest :])
+    if not dispatch.fused("maps", backend, u.device.type):
+        steps = torch.full((B,), rest, device=u.device)
+        return y, Propagator(recurrence).advance(last.transpose(0, 1), steps, T - 1) + driven.transpose(0, 1)
+    length, onward = made.get("rest", (0, ahead.onward))
+    if length != rest:
+        onward = maps(recurrence, D, rest, u.dtype, backend)[0].onward
+        made["rest"] = rest, onward
+    return y, add_product(driven, last, onward).transpose(0, 1)
 
 
 def last_state(

@@ -205,6 +205,8 @@ class Snapshot:
         for t, (dtype, shape) in zip(tensors, self._kinds, strict=True):
             if t.dtype is not dtype or t.shape != shape or not t.is_contiguous() or t.is_neg():
                 return False
+            if not t.is_cpu or type(t) not in (Tensor, torch.nn.Parameter):  # a subclass may have no address
+                return False
         library = _library()
         if isinstance(library, str):
             return all(map(torch.equal, tensors, self._copies))
