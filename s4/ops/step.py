@@ -98,6 +98,9 @@ def _rounded(systems: tuple[Any, ...], D: Tensor, x: Tensor) -> Recurrence:
     shapes = [(H, N), (rank, H, N), (rank, H, N), (H, N), (1, H, N), (H,)]
     if (given := [tuple(part.shape) for part in (*recurrence, D)]) != shapes:
         raise ValueError(f"parameters must be those of {H} channels of {N} states, {shapes}, got {given}")
+    kinds = {(type(part), part.device) for part in recurrence}
+    if kinds != {(Tensor, x.device)}:
+        raise ValueError(f"parameters must be plain tensors on {x.device}, got {kinds}")
     return recurrence
 
 
