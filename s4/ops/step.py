@@ -73,7 +73,7 @@ def advance(
 
 def identity(systems: tuple[Any, ...], D: Tensor, backend: str) -> tuple[list[Tensor], tuple[Any, ...]]:
     """The tensors and options that all is made of which is kept."""
-    return [*(p for p in systems[:6] if p is not None), D], (*systems[6:], D.dtype, backend)
+    return [p for p in (*systems[:6], D) if p is not None], (*systems[6:], D.dtype, backend)
 
 
 def run(

@@ -22,6 +22,7 @@ _HINT = (
     "with a C++ compiler (g++ or clang++) on the path, "
     "run pip install --force-reinstall --no-cache-dir --no-deps s4-pytorch (in a clone: .)"
 )
+_PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may hold no numbers of its own
 _SUFFIX = {torch.complex64: "c64", torch.complex128: "c128", torch.float32: "f32", torch.float64: "f64"}
 
 
@@ -205,7 +206,7 @@ class Snapshot:
         for t, (dtype, shape) in zip(tensors, self._kinds, strict=True):
             if t.dtype is not dtype or t.shape != shape or not t.is_contiguous() or t.is_neg():
                 return False
-            if not t.is_cpu or type(t) not in (Tensor, torch.nn.Parameter):  # a subclass may have no address
+            if type(t) not in _PLAIN or not t.is_cpu:
                 return False
         library = _library()
         if isinstance(library, str):
