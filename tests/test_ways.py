@@ -36,6 +36,7 @@ def test_the_table(variant: str) -> None:
         *["scan"] * 2,
     ]
     assert [way(layer, 1, L, False, False) for L in (0, 1, 2)] == ["fft", "steps", "fft"]
+    assert [way(layer, B, 1, False, False) for B in (32, 33)] == ["steps", "fft"]
     assert [way(layer, 1, L, True, True) for L in (8, 9)] == ["steps", "scan"]
     assert [way(layer, 1, L, False, True) for L in (4, 5, 1024, 1025)] == ["steps", "fft", "fft", "scan"]
     with torch.no_grad():

@@ -21,6 +21,7 @@ from s4.system import Recurrence
 _LEAST = {16: 1024, 32: 2048, 64: 6144, 128: 18432}
 # B L up to which a convolution takes less time than a scan, where kernel and maps are kept.
 _SHORT = 1024
+_STEPS = 32  # B L up to which steps take less time than a convolution, without a state
 # Nodes over d_state^2 up to which Cauchy sums take less time than powers (benchmarks/kernels.py): on two
 # cores, where both are fused, and on an H200, where sums are and powers are not, measured to 16,384.
 _SUMS = {"cpu": 1 / 8, "cuda": 4.0}
@@ -121,7 +122,7 @@ def way(
     if mode != "auto":
         return mode
     local = recurrence.a.device.type == "cpu" and len(recurrence.C) == 1 and backend == "auto"
-    if local and not compiling() and 0 < L <= _few(stateful, kept):
+    if local and not compiling() and 0 < L <= _few(stateful, kept) and (stateful or batch * L <= _STEPS):
         return "steps"
     if stateful:
         return "scan"
