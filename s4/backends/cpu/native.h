@@ -24,8 +24,8 @@ namespace {
 // own. They would have to wait for a core until torch's have done spinning, in which those wait for their next work.
 std::atomic<void (*)(void (*)(void*), void*, unsigned, unsigned)> pool{nullptr};
 
-// While one lives, this thread has 0 for denormal numbers: what decays would take 100 cycles each. The processor does it,
-// at the end of the range and not before, so that a signal of any scale keeps its digits.
+// While one lives, denormal numbers are 0 on this thread: each would cost some 100 cycles, and what decays is full of
+// them. The processor drops them at the end of the range, so that a signal of any scale keeps its digits.
 class WithoutDenormals {
 #if defined(__x86_64__)
     const unsigned before = __builtin_ia32_stmxcsr();
@@ -44,7 +44,7 @@ class WithoutDenormals {
     ~WithoutDenormals() { asm volatile("msr fpcr, %0" : : "r"(before) : "memory"); }
 #else
   public:
-    WithoutDenormals() {}  // with a warning of its own, a thing unused would be one
+    WithoutDenormals() {}  // without one, the compiler would warn of an unused variable
 #endif
 };
 
