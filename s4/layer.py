@@ -1,7 +1,7 @@
 """S4Layer: the parameters of one S4 layer, and its convolutional, recurrent and dense views."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -207,9 +207,9 @@ class S4Layer(nn.Module):
             self._kept.clear()
         return super().train(mode)
 
-    def _apply(self, *arguments: Any) -> "S4Layer":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "S4Layer":
         self._kept.clear()
-        return super()._apply(*arguments)
+        return super()._apply(fn, recurse)
 
     def forward(
         self,
