@@ -10,7 +10,9 @@ from torch import Tensor
 
 import s4.kernel
 from s4 import S4Layer
+from s4.kernel import diag
 from s4.precision import without_denormals
+from s4.system import Recurrence
 
 BACKENDS = [name for name, it in s4.kernel.backends().items() if isinstance(it, dict)]
 
@@ -62,6 +64,17 @@ def test_gradients_of_a_mode_that_is_gone_in_a_step(decay: float, backend: str) 
     for method in ("sums", "powers"):
         layer.kernel(50, method=method).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("a", [0.0, 1e-323, 1e-310, 1e-295])
+def test_sums_over_a_mode_next_to_nothing(a: float) -> None:
+    """Of which the logarithm has a derivative beyond the range."""
+    parts = [torch.full((1, 2), value, dtype=torch.float64, requires_grad=True) for value in (a, 1.0, 1.0)]
+    none = torch.zeros(0, 1, 2, dtype=torch.float64)
+    recurrence = Recurrence(parts[0], none, none, parts[1], parts[2][None])
+    K = diag.kernel(recurrence, 5, torch.float64)
+    assert (K[..., 1:].abs() < 1e-290).all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(K.sum(), parts))
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-26, 1e-30, 1e30])

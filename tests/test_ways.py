@@ -172,6 +172,23 @@ def test_parameters_without_memory_are_not_compared() -> None:
                     run()
 
 
+@pytest.mark.parametrize("mode", ["auto", "fft", "scan"])
+def test_gradients_in_eval_are_those_of_training(mode: str) -> None:
+    """Where they are recorded nothing is kept: each call has a graph of its own."""
+    layer = build("dplr", mode=mode)
+    u, x = torch.randn(2, 40, H).double(), torch.randn(2, H, N).double()
+    found = []
+    for training in (True, False, False):
+        layer.train(training)
+        with torch.no_grad():
+            layer(u, x, return_state=True)
+        y, last = layer(u, x, return_state=True)
+        found.append(torch.autograd.grad(y.sin().sum() + last.sin().sum(), list(layer.parameters())))
+    for others in found[1:]:
+        for got, want in zip(others, found[0], strict=True):
+            oracle.close(got, want, 1e-9)
+
+
 def test_little_is_kept() -> None:
     """One set of maps and one of what is left of a chunk, however many lengths there were."""
     layer = S4Layer(4, 128).eval()
