@@ -212,3 +212,10 @@ def test_forward_mode_derivatives_of_a_layer(variant: str, mode: str, backend: s
     u, v = torch.randn(2, 2, 40, 2, dtype=torch.float64)
     _, along = torch.func.jvp(lambda u: layer(u), (u,), (v,))
     oracle.close(along, layer(v), 1e-9)
+
+
+def test_lengths_without_numbers_are_taken() -> None:
+    """On "meta", where shapes are all that there is."""
+    with torch.device("meta"):
+        layer, u, lengths = S4Layer(4, 8), torch.randn(2, 9, 4), torch.zeros(2, dtype=torch.long)
+    assert layer(u, lengths=lengths).shape == (2, 9, 4)
