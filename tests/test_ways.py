@@ -38,7 +38,9 @@ def test_the_table(variant: str) -> None:
     assert [way(layer, 1, L, False, False) for L in (0, 1, 2)] == ["fft", "steps", "fft"]
     assert [way(layer, B, 1, False, False) for B in (32, 33)] == ["steps", "fft"]
     assert [way(layer, 1, L, True, True) for L in (8, 9)] == ["steps", "scan"]
-    assert [way(layer, 1, L, False, True) for L in (4, 5, 1024, 1025)] == ["steps", "fft", "fft", "scan"]
+    assert [way(layer, 1, L, False, True) for L in (4, 5, 512, 513)] == ["steps", "fft", "fft", "scan"]
+    assert [way(layer, 64, L, False, True) for L in (32, 33)] == ["fft", "scan"]
+    assert [way(layer, 640, L, False, False) for L in (31, 32)] == ["fft", "scan" if FUSED else "fft"]
     with torch.no_grad():
         assert [way(layer, 1, L, True, False) for L in (8, 9)] == ["steps", "scan"]
     both = build(variant, bidirectional=True)

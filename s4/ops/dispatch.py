@@ -19,7 +19,7 @@ from s4.system import Recurrence
 # max(B, 8) L from which a scan takes less time than an FFT convolution, by d_state, on a CPU with the fused
 # code: measured, with backward. Of diagonal systems, whose kernels take less, max(B, 2) L.
 _LEAST = {16: 1024, 32: 2048, 64: 6144, 128: 18432}
-# B L up to which a convolution takes less time than a scan, where kernel and maps are kept.
+# max(B, 2) L up to which a convolution takes less time than a scan, where kernel and maps are kept.
 _SHORT = 1024
 _STEPS = 32  # B L up to which steps take less time than a convolution, without a state
 # Nodes over d_state^2 up to which Cauchy sums take less time than powers (benchmarks/kernels.py): on two
@@ -127,13 +127,14 @@ def way(
     if stateful:
         return "scan"
     if local and kept:
-        return "fft" if batch * L <= _SHORT else "scan"
+        return "fft" if L <= 32 or max(batch, 2) * L <= _SHORT else "scan"
     if recurrence.a.device.type != "cpu" or backend != "auto":
         return "fft"
     sizes = [size for size in _LEAST if recurrence.a.shape[1] <= size]
     price = 1 if fused("scan", backend, "cpu") else 4
     inputs = max(batch, 8 if len(recurrence.F) else 2) * L
-    return "scan" if sizes and inputs >= _LEAST[sizes[0]] * price else "fft"
+    long = bool(sizes) and inputs >= _LEAST[sizes[0]] * price and 4 * recurrence.a.shape[1] <= L
+    return "scan" if long else "fft"
 
 
 def _few(stateful: bool, kept: bool) -> int:
