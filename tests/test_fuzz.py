@@ -315,6 +315,14 @@ def check_systems(case: Case, layer: S4Layer, system: oracle.Discrete, want: Tru
     close(got if case.bidirectional else got[None], K, bound, f"kernel by {method}")
 
 
+def carried(case: Case, dtype: torch.dtype) -> float:
+    """What a slowly decaying state gathers: it is rounded once a step, or once a chunk of at least 8 of them.
+
+    So is the matrix that moves it; each time by half of the distance from one number to the next.
+    """
+    return torch.finfo(dtype).eps * (case.L if case.way == "steps" else case.L / 8)
+
+
 def check_gradients(
     case: Case, leaves: dict[str, Tensor], got: tuple[Tensor, ...], want: tuple[Tensor, ...],
     true_leaves: dict[str, Tensor], given: Problem,
@@ -363,10 +371,11 @@ def check(case: Case) -> None:
     assert y.dtype == given.u.dtype
     for name, a, b in zip(leaves, leaves.values(), before, strict=True):
         assert torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)), f"{name} was changed"
-    close(y, want.y, TOLERANCE[dtype] * want.y_size, "output")
+    tolerance = TOLERANCE[dtype] + carried(case, dtype)
+    close(y, want.y, tolerance * want.y_size, "output")
     if state is not None:
         assert state.dtype == dtype
-        close(state, want.state, TOLERANCE[dtype] * want.state_size, "state")
+        close(state, want.state, tolerance * want.state_size, "state")
     if case.gradients:
         outputs = (y,) if state is None else (y, state)
         check_gradients(case, leaves, outputs, (want.y, want.state)[: len(outputs)], true_leaves, given)
