@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s4 import hippo, kernel
+from s4 import hippo, kernel, options
 from s4.checks import (
     check_features,
     check_flag,
@@ -25,10 +25,6 @@ from s4.ops.scan import last_state, scan
 from s4.padding import zero_padding
 from s4.system import DISCRETIZATIONS, dense, discretize, system
 
-_VARIANTS = {"dplr": "bilinear", "diag": "zoh"}  # and the discretisation of each, unless told
-_PAPERS = {"s4": "dplr", "s4d": "diag"}  # names that the papers give the variants
-_MODES = ("auto", "fft", "scan")
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _MIN_DECAY = (
     1e-4  # of -Re Lambda at initialisation: LegT and FouT have none, and its logarithm is a parameter
 )
@@ -102,19 +98,16 @@ class S4Layer(nn.Module):
             raise ValueError(f"d_state must be even, as modes come in conjugate pairs, got {d_state}")
         if d_model % n_ssm:
             raise ValueError(f"n_ssm must divide d_model ({d_model}), got {n_ssm}")
-        init = _checked_init(variant, init, d_state)
+        init = options.initialisation(variant, init, d_state)
         check_number("dt_min", dt_min, 0, above=True)
         check_number(f"dt_max, with dt_min={dt_min},", dt_max, dt_min)
         check_flag("bidirectional", bidirectional)
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        dtype = _DTYPES.get(str(dtype).removeprefix("torch."), dtype)
-        if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES.values():
-            raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        dtype = options.dtype(dtype)
 
         self.d_model, self.d_state = d_model, d_state
         self.variant = variant
         self.init = init
-        self.discretization = _VARIANTS[variant] if discretization is None else discretization
+        self.discretization = options.VARIANTS[variant] if discretization is None else discretization
         self.dt_min, self.dt_max = float(dt_min), float(dt_max)
         self.n_ssm = n_ssm
         self.bidirectional = bidirectional
@@ -150,7 +143,7 @@ class S4Layer(nn.Module):
             names = [n for n, it in DISCRETIZATIONS.items() if it.low_rank or not low_rank]
             check_option(name, value, names, f" for variant={self.variant!r}")
         elif name == "mode":
-            check_option(name, value, _MODES)
+            check_option(name, value, options.MODES)
         elif name == "backend":
             dispatch.check_backend(value)
         super().__setattr__(name, value)
@@ -163,12 +156,12 @@ class S4Layer(nn.Module):
         Raises:
             ValueError: parameters moved to a dtype that no layer is made in.
         """
-        options = {name: getattr(self, name) for name in (*_FIXED, *_OPTIONS)}
+        config = {name: getattr(self, name) for name in (*_FIXED, *_OPTIONS)}
         if not isinstance(self.init, str):
-            options["init"] = [torch.view_as_real(part).tolist() for part in self.init]
+            config["init"] = [torch.view_as_real(part).tolist() for part in self.init]
         dtype = str(self.D.dtype).removeprefix("torch.")
-        check_option("dtype", dtype, _DTYPES, " to make a layer with")
-        return {**options, "dtype": dtype}
+        check_option("dtype", dtype, options.DTYPES, " to make a layer with")
+        return {**config, "dtype": dtype}
 
     @property
     def dt(self) -> Tensor:
@@ -371,7 +364,7 @@ class S4Layer(nn.Module):
 
     def _check(self, rate: float, causal: str = "") -> None:
         """Of what every call needs; `causal` names what a bidirectional layer does not have."""
-        if self.D.dtype not in _DTYPES.values():
+        if self.D.dtype not in options.DTYPES.values():
             raise TypeError(
                 f"S4Layer computes with float32 or float64 parameters, got {self.D.dtype}: "
                 "keep the layer in float32 and use torch.autocast for reduced precision"
@@ -384,17 +377,3 @@ class S4Layer(nn.Module):
             raise ValueError(reason)
         if causal and self.bidirectional:
             raise ValueError(f"{causal} needs a causal layer, but this one has bidirectional=True")
-
-
-def _checked_init(variant: Any, init: Any, d_state: int) -> str | tuple[Tensor, ...]:
-    """A name that the variant has, or one's own tensors, of a variant that exists."""
-    if isinstance(variant, str) and variant in _PAPERS:
-        raise ValueError(
-            f"variant must be 'dplr' or 'diag', got {variant!r}: it is {_PAPERS[variant]!r} here"
-        )
-    check_option("variant", variant, _VARIANTS)
-    if isinstance(init, str):
-        check_option("init", init, hippo.names(variant), f" for variant={variant!r}")
-        return init
-    Lambda, P, B = hippo.own(init, variant, d_state)
-    return (Lambda, P, B) if variant == "dplr" else (Lambda, B)
