@@ -1,7 +1,7 @@
 """docs/tools.md from the tests' own marks: `python tests/promises.py` writes it.
 
-A line of it is a test's `@pytest.mark.promise("tool", "what is promised")`; with `supported=False` what is not
-supported, in a test that it is refused. Marks are read from the source, so that no library has to be there.
+A line of it is a test's `@pytest.mark.promise("tool", "what is promised")`; with `supported=False`
+what is not supported, in a test that it is refused. Marks are read from the source: no library has to be there.
 """
 
 import ast
@@ -23,8 +23,8 @@ TOOLS = (
 )
 HEAD = """# What works with which tool
 
-Each line is held by the tests named beside it, which run in CI with the libraries of the extra `test`. This page
-is made from those tests, by `python tests/promises.py`.
+Each line is held by the tests named beside it, which run in CI with the libraries of the extra `test`. This
+page is made from those tests, by `python tests/promises.py`.
 """
 
 
