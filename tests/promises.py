@@ -1,7 +1,7 @@
 """docs/tools.md from the tests' own marks: `python tests/promises.py` writes it.
 
 A line of it is a test's `@pytest.mark.promise("tool", "what is promised")`; with `supported=False`
-what is not supported, in a test that it is refused. Marks are read from the source: no library has to be there.
+what is not supported, in a test that it is refused. Marks are read from the source, no library needed.
 """
 
 import ast
