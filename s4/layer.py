@@ -18,11 +18,9 @@ from s4.checks import (
     check_state,
 )
 from s4.ops import dispatch, step
-from s4.ops.convolve import convolve
 from s4.ops.kept import Kept
-from s4.ops.response import continuation
-from s4.ops.scan import last_state, scan
 from s4.padding import zero_padding
+from s4.sequence import sequence
 from s4.system import DISCRETIZATIONS, dense, discretize, system
 
 _MIN_DECAY = (
@@ -243,35 +241,11 @@ class S4Layer(nn.Module):
             x = u.to(self.D.dtype)
             if lengths is not None:
                 x = zero_padding(x, lengths)
-            given = self._systems(rate)
-            kept = None if self.training else self._keeping(given, x, x if state is None else state)
-            made = {} if kept is None else kept
-            if "recurrence" not in made:
-                made["system"] = system(*given)
-                made["recurrence"] = discretize(made["system"])
-            recurrence, D, backend, after = made["recurrence"], self.D, self.backend, None
-            stateful = return_state or state is not None
-            way = dispatch.way(self.mode, backend, recurrence, batch, L, stateful, kept is not None)
-            if way == "steps":
-                y, after = step.run(recurrence, D, state, x, backend)
-            elif way == "scan":
-                whole = return_state and lengths is None
-                y, after = scan(x, recurrence, D, state, products, backend, return_state=whole, kept=kept)
-            else:
-                length, k = made.get("kernel", (None, None))
-                if length != L:
-                    k = kernel.kernel(made["system"], recurrence, L, D.dtype, method="auto", backend=backend)
-                    made["kernel"] = L, k
-                more = None if state is None else continuation(recurrence, state, L, backend)
-                y = convolve(x, k, D, more)
-            if lengths is not None:
-                y = zero_padding(y, lengths)
+            options = self.mode, products, self.backend, return_state
+            kept = None if self.training else self._kept
+            y, after = sequence(self._systems(rate), self.D, x, state, lengths, *options, kept)
             y = y.to(u.dtype)
-            if not return_state:
-                return y
-            if after is None or lengths is not None:
-                after = last_state(x, recurrence, D, state, lengths, backend, kept)
-            return y, after
+        return (y, after) if after is not None else y
 
     def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0) -> tuple[Tensor, Tensor]:
         """One step of the recurrence; needs no call before it.
@@ -355,12 +329,6 @@ class S4Layer(nn.Module):
         """The arguments of `s4.system.system`."""
         P = self.P if self.variant == "dplr" else None
         return self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, P, rate, self.discretization
-
-    def _keeping(self, systems: tuple[Any, ...], *tensors: Tensor) -> dict[Any, Any] | None:
-        """What parameters came to in earlier calls, and where later ones find it; None if not."""
-        if not self.D.is_cpu or not dispatch.keeps(self.D, *tensors):
-            return None
-        return self._kept.of(*step.identity(systems, self.D, self.backend))
 
     def _check(self, rate: float, causal: str = "") -> None:
         """Of what every call needs; `causal` names what a bidirectional layer does not have."""

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 import s4.kernel
 from s4 import S4Layer
 from s4.backends import cpu
+from s4.ops import kept
 from s4.ops import step as op
 from s4.ops.kept import Kept
 from s4.system import Recurrence, discretize, system
@@ -190,13 +191,13 @@ def test_the_operator_that_keeps_is_sound(variant: str, init: str, monkeypatch: 
     method = layer.discretization
     values = [None if p is None else p.detach() for p in layer._systems(1.0)[:6]]
     torch.library.opcheck(op.step_kept, (values, layer.D.detach(), x, u, 0.5, method, "auto"))
-    monkeypatch.setattr(op, "_KEPT", 2)
+    monkeypatch.setattr(kept, "_KEPT", 2)
     layers = [build(variant, init) for _ in range(4)]
     for layer in layers * 2:
         got = op.step_kept(layer._systems(1.0)[:6], layer.D, x, u, 1.0, method, "auto")
         for g, w in zip(got, truth(layer, u, x), strict=True):
             close(g, w, 1e-12)
-    assert len(op._kept) == 2
+    assert len(kept._kept) == 2
     layer.C.mul_(2)
     got = op.step_kept(layer._systems(1.0)[:6], layer.D, x, u, 1.0, method, "auto")
     close(got[0], truth(layer, u, x)[0], 1e-12)

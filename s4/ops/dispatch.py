@@ -196,7 +196,7 @@ def keeps(parameter: Tensor, *tensors: Tensor) -> bool:
         return False
     if maybe_current_level() is not None or forward_ad._current_level >= 0:  # as `transformed`
         return False
-    if type(parameter) is not torch.nn.Parameter or not {Tensor}.issuperset(map(type, tensors)):
+    if type(parameter) not in (Tensor, torch.nn.Parameter) or not {Tensor}.issuperset(map(type, tensors)):
         return False
     if torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
         return False

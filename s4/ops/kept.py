@@ -1,5 +1,6 @@
 """What the parameters of a layer come to, kept from one call to the next until they change."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,3 +46,17 @@ class Kept:
 
     def __reduce__(self) -> tuple[type["Kept"], tuple[()]]:
         return Kept, ()
+
+
+_KEPT = 256  # systems, also of layers that are no more, until others take their place
+_kept: OrderedDict[object, Kept] = OrderedDict()  # by whom, addresses of parameters, and options
+
+
+def kept_at(whom: str, systems: Sequence[Tensor | None], D: Tensor, options: tuple[Any, ...]) -> Kept:
+    """What operators keep, which know no layer: found by where the parameters lie, and by the options."""
+    key = whom, *(t.data_ptr() for t in (*systems, D) if t is not None), D.dtype, *options
+    kept = _kept.setdefault(key, Kept())
+    _kept.move_to_end(key)
+    while len(_kept) > _KEPT:
+        _kept.popitem(last=False)
+    return kept

@@ -1,6 +1,5 @@
 """One step of a recurrence, and a few in a row."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from s4.ops import dispatch
-from s4.ops.kept import Kept
+from s4.ops.kept import Kept, kept_at
 from s4.system import Recurrence, discretize, system
 
 _library = torch.library.Library("s4", "FRAGMENT")  # thinner than custom_op: a step takes microseconds
@@ -22,8 +21,6 @@ _library.define(
     " -> (Tensor, Tensor)"
 )
 _RANK = 2  # of A, at most, that backends are written for
-_KEPT = 256  # systems, also of layers that are no more, until others take their place
-_kept: OrderedDict[object, Kept] = OrderedDict()  # by addresses of parameters, and options
 
 
 def plain(
@@ -128,17 +125,11 @@ def _step_kept(
     discretization: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    tensors = [t for t in parameters if t is not None]
-    key = *(t.data_ptr() for t in tensors), rate, discretization, D.dtype
-    kept = _kept.setdefault(key, Kept())
-    made = kept.of(tensors, (rate, discretization, D.dtype))
+    kept = kept_at("step", parameters, D, (rate, discretization))
+    made = kept.of(*identity((*parameters, rate, discretization), D, backend))
     recurrence: Recurrence | None = made.get("rounded")
     if recurrence is None:
         recurrence = made["rounded"] = _rounded((*parameters, rate, discretization), D, x)
-    _kept[key] = kept  # another thread may have dropped it
-    _kept.move_to_end(key)
-    while len(_kept) > _KEPT:
-        _kept.popitem(last=False)
     return _step(*recurrence, D, x, u, backend)
 
 

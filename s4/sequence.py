@@ -1,0 +1,124 @@
+"""A whole sequence through a layer: by convolution, by a scan over chunks, or step by step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from s4 import kernel
+from s4.ops import dispatch, step
+from s4.ops.convolve import convolve
+from s4.ops.kept import Kept, kept_at
+from s4.ops.response import continuation
+from s4.ops.scan import last_state, scan
+from s4.padding import zero_padding
+from s4.system import discretize, system
+
+
+def sequence(
+    systems: tuple[Any, ...],
+    D: Float[Tensor, "H"],
+    u: Float[Tensor, "B L H"],
+    x: Float[Tensor, "B H N"] | None,
+    lengths: Int[Tensor, "B"] | None,
+    mode: str,
+    products: torch.dtype,
+    backend: str,
+    return_state: bool,
+    kept: Kept | None,
+) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B H N"] | None]:
+    """Outputs, zero past the lengths, and the state after the last input if asked for.
+
+    Args:
+        systems: the arguments of `s4.system.system`.
+        D: what an input adds to its own output.
+        u: inputs, zero past the lengths.
+        x: the state before the first input; None is zero.
+        lengths: of right-padded sequences; None where all have the length of u.
+        mode: "fft", "scan" or "auto".
+        products: the dtype of the factors of a scan's large products.
+        backend: who computes, "auto" or one of `s4.kernel.backends()`.
+        return_state: whether the state is wanted.
+        kept: what keeps what parameters come to between calls, or None where they are in training.
+    """
+    made: dict[Any, Any] | None = None
+    if kept is not None and D.is_cpu:
+        if dispatch.compiling() and not dispatch.exporting() and dispatch.unwatched(D):
+            options = mode, products, backend, return_state
+            y, after = operator(systems[:6], D, u, x, lengths, *systems[6:], *options)
+            return y, after if return_state else None
+        if dispatch.keeps(D, u, u if x is None else x):
+            made = kept.of(*step.identity(systems, D, backend))
+    batch, L, _ = u.shape
+    found = {} if made is None else made
+    if "recurrence" not in found:
+        found["system"] = system(*systems)
+        found["recurrence"] = discretize(found["system"])
+    recurrence, after = found["recurrence"], None
+    stateful = return_state or x is not None
+    way = dispatch.way(mode, backend, recurrence, batch, L, stateful, made is not None)
+    if way == "steps":
+        y, after = step.run(recurrence, D, x, u, backend)
+    elif way == "scan":
+        whole = return_state and lengths is None
+        y, after = scan(u, recurrence, D, x, products, backend, return_state=whole, kept=made)
+    else:
+        length, k = found.get("kernel", (None, None))
+        if length != L:
+            k = kernel.kernel(found["system"], recurrence, L, D.dtype, method="auto", backend=backend)
+            found["kernel"] = L, k
+        y = convolve(u, k, D, None if x is None else continuation(recurrence, x, L, backend))
+    if lengths is not None:
+        y = zero_padding(y, lengths)
+    if not return_state:
+        return y, None
+    if after is None or lengths is not None:
+        after = last_state(u, recurrence, D, x, lengths, backend, made)
+    return y, after
+
+
+@torch.library.custom_op("s4::sequence_kept", mutates_args=())
+def operator(
+    systems: Sequence[Tensor | None],
+    D: Tensor,
+    u: Tensor,
+    x: Tensor | None,
+    lengths: Tensor | None,
+    rate: float,
+    discretization: str,
+    mode: str,
+    products: torch.dtype,
+    backend: str,
+    return_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """In evaluation, for torch.compile, which cannot see whether parameters changed: kept until they do.
+
+    The way is chosen inside, by the numbers, so that one graph serves all shapes. The state is empty unless
+    asked for.
+    """
+    kept = kept_at("sequence", systems, D, (rate, discretization, backend))
+    options = mode, products, backend, return_state
+    y, after = sequence((*systems, rate, discretization), D, u, x, lengths, *options, kept)
+    return y.contiguous(), u.new_empty(0) if after is None else after.contiguous()
+
+
+@operator.register_fake
+def _(
+    systems: Sequence[Tensor | None],
+    D: Tensor,
+    u: Tensor,
+    x: Tensor | None,
+    lengths: Tensor | None,
+    rate: float,
+    discretization: str,
+    mode: str,
+    products: torch.dtype,
+    backend: str,
+    return_state: bool,
+) -> tuple[Tensor, Tensor]:
+    Lambda = systems[1]
+    assert Lambda is not None
+    shape = (u.shape[0], D.shape[0], 2 * Lambda.shape[1]) if return_state else (0,)
+    return u.new_empty(u.shape), u.new_empty(shape)
