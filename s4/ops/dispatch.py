@@ -92,16 +92,16 @@ def implementation(operation: str, backend: str, device: torch.device) -> Any | 
     return module if hasattr(module, operation) else None
 
 
-def has_backward(operation: str, backend: str, device: torch.device) -> bool:
-    """Whether a backend computes the gradient, and autograd does not record it for gradients of its own."""
-    module = implementation(operation, backend, device)
-    return not torch.is_grad_enabled() and hasattr(module, f"{operation}_backward")
-
-
 @constant
 def fused(operation: str, backend: str, device_type: str) -> bool:
     """Whether a backend computes an operation on this type of device, not plain PyTorch."""
     return not transformed() and implementation(operation, backend, torch.device(device_type)) is not None
+
+
+def closed(operation: str, backend: str, device_type: str) -> bool:
+    """Whether an operation is one operator to torch: where it is fused, and where a graph is to serve every
+    length, but the plain definition goes by the bits of one."""
+    return fused(operation, backend, device_type) or (compiling() and not transformed())
 
 
 @constant
@@ -121,8 +121,12 @@ def way(
     """
     if mode != "auto":
         return mode
+    sizes = [size for size in _LEAST if recurrence.a.shape[1] <= size]
+    if compiling():  # one way for all shapes, as a graph has no branches
+        local = recurrence.a.device.type == "cpu" and backend == "auto" and bool(sizes)
+        return "scan" if stateful or local else "fft"
     local = recurrence.a.device.type == "cpu" and len(recurrence.C) == 1 and backend == "auto"
-    if local and not compiling() and 0 < L <= _few(stateful, kept) and (stateful or batch * L <= _STEPS):
+    if local and 0 < L <= _few(stateful, kept) and (stateful or batch * L <= _STEPS):
         return "steps"
     if stateful:
         return "scan"
@@ -130,7 +134,6 @@ def way(
         return "fft" if L <= 32 or max(batch, 2) * L <= _SHORT else "scan"
     if recurrence.a.device.type != "cpu" or backend != "auto":
         return "fft"
-    sizes = [size for size in _LEAST if recurrence.a.shape[1] <= size]
     price = 1 if fused("scan", backend, "cpu") else 4
     inputs = max(batch, 8 if len(recurrence.F) else 2) * L
     long = bool(sizes) and inputs >= _LEAST[sizes[0]] * price and 4 * recurrence.a.shape[1] <= L
@@ -143,11 +146,8 @@ def _few(stateful: bool, kept: bool) -> int:
 
 
 def price_of_maps(recurrence: Recurrence, backend: str) -> int:
-    """Of maps made for one call, as `s4.ops.scan.chunk_length` takes it: where code is fused, by their size.
-
-    A compiled graph has one length of chunks for all sequences.
-    """
-    if torch.compiler.is_compiling() or not fused("maps", backend, recurrence.a.device.type):
+    """Of maps for one call, as `s4.ops.scan.chunk_length` takes it: where code is fused, by their size."""
+    if not fused("maps", backend, recurrence.a.device.type):
         return 0
     return 2 if len(recurrence.F) else 1
 
@@ -156,9 +156,13 @@ def takes_sums(d_state: int, nodes: int, device_type: str) -> bool:
     """Whether the kernel of a DPLR layer comes by Cauchy sums at this many nodes, not by powers.
 
     Powers take O(N^2 sqrt(L) + N L) flops a channel where fused, O(N^3 log L + N L) where not; sums O(N L) at
-    a higher price, which only fused ones repay.
+    a higher price, which only fused ones repay. A graph that serves every length takes powers.
     """
-    return nodes <= _SUMS.get(device_type, 1.0) * d_state**2 and fused("cauchy", "auto", device_type)
+    return (
+        not compiling()
+        and nodes <= _SUMS.get(device_type, 1.0) * d_state**2
+        and fused("cauchy", "auto", device_type)
+    )
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -238,6 +242,12 @@ def through(plain: Callable[..., Any], inputs: Sequence[Tensor], grads: Any) -> 
             else [torch.zeros_like(t) for t in wanted]
         )
     return tuple(next(found) if t.requires_grad else None for t in inputs)
+
+
+def pulled(plain: Callable[..., Any], inputs: Sequence[Tensor], grads: Any) -> list[Tensor]:
+    """Gradients of a map by its plain definition inside an operator, where autograd records nothing."""
+    back = torch.func.vjp(plain, *inputs)[1]
+    return [g.contiguous() for g in back(grads)]
 
 
 def plain_memory(t: Tensor) -> Tensor:

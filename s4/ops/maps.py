@@ -102,9 +102,9 @@ def operator_backward(grads: Sequence[Tensor], inputs: Sequence[Tensor], backend
         raise ValueError(f"need gradients {_shapes(a, C, T)}, got {[tuple(g.shape) for g in grads]}, {kinds}")
     grads = tuple(map(dispatch.plain_memory, grads))
     module = dispatch.implementation("maps", backend, a.device)
-    if module is None:
-        raise RuntimeError(f"this graph needs backend {backend!r} for 'maps' on {a.device}")
-    return list(module.maps_backward(grads, operands))
+    if backward := getattr(module, "maps_backward", None):
+        return list(backward(grads, operands))
+    return dispatch.pulled(partial(plain, T=T, dtype=grads[0].dtype), operands, grads)
 
 
 @operator.register_fake
@@ -125,10 +125,55 @@ def _save(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # 
 
 
 def _gradients(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    if dispatch.has_backward("maps", ctx.backend, grads[0].device):
-        return *operator_backward(list(grads), list(ctx.saved_tensors), ctx.backend), None, None, None
-    run = partial(plain, T=ctx.T, dtype=ctx.dtype)
-    return *dispatch.through(run, ctx.saved_tensors, grads), None, None, None
+    if dispatch.recorded():
+        run = partial(plain, T=ctx.T, dtype=ctx.dtype)
+        return *dispatch.through(run, ctx.saved_tensors, grads), None, None, None
+    return *operator_backward(list(grads), list(ctx.saved_tensors), ctx.backend), None, None, None
 
 
 operator.register_autograd(_gradients, setup_context=_save)
+
+
+@torch.library.custom_op("s4::power", mutates_args=())
+def power(
+    a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, T: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """The map `onward` alone, (H, N, N), of the inputs of `operator`; T from 0, of any size in one graph."""
+    if T == 0:
+        return torch.eye(a.shape[1], dtype=dtype, device=a.device).repeat(a.shape[0], 1, 1)
+    onward: Tensor = operator(a, F, G, B, C, D, T, dtype, backend)[3]
+    return onward
+
+
+@torch.library.custom_op("s4::power_backward", mutates_args=())
+def power_backward(grad: Tensor, inputs: Sequence[Tensor], T: int, backend: str) -> list[Tensor]:
+    """Gradients of a, F, G, B, C and D."""
+    if T == 0:
+        return [torch.zeros_like(t) for t in inputs]
+    none = [grad.new_zeros(shape) for shape in _shapes(inputs[0], inputs[4], T)[:3]]
+    return list(operator_backward([*none, grad], inputs, backend))
+
+
+@power.register_fake
+def _(
+    a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor, T: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    return a.new_empty(*a.shape, a.shape[1], dtype=dtype)
+
+
+@power_backward.register_fake
+def _(grad: Tensor, inputs: Sequence[Tensor], T: int, backend: str) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in inputs]
+
+
+def _gradients_of_power(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    if dispatch.recorded():
+
+        def onward(a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+            return plain(a, F, G, B, C, D, ctx.T, ctx.dtype)[3]
+
+        return *dispatch.through(onward, ctx.saved_tensors, grad), None, None, None
+    return *power_backward(grad, list(ctx.saved_tensors), ctx.T, ctx.backend), None, None, None
+
+
+power.register_autograd(_gradients_of_power, setup_context=_save)

@@ -23,7 +23,7 @@ def response(
     """C A^l X for l < L, (c, q, H, L) in dtype, of recurrences in float64 and X (H, q, N), or B if None."""
     a, F, G, B, C = recurrence
     inputs = a, F, G, B[:, None] if X is None else X, C
-    if dispatch.fused("response", backend, a.device.type):
+    if dispatch.closed("response", backend, a.device.type):
         return operator(*inputs, L, dtype, backend)
     return plain(*inputs, L, dtype)
 
@@ -81,9 +81,10 @@ def operator_backward(
         got = f"{tuple(grad.shape)} of {grad.dtype} on {grad.device}"
         raise ValueError(f"need grad {(*shape, 'L')} of float32 or float64 on {a.device}, got {got}")
     module = dispatch.implementation("response", backend, a.device)
-    if module is None:
-        raise RuntimeError(f"this graph needs backend {backend!r} for 'response' on {a.device}")
-    return module.response_backward(dispatch.plain_memory(grad), *operands)
+    if backward := getattr(module, "response_backward", None):
+        return tuple(backward(dispatch.plain_memory(grad), *operands))
+    run = partial(plain, L=grad.shape[-1], dtype=grad.dtype)
+    return tuple(dispatch.pulled(run, operands, grad))  # type: ignore[return-value]
 
 
 @operator.register_fake
@@ -106,10 +107,10 @@ def _save(ctx, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore
 
 
 def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    if dispatch.has_backward("response", ctx.backend, grad.device):
-        return *operator_backward(grad, *ctx.saved_tensors, ctx.backend), None, None, None
-    run = partial(plain, L=ctx.L, dtype=ctx.dtype)
-    return *dispatch.through(run, ctx.saved_tensors, grad), None, None, None
+    if dispatch.recorded():
+        run = partial(plain, L=ctx.L, dtype=ctx.dtype)
+        return *dispatch.through(run, ctx.saved_tensors, grad), None, None, None
+    return *operator_backward(grad, *ctx.saved_tensors, ctx.backend), None, None, None
 
 
 operator.register_autograd(_gradients, setup_context=_save)

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from s4.ops import dispatch
+from s4.ops.advance import advance
 from s4.ops.convolve import transpose
-from s4.ops.maps import Maps, maps
+from s4.ops.maps import Maps, maps, power
 from s4.padding import right_aligned
 from s4.powers import Propagator
 from s4.precision import add_product, product, without_denormals
@@ -64,7 +65,11 @@ def scan(
     """
     B, L, H = u.shape
     N = recurrence.B.shape[-1]
-    T = chunk_length(B, L, N, dispatch.price_of_maps(recurrence, backend) if kept is None else 0)
+    one_graph = dispatch.compiling()  # for all lengths: with one length of chunks, whatever is left of them
+    if one_graph:
+        T = chunk_length(1, _MANY - 1, N)
+    else:
+        T = chunk_length(B, L, N, dispatch.price_of_maps(recurrence, backend) if kept is None else 0)
     made = {} if kept is None else kept
     length, both = made.get("maps", (0, None))
     if both is None or length != T:
@@ -82,16 +87,18 @@ def scan(
     if not return_state:
         return y, None
     rest = L % T
-    if rest == 0:
+    if not one_graph and rest == 0:
         return y, last.transpose(0, 1)
     # From the state before the ragged chunk to that after its inputs.
-    driven = product(u[:, L - rest :].permute(2, 0, 1), ahead.inward[:, T - rest :])
-    if not dispatch.fused("maps", backend, u.device.type):
+    at = torch.arange(L - T, L, device=u.device)  # of one size for every rest, as a graph needs it
+    late = torch.where((at >= L - rest)[:, None], u.index_select(1, at.clamp(min=0)), 0)
+    driven = product(late.permute(2, 0, 1), ahead.inward)
+    if not dispatch.closed("maps", backend, u.device.type):
         steps = torch.full((B,), rest, device=u.device)
         return y, Propagator(recurrence).advance(last.transpose(0, 1), steps, T - 1) + driven.transpose(0, 1)
-    length, onward = made.get("rest", (0, ahead.onward))
-    if length != rest:
-        onward = maps(recurrence, D, rest, u.dtype, backend)[0].onward
+    length, onward = made.get("rest", (None, ahead.onward))
+    if length is None or length != rest:
+        onward = power(*recurrence, recurrence.a.new_zeros(len(recurrence.a)), rest, u.dtype, backend)
         made["rest"] = rest, onward
     return y, add_product(driven, last, onward).transpose(0, 1)
 
@@ -111,7 +118,7 @@ def last_state(
     assert last is not None
     if lengths is None or x is None:
         return last
-    return last + Propagator(recurrence).advance(x, lengths, u.shape[1])
+    return last + advance(recurrence, x, lengths, u.shape[1])
 
 
 def plain(
