@@ -16,7 +16,7 @@ def advance(
 ) -> Float[Tensor, "B H N"]:
     """A^steps x, with a number of steps, at most `longest`, for each sequence of the batch."""
     a, F, G, _, _ = recurrence
-    run = operator if dispatch.compiling() and not dispatch.transformed() else plain
+    run = operator if dispatch.opaque() else plain
     return run(a, F, G, x, steps, longest)
 
 

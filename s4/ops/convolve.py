@@ -9,12 +9,7 @@ from s4.ops import dispatch
 
 
 def fft_size(n: int) -> int:
-    """Smallest even number of at least n with no prime factor above 5: a fast size of a real FFT.
-
-    In a graph that serves every n it cannot be searched for: then the next multiple of 256.
-    """
-    if dispatch.compiling():
-        return (n + 255) // 256 * 256
+    """Smallest even number of at least n with no prime factor above 5: a fast size of a real FFT."""
     best = 1 << max(n - 1, 1).bit_length()
     five = 1
     while five < best:
@@ -30,23 +25,32 @@ def fft_size(n: int) -> int:
 
 def causal(u: Float[Tensor, "*batch H L"], k: Float[Tensor, "H K"]) -> Float[Tensor, "*batch H L"]:
     """y_t = sum over j <= t of k_{t-j} u_j, where k is 0 from K on."""
-    L = u.shape[-1]
-    k = k[..., :L]
-    size = fft_size(L + max(k.shape[-1], 1) - 1)
+    if dispatch.opaque():
+        return operator(u, k, None)
     run = circular if dispatch.transformed() else Circular.apply
-    return run(u, pad(k, (0, size - k.shape[-1])))
+    return run(u, _kernel(u.shape[-1], k, None))
 
 
 def two_sided(
     u: Float[Tensor, "*batch H L"], k_forward: Float[Tensor, "H K"], k_backward: Float[Tensor, "H K2"]
 ) -> Float[Tensor, "*batch H L"]:
     """y_t = sum over j <= t of k_forward_{t-j} u_j + sum over j > t of k_backward_{j-t-1} u_j."""
-    L = u.shape[-1]
-    ahead, behind = k_forward[..., :L], k_backward[..., : max(L - 1, 0)]
-    size = fft_size(L + max(ahead.shape[-1] - 1, behind.shape[-1]))  # no lag wraps onto the L outputs
-    ahead = pad(ahead, (0, size - ahead.shape[-1] - behind.shape[-1]))
+    if dispatch.opaque():
+        return operator(u, k_forward, k_backward)
     run = circular if dispatch.transformed() else Circular.apply
-    return run(u, torch.cat([ahead, behind.flip(-1)], -1))
+    return run(u, _kernel(u.shape[-1], k_forward, k_backward))
+
+
+def _kernel(L: int, ahead: Tensor, behind: Tensor | None) -> Tensor:
+    """The circular kernel (H, size) of the two for L inputs: no lag wraps onto the L outputs."""
+    ahead = ahead[..., :L]
+    if behind is None:
+        size = fft_size(L + max(ahead.shape[-1], 1) - 1)
+        return pad(ahead, (0, size - ahead.shape[-1]))
+    behind = behind[..., : max(L - 1, 0)]
+    size = fft_size(L + max(ahead.shape[-1] - 1, behind.shape[-1]))
+    ahead = pad(ahead, (0, size - ahead.shape[-1] - behind.shape[-1]))
+    return torch.cat([ahead, behind.flip(-1)], -1)
 
 
 def convolve(
@@ -114,14 +118,69 @@ class Circular(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[no-untyped-def]
-        u, k = ctx.saved_tensors
-        size, grad_u, grad_k = k.shape[-1], None, None
-        if u.numel() == 0:
-            return g, torch.zeros_like(k)
-        G = torch.fft.rfft(g, size)
-        if ctx.needs_input_grad[0]:
-            grad_u = torch.fft.irfft(G * torch.fft.rfft(k).conj(), size)[..., : u.shape[-1]]
-        if ctx.needs_input_grad[1]:
-            spectrum = (torch.fft.rfft(u, size).conj() * G).sum_to_size(*k.shape[:-1], G.shape[-1])
-            grad_k = torch.fft.irfft(spectrum, size)
-        return grad_u, grad_k
+        return _gradients(g, *ctx.saved_tensors, *ctx.needs_input_grad)
+
+
+def _gradients(
+    g: Tensor, u: Tensor, k: Tensor, need_u: bool = True, need_k: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `circular`, each if needed."""
+    if u.numel() == 0:
+        return g, torch.zeros_like(k)
+    size, grad_u, grad_k = k.shape[-1], None, None
+    G = torch.fft.rfft(g, size)
+    if need_u:
+        grad_u = torch.fft.irfft(G * torch.fft.rfft(k).conj(), size)[..., : u.shape[-1]]
+    if need_k:
+        spectrum = (torch.fft.rfft(u, size).conj() * G).sum_to_size(*k.shape[:-1], G.shape[-1])
+        grad_k = torch.fft.irfft(spectrum, size)
+    return grad_u, grad_k
+
+
+@torch.library.custom_op("s4::convolve", mutates_args=())
+def operator(u: Tensor, ahead: Tensor, behind: Tensor | None) -> Tensor:
+    """`causal` or `two_sided`, where a graph is to serve every length: their FFT's size is found inside."""
+    return circular(u, _kernel(u.shape[-1], ahead, behind)).contiguous()
+
+
+@torch.library.custom_op("s4::convolve_backward", mutates_args=())
+def operator_backward(
+    grad: Tensor, u: Tensor, ahead: Tensor, behind: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of u, ahead and behind; of none, an empty one."""
+    L = u.shape[-1]
+    grad_u, grad_k = _gradients(grad, u, _kernel(L, ahead, behind))
+    assert grad_u is not None
+    assert grad_k is not None
+    grad_ahead, grad_behind = torch.zeros_like(ahead), u.new_empty(0)
+    n = min(L, ahead.shape[-1])
+    grad_ahead[..., :n] = grad_k[..., :n]
+    if behind is not None:
+        grad_behind = torch.zeros_like(behind)
+        n = min(max(L - 1, 0), behind.shape[-1])
+        grad_behind[..., :n] = grad_k.flip(-1)[..., :n]
+    return grad_u.contiguous(), grad_ahead, grad_behind
+
+
+@operator.register_fake
+def _(u: Tensor, ahead: Tensor, behind: Tensor | None) -> Tensor:
+    return u.new_empty(u.shape)
+
+
+@operator_backward.register_fake
+def _(grad: Tensor, u: Tensor, ahead: Tensor, behind: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    none = u.new_empty(0) if behind is None else behind.new_empty(behind.shape)
+    return u.new_empty(u.shape), ahead.new_empty(ahead.shape), none
+
+
+def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _pull(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[no-untyped-def]
+    u, ahead, behind = ctx.saved_tensors
+    grad_u, grad_ahead, grad_behind = operator_backward(grad, u, ahead, behind)
+    return grad_u, grad_ahead, None if behind is None else grad_behind
+
+
+operator.register_autograd(_pull, setup_context=_save)

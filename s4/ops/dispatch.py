@@ -98,10 +98,9 @@ def fused(operation: str, backend: str, device_type: str) -> bool:
     return not transformed() and implementation(operation, backend, torch.device(device_type)) is not None
 
 
-def closed(operation: str, backend: str, device_type: str) -> bool:
-    """Whether an operation is one operator to torch: where it is fused, and where a graph is to serve every
-    length, but the plain definition goes by the bits of one."""
-    return fused(operation, backend, device_type) or (compiling() and not transformed())
+def opaque() -> bool:
+    """Whether what goes by the bits of a length has to be one operator: where a graph serves every length."""
+    return torch.compiler.is_compiling() and not transformed()
 
 
 @constant
@@ -122,7 +121,7 @@ def way(
     if mode != "auto":
         return mode
     sizes = [size for size in _LEAST if recurrence.a.shape[1] <= size]
-    if compiling():  # one way for all shapes, as a graph has no branches
+    if torch.compiler.is_compiling():  # one way for all shapes, as a graph has no branches
         local = recurrence.a.device.type == "cpu" and backend == "auto" and bool(sizes)
         return "scan" if stateful or local else "fft"
     local = recurrence.a.device.type == "cpu" and len(recurrence.C) == 1 and backend == "auto"
@@ -159,7 +158,7 @@ def takes_sums(d_state: int, nodes: int, device_type: str) -> bool:
     a higher price, which only fused ones repay. A graph that serves every length takes powers.
     """
     return (
-        not compiling()
+        not torch.compiler.is_compiling()
         and nodes <= _SUMS.get(device_type, 1.0) * d_state**2
         and fused("cauchy", "auto", device_type)
     )

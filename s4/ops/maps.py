@@ -119,7 +119,7 @@ def _(grads: Sequence[Tensor], inputs: Sequence[Tensor], backend: str) -> list[T
     return [t.new_empty(t.shape) for t in inputs]
 
 
-def _save(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs: tuple[Any, ...], output: Any) -> None:  # type: ignore[no-untyped-def]
     *tensors, ctx.T, ctx.dtype, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 

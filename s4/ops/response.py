@@ -23,7 +23,7 @@ def response(
     """C A^l X for l < L, (c, q, H, L) in dtype, of recurrences in float64 and X (H, q, N), or B if None."""
     a, F, G, B, C = recurrence
     inputs = a, F, G, B[:, None] if X is None else X, C
-    if dispatch.closed("response", backend, a.device.type):
+    if dispatch.fused("response", backend, a.device.type) or dispatch.opaque():
         return operator(*inputs, L, dtype, backend)
     return plain(*inputs, L, dtype)
 

@@ -65,7 +65,7 @@ def scan(
     """
     B, L, H = u.shape
     N = recurrence.B.shape[-1]
-    one_graph = dispatch.compiling()  # for all lengths: with one length of chunks, whatever is left of them
+    one_graph = dispatch.opaque()  # for all lengths: with one length of chunks, whatever is left of them
     if one_graph:
         T = chunk_length(1, _MANY - 1, N)
     else:
@@ -93,7 +93,7 @@ def scan(
     at = torch.arange(L - T, L, device=u.device)  # of one size for every rest, as a graph needs it
     late = torch.where((at >= L - rest)[:, None], u.index_select(1, at.clamp(min=0)), 0)
     driven = product(late.permute(2, 0, 1), ahead.inward)
-    if not dispatch.closed("maps", backend, u.device.type):
+    if not one_graph and not dispatch.fused("maps", backend, u.device.type):
         steps = torch.full((B,), rest, device=u.device)
         return y, Propagator(recurrence).advance(last.transpose(0, 1), steps, T - 1) + driven.transpose(0, 1)
     length, onward = made.get("rest", (None, ahead.onward))
