@@ -117,7 +117,7 @@ def test_a_step_sees_a_changed_bit(compiled: bool) -> None:
     u, x = torch.randn(2, 3).bfloat16(), torch.randn(2, 3, 8)
     step = torch.compile(layer.step, fullgraph=True, backend="aot_eager") if compiled else layer.step
     with torch.no_grad():
-        for name in ("D", "B", "log_dt"):
+        for name in ("B", "D", "log_dt"):
             getattr(layer, name).view(torch.int16).flatten()[-1] += 1  # the next number
             y, after = step(u, x)
             want, last, _ = truth(layer, u[:, None], x)
