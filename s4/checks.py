@@ -109,7 +109,13 @@ def check_state(
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     if value.dtype != (dtype or like.dtype):
-        raise TypeError(f"{name} must have dtype {dtype or like.dtype}, got {value.dtype}")
+        hint = ""
+        if value.dtype in (torch.bfloat16, torch.float16):
+            hint = (
+                ": a state is never rounded; a policy of FSDP must have cast_forward_inputs=False, "
+                "of FSDP1 also cast_root_forward_inputs=False"
+            )
+        raise TypeError(f"{name} must have dtype {dtype or like.dtype}, got {value.dtype}{hint}")
     if value.device != like.device:
         raise _elsewhere(name, value, like)
 

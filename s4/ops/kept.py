@@ -54,7 +54,7 @@ _kept: OrderedDict[object, Kept] = OrderedDict()  # by whom, addresses of parame
 
 def kept_at(whom: str, systems: Sequence[Tensor | None], D: Tensor, options: tuple[Any, ...]) -> Kept:
     """What operators keep, which know no layer: found by where the parameters lie, and by the options."""
-    key = whom, *(t.data_ptr() for t in (*systems, D) if t is not None), D.dtype, *options
+    key = whom, *(t.data_ptr() for t in systems if t is not None), D.dtype, *options
     kept = _kept.setdefault(key, Kept())
     _kept.move_to_end(key)
     while len(_kept) > _KEPT:
