@@ -86,7 +86,8 @@ class Transposed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        return Transposed.apply(g, not ctx.back), None
+        turn = transpose if dispatch.transformed() else Transposed.apply
+        return turn(g, not ctx.back), None
 
 
 def circular(u: Tensor, k: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
+from torch._C._functorch import is_legacy_batchedtensor, maybe_current_level
 from torch.autograd import forward_ad
 
 from s4.backends import AUTO, BACKENDS, OPERATIONS
@@ -79,7 +79,14 @@ def implementation(operation: str, backend: str, device: torch.device) -> Any | 
 
     Raises:
         ValueError: an unknown backend, or one that cannot run there; the message says why.
+        RuntimeError: in forward mode, where an operator would lose the tangents without a word. A layer then
+            takes plain definitions; a program compiled or exported before holds operators.
     """
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "forward-mode derivatives do not pass through the operators of s4 that a compiled or exported "
+            "program holds: differentiate the layer itself, or compile what differentiates it"
+        )
     if backend == "auto":
         names = AUTO[operation].get(device.type, ())
         backend = next((name for name in names if BACKENDS[name].status(device) is True), "torch")
@@ -92,10 +99,10 @@ def implementation(operation: str, backend: str, device: torch.device) -> Any | 
     return module if hasattr(module, operation) else None
 
 
-def has_backward(operation: str, backend: str, device: torch.device) -> bool:
-    """Whether a backend computes the gradient, and autograd does not record it for gradients of its own."""
-    module = implementation(operation, backend, device)
-    return not torch.is_grad_enabled() and hasattr(module, f"{operation}_backward")
+def has_backward(operation: str, backend: str, *grads: Tensor) -> bool:
+    """Whether a backend computes the gradient from these, and that is not `recorded`."""
+    module = None if recorded(*grads) else implementation(operation, backend, grads[0].device)
+    return hasattr(module, f"{operation}_backward")
 
 
 @constant
@@ -207,9 +214,15 @@ def keeps(parameter: Tensor, *tensors: Tensor) -> bool:
     return parameter.device.type == "cpu"
 
 
-def recorded() -> bool:
-    """Whether autograd records what is done: in a gradient, whether that has gradients itself."""
-    return torch.is_grad_enabled()
+def recorded(*grads: Tensor) -> bool:
+    """In a gradient, whether that has derivatives itself or is transformed, and only its definition serves.
+
+    Gradients in a batch, as torch.autograd.grad(is_grads_batched=True) has them, are a transform of torch's
+    that no level tells of.
+    """
+    if torch.is_grad_enabled() or transformed():
+        return True
+    return not compiling() and any(map(is_legacy_batchedtensor, grads))
 
 
 def unwatched(parameter: Tensor) -> bool:

@@ -125,7 +125,7 @@ def _save(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # 
 
 
 def _gradients(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    if dispatch.has_backward("maps", ctx.backend, grads[0].device):
+    if dispatch.has_backward("maps", ctx.backend, *grads):
         return *operator_backward(list(grads), list(ctx.saved_tensors), ctx.backend), None, None, None
     run = partial(plain, T=ctx.T, dtype=ctx.dtype)
     return *dispatch.through(run, ctx.saved_tensors, grads), None, None, None

@@ -106,7 +106,7 @@ def _save(ctx, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore
 
 
 def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    if dispatch.has_backward("response", ctx.backend, grad.device):
+    if dispatch.has_backward("response", ctx.backend, grad):
         return *operator_backward(grad, *ctx.saved_tensors, ctx.backend), None, None, None
     run = partial(plain, L=ctx.L, dtype=ctx.dtype)
     return *dispatch.through(run, ctx.saved_tensors, grad), None, None, None

@@ -321,8 +321,8 @@ def operator(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     operands, _ = _checked((u, x, taps, inward, outward, onward))
-    module = dispatch.implementation("scan", backend, u.device) if products == u.dtype else None
-    if module is not None:
+    module = dispatch.implementation("scan", backend, u.device)
+    if module is not None and products == u.dtype:
         y, last = module.scan(*operands, reverse)
         return y, last
     in_rows = transpose(u, False).transpose(0, 1), *operands[1:]
@@ -336,8 +336,8 @@ def operator_backward(
 ) -> list[Tensor]:
     inputs, grads = _checked(inputs, *grads)
     u = inputs[0]
-    module = dispatch.implementation("scan", backend, u.device) if products == u.dtype else None
-    if backward := getattr(module, "scan_backward", None):
+    module = dispatch.implementation("scan", backend, u.device)
+    if products == u.dtype and (backward := getattr(module, "scan_backward", None)):
         return list(backward(grads, inputs, reverse))
     with dispatch.full_precision(u.device):  # which a backward pass inside autocast has not left
         return [t.contiguous() for t in plain_backward(grads, inputs, reverse, products)]
@@ -372,7 +372,7 @@ def _save(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # 
 
 def _gradients(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     options = ctx.reverse, ctx.products
-    if dispatch.recorded():
+    if dispatch.recorded(*grads):
         run = partial(plain, reverse=ctx.reverse, products=ctx.products)
         found = dispatch.through(run, ctx.saved_tensors, grads)
         return *found, None, None, None
