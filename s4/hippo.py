@@ -18,6 +18,7 @@ from jaxtyping import Complex128, Float, Float64
 from torch import Tensor
 
 from s4.checks import check_integer, check_option, unread
+from s4.precision import double
 
 
 def transition(measure: str, N: int) -> tuple[Float64[Tensor, "N N"], Float64[Tensor, "N"]]:
@@ -104,7 +105,7 @@ def basis(measure: str, N: int, lags: Float[Tensor, "*m"]) -> Float64[Tensor, "*
         lags: s, how long ago, in the system's own time, which is steps times dt. Any shape.
 
     Returns:
-        The values (..., N), float64, differentiable in the lags.
+        The values (..., N), float64 (on the CPU if the lags' device has none), differentiable in the lags.
 
     Raises:
         ValueError: unknown measure, N odd or below 2, or lags negative, NaN or beyond the window.
@@ -116,7 +117,7 @@ def basis(measure: str, N: int, lags: Float[Tensor, "*m"]) -> Float64[Tensor, "*
     if not lags.is_meta and not bool(((lags >= 0) & (lags <= window)).all()):
         reach = "be at least 0" if window == math.inf else f"lie in 0..{window:g}, the window of {measure!r}"
         raise ValueError(f"lags must {reach}, got values from {lags.min():g} to {lags.max():g}")
-    return function(N, lags.double())  # type: ignore[misc]
+    return function(N, double(lags))  # type: ignore[misc]
 
 
 def reconstruct(
@@ -163,8 +164,7 @@ def reconstruct(
             f"lags must have leading dimensions that broadcast with those of state {tuple(state.shape)}, "
             f"got {tuple(lags.shape)}"
         ) from None
-    values = basis(measure, state.shape[-1], lags)
-    return torch.einsum("...mn,...n->...m", values, state.double()).to(state.dtype)
+    return torch.einsum("...mn,...n->...m", basis(measure, state.shape[-1], lags), double(state)).to(state)
 
 
 def from_modes(measure: str, state: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch N"]:
@@ -189,9 +189,9 @@ def from_modes(measure: str, state: Float[Tensor, "*batch N"]) -> Float[Tensor, 
     _check_floating("state", state, even=True)
     with torch.device("cpu"):
         _, V = _modes(measure, state.shape[-1])
-    real, imag = state.double().chunk(2, -1)
-    V = V.to(state.device)
-    return (2 * (real @ V.real.T - imag @ V.imag.T)).to(state.dtype)
+    real, imag = double(state).chunk(2, -1)
+    V = V.to(real.device)
+    return (2 * (real @ V.real.T - imag @ V.imag.T)).to(state)
 
 
 def _modes(measure: str, N: int) -> tuple[Tensor, Tensor]:
@@ -365,7 +365,7 @@ def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
         shape, want = tuple(value.shape), "(r, d_state / 2)" if name == "P" else "(d_state / 2,)"
         if shape != ((N // 2,) if name != "P" else (*shape[:1], N // 2)) or 0 in shape:
             raise ValueError(f"{name} of init must have shape {want} with d_state={N}, got {shape}")
-        found.append(value.detach().resolve_conj().to("cpu", torch.complex128, copy=True))
+        found.append(value.detach().resolve_conj().cpu().to(torch.complex128, copy=True))
         if not (unread(found[-1]) or bool(torch.isfinite(torch.view_as_real(found[-1])).all())):
             raise ValueError(f"{name} of init must be finite, got {value}")
     if not unread(found[0]) and bool((found[0].real > 0).any()):

@@ -23,6 +23,7 @@ from s4.ops.kept import Kept
 from s4.ops.response import continuation
 from s4.ops.scan import last_state, scan
 from s4.padding import zero_padding
+from s4.precision import double
 from s4.system import DISCRETIZATIONS, dense, discretize, system
 
 _MIN_DECAY = (
@@ -59,7 +60,9 @@ class S4Layer(nn.Module):
         backend: who computes, in every operation: "auto", the fastest that can run; or one of
             `s4.kernel.backends()`, for the operations that it has, plain PyTorch for the others; the kernel
             of "dplr" is then made of its sums.
-        device: of the parameters.
+        device: of the parameters. For one without float64, Apple's MPS, what they come to is computed on the
+            CPU and copied to it once a call, in float32; "fft" then leaves states to "scan", also those that
+            go in or come out of it, and `dense` returns its matrices on the CPU.
         dtype: of the parameters and the state, torch.float32 or torch.float64, or their names.
 
     In evaluation on a CPU, without gradients, what the parameters come to at one rate is kept until one of
@@ -249,9 +252,13 @@ class S4Layer(nn.Module):
             if "recurrence" not in made:
                 made["system"] = system(*given)
                 made["recurrence"] = discretize(made["system"])
+                if made["system"].dt.device != x.device:
+                    kept = made  # for this call: it crosses to a device without float64 once
             recurrence, D, backend, after = made["recurrence"], self.D, self.backend, None
             stateful = return_state or state is not None
-            way = dispatch.way(self.mode, backend, recurrence, batch, L, stateful, kept is not None)
+            way = dispatch.way(
+                self.mode, backend, recurrence, batch, L, stateful, kept is not None, u.device.type
+            )
             if way == "steps":
                 y, after = step.run(recurrence, D, state, x, backend)
             elif way == "scan":
@@ -261,6 +268,7 @@ class S4Layer(nn.Module):
                 length, k = made.get("kernel", (None, None))
                 if length != L:
                     k = kernel.kernel(made["system"], recurrence, L, D.dtype, method="auto", backend=backend)
+                    k = k.to(x.device)
                     made["kernel"] = L, k
                 more = None if state is None else continuation(recurrence, state, L, backend)
                 y = convolve(x, k, D, more)
@@ -322,10 +330,12 @@ class S4Layer(nn.Module):
         with dispatch.full_precision(self.D.device):
             systems, dtype = system(*self._systems(rate)), self.D.dtype
             k = kernel.kernel(systems, discretize(systems), L, dtype, method=method, backend=self.backend)
-        return k if self.bidirectional else k[0]
+        return (k if self.bidirectional else k[0]).to(self.D.device)
 
     def dense(self, *, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The discretised systems in float64: x = A x' + B u, y = C x + D u, with x' the state before.
+
+        On the device of the parameters, or on the CPU if that has no float64.
 
         Returns:
             A (H, N, N), B (H, N), C (H, N), or (2, H, N) if bidirectional, and D (H,).
@@ -333,7 +343,7 @@ class S4Layer(nn.Module):
         self._check(rate)
         recurrence = discretize(system(*self._systems(rate)))
         C = recurrence.C if self.bidirectional else recurrence.C[0]
-        return dense(recurrence), recurrence.B, C, self.D.double()
+        return dense(recurrence), recurrence.B, C, double(self.D)
 
     def extra_repr(self) -> str:
         """The options, and with them the shapes: d_state counts real numbers a channel."""

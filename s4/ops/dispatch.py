@@ -13,7 +13,7 @@ from torch._C._functorch import is_legacy_batchedtensor, maybe_current_level
 from torch.autograd import forward_ad
 
 from s4.backends import AUTO, BACKENDS, OPERATIONS
-from s4.precision import constant
+from s4.precision import WITHOUT_FLOAT64, constant
 from s4.system import Recurrence
 
 # max(B, 8) L from which a scan takes less time than an FFT convolution, by d_state, on a CPU with the fused
@@ -118,24 +118,36 @@ def transformed() -> bool:
 
 
 def way(
-    mode: str, backend: str, recurrence: Recurrence, batch: int, L: int, stateful: bool, kept: bool
+    mode: str,
+    backend: str,
+    recurrence: Recurrence,
+    batch: int,
+    L: int,
+    stateful: bool,
+    kept: bool,
+    device_type: str,
 ) -> str:
-    """How a sequence is processed: "fft", by convolution; "scan"; or "steps", one by one.
+    """How a sequence on a device is processed: "fft", by convolution; "scan"; or "steps", one by one.
 
     What "auto" expects to be faster was measured on a CPU. A state that goes in or comes out is free in a
     scan and costs the convolution several times as much again. A few steps need neither. What an earlier call
     made and kept is free. Without the fused code the maps of a chunk take several times as long.
+
+    Where the device has no float64, states always are a scan's: its maps, made on the CPU, serve all there is
+    to compute, and what a state adds to the outputs of a convolution would need that precision.
     """
+    if stateful and device_type in WITHOUT_FLOAT64:
+        return "scan"
     if mode != "auto":
         return mode
-    local = recurrence.a.device.type == "cpu" and len(recurrence.C) == 1 and backend == "auto"
+    local = device_type == "cpu" and len(recurrence.C) == 1 and backend == "auto"
     if local and not compiling() and 0 < L <= _few(stateful, kept) and (stateful or batch * L <= _STEPS):
         return "steps"
     if stateful:
         return "scan"
     if local and kept:
         return "fft" if L <= 32 or max(batch, 2) * L <= _SHORT else "scan"
-    if recurrence.a.device.type != "cpu" or backend != "auto":
+    if device_type != "cpu" or backend != "auto":
         return "fft"
     sizes = [size for size in _LEAST if recurrence.a.shape[1] <= size]
     price = 1 if fused("scan", backend, "cpu") else 4
@@ -211,7 +223,7 @@ def keeps(parameter: Tensor, *tensors: Tensor) -> bool:
         return False
     if parameter.device.type == "cuda":
         return not torch.cuda.is_current_stream_capturing()
-    return parameter.device.type == "cpu"
+    return parameter.device.type == "cpu" or parameter.device.type in WITHOUT_FLOAT64
 
 
 def recorded(*grads: Tensor) -> bool:

@@ -86,12 +86,16 @@ def scan(
         return y, last.transpose(0, 1)
     # From the state before the ragged chunk to that after its inputs.
     driven = product(u[:, L - rest :].permute(2, 0, 1), ahead.inward[:, T - rest :])
-    if not dispatch.fused("maps", backend, u.device.type):
+    apart = recurrence.a.device != u.device
+    if not apart and not dispatch.fused("maps", backend, u.device.type):
         steps = torch.full((B,), rest, device=u.device)
         return y, Propagator(recurrence).advance(last.transpose(0, 1), steps, T - 1) + driven.transpose(0, 1)
     length, onward = made.get("rest", (0, ahead.onward))
     if length != rest:
-        onward = maps(recurrence, D, rest, u.dtype, backend)[0].onward
+        if apart:
+            onward = Propagator(recurrence).power(rest).mT.to(u)
+        else:
+            onward = maps(recurrence, D, rest, u.dtype, backend)[0].onward
         made["rest"] = rest, onward
     return y, add_product(driven, last, onward).transpose(0, 1)
 
@@ -111,7 +115,8 @@ def last_state(
     assert last is not None
     if lengths is None or x is None:
         return last
-    return last + Propagator(recurrence).advance(x, lengths, u.shape[1])
+    where = recurrence.a.device
+    return last + Propagator(recurrence).advance(x.to(where), lengths.to(where), u.shape[1]).to(last.device)
 
 
 def plain(
