@@ -164,7 +164,8 @@ def reconstruct(
             f"lags must have leading dimensions that broadcast with those of state {tuple(state.shape)}, "
             f"got {tuple(lags.shape)}"
         ) from None
-    return torch.einsum("...mn,...n->...m", basis(measure, state.shape[-1], lags), double(state)).to(state)
+    past = torch.einsum("...mn,...n->...m", basis(measure, state.shape[-1], lags), double(state))
+    return past.to(state.dtype).to(state.device)
 
 
 def from_modes(measure: str, state: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch N"]:
@@ -187,11 +188,10 @@ def from_modes(measure: str, state: Float[Tensor, "*batch N"]) -> Float[Tensor, 
     """
     _measure(measure)
     _check_floating("state", state, even=True)
-    with torch.device("cpu"):
-        _, V = _modes(measure, state.shape[-1])
     real, imag = double(state).chunk(2, -1)
-    V = V.to(real.device)
-    return (2 * (real @ V.real.T - imag @ V.imag.T)).to(state)
+    with torch.device("cpu"):
+        V = _modes(measure, state.shape[-1])[1].to(real.device)
+    return (2 * (real @ V.real.T - imag @ V.imag.T)).to(state.dtype).to(state.device)
 
 
 def _modes(measure: str, N: int) -> tuple[Tensor, Tensor]:
@@ -354,7 +354,7 @@ def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
     found = []
     for name, value in zip(parts, init, strict=True):
         if hasattr(value, "__array__"):
-            value = torch.as_tensor(value)
+            value = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
         else:
             try:
                 value = torch.view_as_complex(torch.tensor(value, dtype=torch.float64, device="cpu"))
@@ -376,8 +376,8 @@ def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def rank(init: str | Sequence[Any], variant: str, N: int) -> int:
     """Of the low-rank part of `start`."""
-    own = not isinstance(init, str)
-    return 0 if variant == "diag" else len(init[1] if own else INITS[init].low_rank(N))  # type: ignore[index,misc]
+    with torch.device("cpu"):
+        return 0 if variant == "diag" else len(INITS[init].low_rank(N) if isinstance(init, str) else init[1])  # type: ignore[misc]
 
 
 def _measure(name: str) -> Init:

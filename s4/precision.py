@@ -61,7 +61,10 @@ def double(t: Tensor) -> Tensor:
 
 
 def moved(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
-    """Tensors on another device, by one copy of all their numbers, as a GPU waits for each."""
+    """Tensors on another device, by one copy of all their numbers, as a GPU waits for each.
+
+    Rounded before, not with it: the gradient would come back rounded up on the device.
+    """
     numbers = torch.cat([t.reshape(-1) for t in tensors]).to(device)
     parts = numbers.split([t.numel() for t in tensors])
     return [part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]

@@ -93,7 +93,7 @@ def scan(
     length, onward = made.get("rest", (0, ahead.onward))
     if length != rest:
         if apart:
-            onward = Propagator(recurrence).power(rest).mT.to(u)
+            onward = Propagator(recurrence).power(rest).mT.to(u.dtype).to(u.device)
         else:
             onward = maps(recurrence, D, rest, u.dtype, backend)[0].onward
         made["rest"] = rest, onward
