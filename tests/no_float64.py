@@ -5,15 +5,21 @@ It refuses what an MPS refuses, float64, complex128 and tensors of the CPU among
 copies between the two. `s4` sees `tensor.device.type == "mps"`, and nothing of it is replaced.
 """
 
-from collections.abc import Iterator
+import functools
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import oracle
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from s4 import S4Layer, checks, generation, model
 
 MPS = torch.device("mps", 0)
 # What the tensors are to C++: of all types but the CPU and meta the one whose guard, which autograd asks for,
@@ -21,6 +27,15 @@ MPS = torch.device("mps", 0)
 INNER = torch.device("lazy", 0)
 WIDE = (torch.float64, torch.complex128)
 aten = torch.ops.aten
+
+H, N, B, L = 4, 8, 2, 41
+LAYERS: dict[str, dict[str, Any]] = {
+    "dplr": {},
+    "rank two, both ways": {"init": "legt", "bidirectional": True},
+    "diag": {"variant": "diag"},
+    "diag, both ways": {"variant": "diag", "bidirectional": True},
+}
+VALUE, GRADIENT = 1e-4, 1e-3  # of float32, as in test_devices.py
 LAZY = {aten._conj.default: aten.conj_physical.default, aten._neg_view.default: aten.neg.default}
 
 
@@ -96,6 +111,9 @@ class Device(TorchDispatchMode):
                 raise NotImplementedError(f"Could not run {func} with arguments from the 'MPS' backend")
             with self:  # its body, which runs on any device
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        if on and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # the operations that it is made of
+                return func.decompose(*args, **kwargs)
         if to is not None:
             kwargs["device"] = torch.device("cpu")
         plain = tree_map(lambda t: t.numbers if isinstance(t, OnDevice) else t, (args, kwargs))
@@ -140,6 +158,9 @@ class Device(TorchDispatchMode):
 def device_without_float64(monkeypatch: Any) -> Iterator[Device]:
     """The device; `Tensor.to` learns of it, as C++ refuses the name of one that it is not built for."""
     to = Tensor.to
+    for module in (checks, generation, model):  # the numbers are looked at as those of any other device
+        unread = module.unread
+        monkeypatch.setattr(module, "unread", lambda t, f=unread: not isinstance(t, OnDevice) and f(t))
 
     def inner(value: Any) -> Any:
         named = isinstance(value, (str, torch.device)) and torch.device(value).type == MPS.type
@@ -151,3 +172,59 @@ def device_without_float64(monkeypatch: Any) -> Iterator[Device]:
     monkeypatch.setattr(Tensor, "to", moved)
     with Device() as device:
         yield device
+
+
+@functools.cache
+def _functions() -> dict[str, tuple[str | None, str]]:
+    """Of each operation of torch, by name: the one that it is left to, and the devices it is written for."""
+    source = Path(torch.__file__).parents[1] / "torchgen/packaged/ATen/native/native_functions.yaml"
+    found = {}
+    for block in re.split(r"^- func: ", source.read_text(), flags=re.MULTILINE)[1:]:
+        other = re.search(r"^  structured_delegate: (\S+)", block, re.MULTILINE)
+        devices = re.search(r"^  dispatch:\n((?:    .*\n)+)", block, re.MULTILINE)
+        name = block.split("(")[0]
+        found[name] = other and other[1], devices[1] if devices else "Composite"
+    return found
+
+
+def unwritten(operations: Iterable[str]) -> list[str]:
+    """Those of torch's operations that this version has not written for MPS."""
+    missing = []
+    for operation in operations:
+        other, devices = _functions()[operation.removeprefix("aten::")]
+        if other is not None:
+            _, devices = _functions()[other]
+        keys = re.findall(r"^ +([\w, ]+):", devices, re.MULTILINE) if ":" in devices else [devices]
+        if not any("MPS" in key or "Composite" in key for key in keys):
+            missing.append(operation)
+    return sorted(missing)
+
+
+def build(name: str, **options: Any) -> S4Layer:
+    layer = S4Layer(H, N, **LAYERS[name], **options).to("mps")
+    assert all(p.device == MPS for p in layer.parameters())
+    return layer
+
+
+def sent(*shape: int, **options: Any) -> Tensor:
+    return torch.randn(*shape).to("mps").requires_grad_(**options)
+
+
+def back(t: Tensor) -> Tensor:
+    """A result's numbers, which have to be on the device."""
+    assert isinstance(t, OnDevice), "not on the device"
+    return t.numbers
+
+
+def double(t: Tensor) -> Tensor:
+    return back(t.detach()).double()
+
+
+def truth(
+    layer: S4Layer, u: Tensor, state: Tensor | None = None, rate: float = 1.0
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The oracle's outputs and last state, and what to differentiate by: parameters, u, state."""
+    found = {name: double(p).requires_grad_() for name, p in layer.named_parameters()}
+    inputs = [double(t).requires_grad_() for t in (u, state) if t is not None]
+    y, last = oracle.forward(oracle.discrete(found, layer.discretization, rate), *inputs)
+    return y, last, [*found.values(), *inputs]

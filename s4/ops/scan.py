@@ -64,7 +64,8 @@ def scan(
     """
     B, L, H = u.shape
     N = recurrence.B.shape[-1]
-    T = chunk_length(B, L, N, dispatch.price_of_maps(recurrence, backend) if kept is None else 0)
+    apart = recurrence.a.device != u.device  # which has no float64: `kept` then is for this call
+    T = chunk_length(B, L, N, dispatch.price_of_maps(recurrence, backend) if kept is None or apart else 0)
     made = {} if kept is None else kept
     length, both = made.get("maps", (0, None))
     if both is None or length != T:
@@ -86,7 +87,6 @@ def scan(
         return y, last.transpose(0, 1)
     # From the state before the ragged chunk to that after its inputs.
     driven = product(u[:, L - rest :].permute(2, 0, 1), ahead.inward[:, T - rest :])
-    apart = recurrence.a.device != u.device
     if not apart and not dispatch.fused("maps", backend, u.device.type):
         steps = torch.full((B,), rest, device=u.device)
         return y, Propagator(recurrence).advance(last.transpose(0, 1), steps, T - 1) + driven.transpose(0, 1)
