@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from s4.checks import check_integer, check_number, kind_of, unread
+from s4.precision import WITHOUT_FLOAT64
 from s4.state import State
 
 Sampler = Callable[[Tensor], Tensor]
@@ -66,7 +67,8 @@ def categorical(
             raise ValueError(
                 f"logits must be a distribution, got NaN, inf or only -inf in {int((~fit).sum())} rows"
             )
-        p = torch.softmax((rows - largest).double() / temperature, -1)
+        dtype = torch.float32 if rows.device.type in WITHOUT_FLOAT64 else torch.float64
+        p = torch.softmax((rows - largest).to(dtype) / max(temperature, torch.finfo(dtype).tiny), -1)
         p, token = p.sort(dim=-1, descending=True, stable=True)
         if top_k is not None:
             p[:, top_k:] = 0

@@ -18,6 +18,7 @@ from jaxtyping import Complex128, Float, Float64
 from torch import Tensor
 
 from s4.checks import check_integer, check_option, unread
+from s4.precision import double
 
 
 def transition(measure: str, N: int) -> tuple[Float64[Tensor, "N N"], Float64[Tensor, "N"]]:
@@ -104,7 +105,7 @@ def basis(measure: str, N: int, lags: Float[Tensor, "*m"]) -> Float64[Tensor, "*
         lags: s, how long ago, in the system's own time, which is steps times dt. Any shape.
 
     Returns:
-        The values (..., N), float64, differentiable in the lags.
+        The values (..., N), float64 (on the CPU if the lags' device has none), differentiable in the lags.
 
     Raises:
         ValueError: unknown measure, N odd or below 2, or lags negative, NaN or beyond the window.
@@ -116,7 +117,7 @@ def basis(measure: str, N: int, lags: Float[Tensor, "*m"]) -> Float64[Tensor, "*
     if not lags.is_meta and not bool(((lags >= 0) & (lags <= window)).all()):
         reach = "be at least 0" if window == math.inf else f"lie in 0..{window:g}, the window of {measure!r}"
         raise ValueError(f"lags must {reach}, got values from {lags.min():g} to {lags.max():g}")
-    return function(N, lags.double())  # type: ignore[misc]
+    return function(N, double(lags))  # type: ignore[misc]
 
 
 def reconstruct(
@@ -163,8 +164,8 @@ def reconstruct(
             f"lags must have leading dimensions that broadcast with those of state {tuple(state.shape)}, "
             f"got {tuple(lags.shape)}"
         ) from None
-    values = basis(measure, state.shape[-1], lags)
-    return torch.einsum("...mn,...n->...m", values, state.double()).to(state.dtype)
+    past = torch.einsum("...mn,...n->...m", basis(measure, state.shape[-1], lags), double(state))
+    return past.to(state.dtype).to(state.device)
 
 
 def from_modes(measure: str, state: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch N"]:
@@ -187,11 +188,10 @@ def from_modes(measure: str, state: Float[Tensor, "*batch N"]) -> Float[Tensor, 
     """
     _measure(measure)
     _check_floating("state", state, even=True)
+    real, imag = double(state).chunk(2, -1)
     with torch.device("cpu"):
-        _, V = _modes(measure, state.shape[-1])
-    real, imag = state.double().chunk(2, -1)
-    V = V.to(state.device)
-    return (2 * (real @ V.real.T - imag @ V.imag.T)).to(state.dtype)
+        V = _modes(measure, state.shape[-1])[1].to(real.device)
+    return (2 * (real @ V.real.T - imag @ V.imag.T)).to(state.dtype).to(state.device)
 
 
 def _modes(measure: str, N: int) -> tuple[Tensor, Tensor]:
@@ -354,7 +354,7 @@ def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
     found = []
     for name, value in zip(parts, init, strict=True):
         if hasattr(value, "__array__"):
-            value = torch.as_tensor(value)
+            value = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
         else:
             try:
                 value = torch.view_as_complex(torch.tensor(value, dtype=torch.float64, device="cpu"))
@@ -365,7 +365,7 @@ def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
         shape, want = tuple(value.shape), "(r, d_state / 2)" if name == "P" else "(d_state / 2,)"
         if shape != ((N // 2,) if name != "P" else (*shape[:1], N // 2)) or 0 in shape:
             raise ValueError(f"{name} of init must have shape {want} with d_state={N}, got {shape}")
-        found.append(value.detach().resolve_conj().to("cpu", torch.complex128, copy=True))
+        found.append(value.detach().resolve_conj().cpu().to(torch.complex128, copy=True))
         if not (unread(found[-1]) or bool(torch.isfinite(torch.view_as_real(found[-1])).all())):
             raise ValueError(f"{name} of init must be finite, got {value}")
     if not unread(found[0]) and bool((found[0].real > 0).any()):
@@ -376,8 +376,8 @@ def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def rank(init: str | Sequence[Any], variant: str, N: int) -> int:
     """Of the low-rank part of `start`."""
-    own = not isinstance(init, str)
-    return 0 if variant == "diag" else len(init[1] if own else INITS[init].low_rank(N))  # type: ignore[index,misc]
+    with torch.device("cpu"):
+        return 0 if variant == "diag" else len(INITS[init].low_rank(N) if isinstance(init, str) else init[1])  # type: ignore[misc]
 
 
 def _measure(name: str) -> Init:

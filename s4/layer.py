@@ -20,6 +20,7 @@ from s4.checks import (
 from s4.ops import dispatch, step
 from s4.ops.kept import Kept
 from s4.padding import zero_padding
+from s4.precision import double
 from s4.sequence import sequence
 from s4.system import DISCRETIZATIONS, dense, discretize, system
 
@@ -57,7 +58,9 @@ class S4Layer(nn.Module):
         backend: who computes, in every operation: "auto", the fastest that can run; or one of
             `s4.kernel.backends()`, for the operations that it has, plain PyTorch for the others; the kernel
             of "dplr" is then made of its sums.
-        device: of the parameters.
+        device: of the parameters. For one without float64, Apple's MPS, what they come to is computed on the
+            CPU and copied to it once a call, in float32; "fft" then leaves states to "scan", also those that
+            go in or come out of it, and `dense` returns its matrices on the CPU.
         dtype: of the parameters: torch.float64, float32, bfloat16 or float16, or its name. Each parameter may
             have its own, as `layer.float()` or `layer.log_dt.data = ...` gives it. The mathematics is in
             float64, sequences and the state in float32, or float64 where D is. float16 ends at 65504, which
@@ -314,10 +317,12 @@ class S4Layer(nn.Module):
         with dispatch.full_precision(self.D.device):
             systems = system(*self._systems(rate))
             k = kernel.kernel(systems, discretize(systems), L, dtype, method=method, backend=self.backend)
-        return k if self.bidirectional else k[0]
+        return (k if self.bidirectional else k[0]).to(self.D.device)
 
     def dense(self, *, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The discretised systems in float64: x = A x' + B u, y = C x + D u, with x' the state before.
+
+        On the device of the parameters, or on the CPU if that has no float64.
 
         Returns:
             A (H, N, N), B (H, N), C (H, N), or (2, H, N) if bidirectional, and D (H,).
@@ -325,7 +330,7 @@ class S4Layer(nn.Module):
         self._check(rate)
         recurrence = discretize(system(*self._systems(rate)))
         C = recurrence.C if self.bidirectional else recurrence.C[0]
-        return dense(recurrence), recurrence.B, C, self.D.double()
+        return dense(recurrence), recurrence.B, C, double(self.D)
 
     def extra_repr(self) -> str:
         """The options, and with them the shapes: d_state counts real numbers a channel."""

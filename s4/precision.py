@@ -1,12 +1,17 @@
-"""Products with all digits of their dtype, whatever torch was told of the user's own; no denormal numbers."""
+"""Products with all digits of their dtype, whatever torch was told of the user's own; no denormal numbers.
 
-from collections.abc import Callable
+And where numbers of double precision are: on a device that has none of them, Apple's MPS, what parameters
+come to is computed on the CPU, and moved to the device when it is rounded.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
+WITHOUT_FLOAT64 = {"mps"}  # types of device
 _WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
@@ -28,22 +33,41 @@ def _reduced() -> bool:
         return True
 
 
+def _narrowed(A: Tensor) -> bool:
+    return A.dtype in _WIDER and _reduced() and A.device.type not in WITHOUT_FLOAT64
+
+
 def product(A: Tensor, B: Tensor) -> Tensor:
     """A B with all digits of its dtype.
 
     TensorFloat-32 or bfloat16, which a user may have allowed for products of their own, halve them or worse:
     then in double precision.
     """
-    if A.dtype in _WIDER and _reduced():
+    if _narrowed(A):
         return (A.to(_WIDER[A.dtype]) @ B.to(_WIDER[A.dtype])).to(A.dtype)
     return A @ B
 
 
 def add_product(C: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """C + A B of batches of matrices, with all digits."""
-    if A.dtype in _WIDER and _reduced():
+    if _narrowed(A):
         return C + product(A, B)
     return torch.baddbmm(C, A, B)
+
+
+def double(t: Tensor) -> Tensor:
+    """t in float64, on the CPU where its own device has none."""
+    return (t.cpu() if t.device.type in WITHOUT_FLOAT64 else t).double()
+
+
+def moved(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Tensors on another device, by one copy of all their numbers, as a GPU waits for each.
+
+    Rounded before, not with it: the gradient would come back rounded up on the device.
+    """
+    numbers = torch.cat([t.reshape(-1) for t in tensors]).to(device)
+    parts = numbers.split([t.numel() for t in tensors])
+    return [part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
 def without_denormals(t: Tensor) -> Tensor:

@@ -56,9 +56,11 @@ def sequence(
     if "recurrence" not in found:
         found["system"] = system(*systems)
         found["recurrence"] = discretize(found["system"])
+        if found["system"].dt.device != u.device:
+            made = found  # for this call: it crosses to a device without float64 once
     recurrence, after = found["recurrence"], None
     stateful = return_state or x is not None
-    way = dispatch.way(mode, backend, recurrence, batch, L, stateful, made is not None)
+    way = dispatch.way(mode, backend, recurrence, batch, L, stateful, made is not None, u.device.type)
     if way == "steps":
         y, after = step.run(recurrence, D, x, u, backend)
     elif way == "scan":
@@ -68,6 +70,7 @@ def sequence(
         length, k = found.get("kernel", (None, None))
         if length != L:
             k = kernel.kernel(found["system"], recurrence, L, D.dtype, method="auto", backend=backend)
+            k = k.to(u.device)
             found["kernel"] = L, k
         y = convolve(u, k, D, None if x is None else continuation(recurrence, x, L, backend))
     if lengths is not None:

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
+from s4.precision import WITHOUT_FLOAT64, moved
+
 
 class System(NamedTuple):
     """Continuous systems, one a channel: x' = (diag(Lambda) - sum over r of P_r P_r*) x + B u, y = 2 Re(C x).
@@ -37,7 +39,14 @@ def system(
     rate: float,
     discretization: str,
 ) -> System:
-    """The parameters of a layer in double precision; each of S systems serves H / S neighbouring channels."""
+    """The parameters of a layer in double precision; each of S systems serves H / S neighbouring channels.
+
+    On their device, or on the CPU if that has no float64.
+    """
+    if log_dt.device.type in WITHOUT_FLOAT64:
+        given = [p for p in (log_dt, log_A_real, A_imag, B, C, P) if p is not None]
+        log_dt, log_A_real, A_imag, B, C, *rest = moved(given, "cpu")
+        P = rest[0] if rest else None
     repeats = log_dt.shape[0] // log_A_real.shape[0]
     Lambda = torch.complex(-torch.exp(log_A_real.double()), A_imag.double())
     inputs = _in_pairs(B)
@@ -65,9 +74,10 @@ class Recurrence(NamedTuple):
     B: Tensor
     C: Tensor
 
-    def to(self, dtype: torch.dtype) -> "Recurrence":
-        """The same systems with all numbers rounded to dtype, contiguous."""
-        return Recurrence(*(part.to(dtype).contiguous() for part in self))
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Recurrence":
+        """The same systems with all numbers rounded to dtype, contiguous, also on another device."""
+        parts = [part.to(dtype).contiguous() for part in self]
+        return Recurrence(*(parts if device in (None, self.a.device) else moved(parts, device)))
 
 
 def discretize(system: System) -> Recurrence:

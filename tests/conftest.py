@@ -59,6 +59,16 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def mps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A device without float64: see no_float64.py. All that it ran, torch has written for Apple's MPS."""
+    from no_float64 import device_without_float64, unwritten
+
+    with device_without_float64(monkeypatch) as device:
+        yield device
+    assert unwritten(device.ran) == []
+
+
 @pytest.fixture(params=["base", "v3", "v4"])
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set that this processor and this build have, up to S4_LEVEL."""

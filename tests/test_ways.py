@@ -24,7 +24,7 @@ def build(variant: str, **options: object) -> S4Layer:
 def way(layer: S4Layer, batch: int, L: int, stateful: bool, kept: bool) -> str:
     with torch.no_grad():
         recurrence = s4.system.discretize(s4.system.system(*layer._systems(1.0)))
-    return dispatch.way(layer.mode, layer.backend, recurrence, batch, L, stateful, kept)
+    return dispatch.way(layer.mode, layer.backend, recurrence, batch, L, stateful, kept, "cpu")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -8,6 +8,7 @@ from torch import Tensor
 from s4.checks import check_integer
 from s4.kernel.cauchy import check_sums
 from s4.ops import dispatch, response
+from s4.precision import WITHOUT_FLOAT64
 from s4.system import readout, stack
 
 
@@ -41,6 +42,9 @@ def vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
     groups, q = (batch[:-1], batch[-1]) if shared else (batch, 1)
     x = x.squeeze(-2) if shared and x.dim() > 1 else x
     G = math.prod(groups)
+    device = v.device
+    if device.type in WITHOUT_FLOAT64:
+        v, x = v.cpu(), x.cpu()
     one = stack(torch.ones(G, n, dtype=torch.complex128, device=x.device))
     a = stack(torch.exp(x.to(torch.complex128).expand(*groups, n).reshape(G, n)))
     C = readout(v.to(torch.complex128).expand(*batch, n).reshape(G, q, n)).transpose(0, 1)
@@ -49,4 +53,4 @@ def vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
     real = torch.float32 if v.dtype == torch.complex64 else torch.float64
     with dispatch.full_precision(v.device):
         K = response.plain(a, none, none, one[:, None], C, L, real)[:, 0]
-    return K.transpose(0, 1).reshape(*batch, L)
+    return K.transpose(0, 1).reshape(*batch, L).to(device)

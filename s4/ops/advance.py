@@ -65,7 +65,7 @@ def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int], outpu
 
 def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     *inputs, steps = ctx.saved_tensors
-    if dispatch.recorded():
+    if dispatch.recorded(grad):
         return *dispatch.through(_of(steps, ctx.longest), inputs, grad), None, None
     return *operator_backward(grad, *inputs, steps, ctx.longest), None, None
 

@@ -106,7 +106,7 @@ def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) -> No
 
 
 def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    if dispatch.recorded():
+    if dispatch.recorded(grad):
         return *dispatch.through(_definition, ctx.saved_tensors, grad), None
     need_z = ctx.needs_input_grad[1]
     grad_v, grad_z, grad_w = cauchy_backward(grad, *ctx.saved_tensors, need_z, ctx.backend)

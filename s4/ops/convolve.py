@@ -95,7 +95,8 @@ class Transposed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        return Transposed.apply(g, not ctx.back), None
+        turn = transpose if dispatch.transformed() else Transposed.apply
+        return turn(g, not ctx.back), None
 
 
 def circular(u: Tensor, k: Tensor) -> Tensor:
@@ -137,10 +138,14 @@ def _gradients(
     return grad_u, grad_k
 
 
+def _plain(u: Tensor, ahead: Tensor, behind: Tensor | None = None) -> Tensor:
+    return circular(u, _kernel(u.shape[-1], ahead, behind))
+
+
 @torch.library.custom_op("s4::convolve", mutates_args=())
 def operator(u: Tensor, ahead: Tensor, behind: Tensor | None) -> Tensor:
     """`causal` or `two_sided`, where a graph is to serve every length: their FFT's size is found inside."""
-    return circular(u, _kernel(u.shape[-1], ahead, behind)).contiguous()
+    return _plain(u, ahead, behind).contiguous()
 
 
 @torch.library.custom_op("s4::convolve_backward", mutates_args=())
@@ -179,6 +184,10 @@ def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> 
 
 def _pull(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[no-untyped-def]
     u, ahead, behind = ctx.saved_tensors
+    if dispatch.recorded(grad):
+        inputs = [t for t in ctx.saved_tensors if t is not None]
+        found = dispatch.through(_plain, inputs, grad)
+        return found[0], found[1], found[2] if len(found) > 2 else None  # type: ignore[return-value]
     grad_u, grad_ahead, grad_behind = operator_backward(grad, u, ahead, behind)
     return grad_u, grad_ahead, None if behind is None else grad_behind
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
+from torch._C._functorch import is_legacy_batchedtensor, maybe_current_level
 from torch.autograd import forward_ad
 
 from s4.backends import AUTO, BACKENDS, OPERATIONS
-from s4.precision import constant
+from s4.precision import WITHOUT_FLOAT64, constant
 from s4.system import Recurrence
 
 # max(B, 8) L from which a scan takes less time than an FFT convolution, by d_state, on a CPU with the fused
@@ -79,7 +79,14 @@ def implementation(operation: str, backend: str, device: torch.device) -> Any | 
 
     Raises:
         ValueError: an unknown backend, or one that cannot run there; the message says why.
+        RuntimeError: in forward mode, where an operator would lose the tangents without a word. A layer then
+            takes plain definitions; a program compiled or exported before holds operators.
     """
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "forward-mode derivatives do not pass through the operators of s4 that a compiled or exported "
+            "program holds: differentiate the layer itself, or compile what differentiates it"
+        )
     if backend == "auto":
         names = AUTO[operation].get(device.type, ())
         backend = next((name for name in names if BACKENDS[name].status(device) is True), "torch")
@@ -110,28 +117,40 @@ def transformed() -> bool:
 
 
 def way(
-    mode: str, backend: str, recurrence: Recurrence, batch: int, L: int, stateful: bool, kept: bool
+    mode: str,
+    backend: str,
+    recurrence: Recurrence,
+    batch: int,
+    L: int,
+    stateful: bool,
+    kept: bool,
+    device_type: str,
 ) -> str:
-    """How a sequence is processed: "fft", by convolution; "scan"; or "steps", one by one.
+    """How a sequence on a device is processed: "fft", by convolution; "scan"; or "steps", one by one.
 
     What "auto" expects to be faster was measured on a CPU. A state that goes in or comes out is free in a
     scan and costs the convolution several times as much again. A few steps need neither. What an earlier call
     made and kept is free. Without the fused code the maps of a chunk take several times as long.
+
+    Where the device has no float64, states always are a scan's: its maps, made on the CPU, serve all there is
+    to compute, and what a state adds to the outputs of a convolution would need that precision.
     """
+    if stateful and device_type in WITHOUT_FLOAT64:
+        return "scan"
     if mode != "auto":
         return mode
     sizes = [size for size in _LEAST if recurrence.a.shape[1] <= size]
     if torch.compiler.is_compiling():  # one way for all shapes, as a graph has no branches
-        local = recurrence.a.device.type == "cpu" and backend == "auto" and bool(sizes)
+        local = device_type == "cpu" and backend == "auto" and bool(sizes)
         return "scan" if stateful or local else "fft"
-    local = recurrence.a.device.type == "cpu" and len(recurrence.C) == 1 and backend == "auto"
+    local = device_type == "cpu" and len(recurrence.C) == 1 and backend == "auto"
     if local and 0 < L <= _few(stateful, kept) and (stateful or batch * L <= _STEPS):
         return "steps"
     if stateful:
         return "scan"
     if local and kept:
         return "fft" if L <= 32 or max(batch, 2) * L <= _SHORT else "scan"
-    if recurrence.a.device.type != "cpu" or backend != "auto":
+    if device_type != "cpu" or backend != "auto":
         return "fft"
     price = 1 if fused("scan", backend, "cpu") else 4
     inputs = max(batch, 8 if len(recurrence.F) else 2) * L
@@ -207,12 +226,18 @@ def keeps(parameter: Tensor, *tensors: Tensor) -> bool:
         return False
     if parameter.device.type == "cuda":
         return not torch.cuda.is_current_stream_capturing()
-    return parameter.device.type == "cpu"
+    return parameter.device.type == "cpu" or parameter.device.type in WITHOUT_FLOAT64
 
 
-def recorded() -> bool:
-    """Whether autograd records what is done: in a gradient, whether that has gradients itself."""
-    return torch.is_grad_enabled()
+def recorded(*grads: Tensor) -> bool:
+    """In a gradient, whether that has derivatives itself or is transformed, and only its definition serves.
+
+    Gradients in a batch, as torch.autograd.grad(is_grads_batched=True) has them, are a transform of torch's
+    that no level tells of.
+    """
+    if torch.is_grad_enabled() or transformed():
+        return True
+    return not compiling() and any(map(is_legacy_batchedtensor, grads))
 
 
 def unwatched(parameter: Tensor) -> bool:

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from s4.ops import dispatch
 from s4.ops.response import checked
 from s4.powers import Propagator
+from s4.precision import moved
 from s4.system import Recurrence
 
 
@@ -36,12 +37,18 @@ class Maps(NamedTuple):
 def maps(
     recurrence: Recurrence, D: Tensor, T: int, dtype: torch.dtype, backend: str = "auto"
 ) -> tuple[Maps, Maps | None]:
-    """The maps forward in time, with D (H,) the tap at lag 0, and backward if there is a second row C."""
-    inputs = *recurrence, D.to(recurrence.a.dtype)
-    if dispatch.fused("maps", backend, D.device.type):
+    """The maps forward in time, with D (H,) the tap at lag 0, and backward if there is a second row C.
+
+    On the device of D, by one copy where the recurrence is on another.
+    """
+    where = recurrence.a.device
+    inputs = *recurrence, D.to(where).to(recurrence.a.dtype)
+    if dispatch.fused("maps", backend, where.type):
         taps, inward, outward, onward = operator(*inputs, T, dtype, backend)
     else:
         taps, inward, outward, onward = plain(*inputs, T, dtype)
+    if where != D.device:
+        taps, inward, outward, onward = moved([taps, inward, outward, onward], D.device)
     ahead = Maps(taps[0], inward, outward[0], onward)
     return ahead, Maps(taps[1], inward.flip(1), outward[1], onward) if len(taps) == 2 else None
 
@@ -125,7 +132,7 @@ def _save(ctx, inputs: tuple[Any, ...], output: Any) -> None:  # type: ignore[no
 
 
 def _gradients(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    if dispatch.recorded():
+    if dispatch.recorded(*grads):
         run = partial(plain, T=ctx.T, dtype=ctx.dtype)
         return *dispatch.through(run, ctx.saved_tensors, grads), None, None, None
     return *operator_backward(list(grads), list(ctx.saved_tensors), ctx.backend), None, None, None
@@ -167,7 +174,7 @@ def _(grad: Tensor, inputs: Sequence[Tensor], T: int, backend: str) -> list[Tens
 
 
 def _gradients_of_power(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    if dispatch.recorded():
+    if dispatch.recorded(grad):
 
         def onward(a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
             return plain(a, F, G, B, C, D, ctx.T, ctx.dtype)[3]

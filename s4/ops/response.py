@@ -107,7 +107,7 @@ def _save(ctx, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore
 
 
 def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    if dispatch.recorded():
+    if dispatch.recorded(grad):
         run = partial(plain, L=ctx.L, dtype=ctx.dtype)
         return *dispatch.through(run, ctx.saved_tensors, grad), None, None, None
     return *operator_backward(grad, *ctx.saved_tensors, ctx.backend), None, None, None

@@ -66,10 +66,11 @@ def scan(
     B, L, H = u.shape
     N = recurrence.B.shape[-1]
     one_graph = dispatch.opaque()  # for all lengths: with one length of chunks, whatever is left of them
+    apart = recurrence.a.device != u.device  # which has no float64: `kept` then is for this call
     if one_graph:
         T = chunk_length(1, _MANY - 1, N)
     else:
-        T = chunk_length(B, L, N, dispatch.price_of_maps(recurrence, backend) if kept is None else 0)
+        T = chunk_length(B, L, N, dispatch.price_of_maps(recurrence, backend) if kept is None or apart else 0)
     made = {} if kept is None else kept
     length, both = made.get("maps", (0, None))
     if both is None or length != T:
@@ -93,12 +94,16 @@ def scan(
     at = torch.arange(L - T, L, device=u.device)  # of one size for every rest, as a graph needs it
     late = torch.where((at >= L - rest)[:, None], u.index_select(1, at.clamp(min=0)), 0)
     driven = product(late.permute(2, 0, 1), ahead.inward)
-    if not one_graph and not dispatch.fused("maps", backend, u.device.type):
+    if not (one_graph or apart or dispatch.fused("maps", backend, u.device.type)):
         steps = torch.full((B,), rest, device=u.device)
         return y, Propagator(recurrence).advance(last.transpose(0, 1), steps, T - 1) + driven.transpose(0, 1)
     length, onward = made.get("rest", (None, ahead.onward))
     if length is None or length != rest:
-        onward = power(*recurrence, recurrence.a.new_zeros(len(recurrence.a)), rest, u.dtype, backend)
+        if apart and not one_graph:
+            onward = Propagator(recurrence).power(rest).mT.to(u.dtype)
+        else:
+            onward = power(*recurrence, recurrence.a.new_zeros(len(recurrence.a)), rest, u.dtype, backend)
+        onward = onward.to(u.device)
         made["rest"] = rest, onward
     return y, add_product(driven, last, onward).transpose(0, 1)
 
@@ -118,7 +123,8 @@ def last_state(
     assert last is not None
     if lengths is None or x is None:
         return last
-    return last + advance(recurrence, x, lengths, u.shape[1])
+    where = recurrence.a.device
+    return last + advance(recurrence, x.to(where), lengths.to(where), u.shape[1]).to(last.device)
 
 
 def plain(
@@ -328,8 +334,8 @@ def operator(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     operands, _ = _checked((u, x, taps, inward, outward, onward))
-    module = dispatch.implementation("scan", backend, u.device) if products == u.dtype else None
-    if module is not None:
+    module = dispatch.implementation("scan", backend, u.device)
+    if module is not None and products == u.dtype:
         y, last = module.scan(*operands, reverse)
         return y, last
     in_rows = transpose(u, False).transpose(0, 1), *operands[1:]
@@ -343,8 +349,8 @@ def operator_backward(
 ) -> list[Tensor]:
     inputs, grads = _checked(inputs, *grads)
     u = inputs[0]
-    module = dispatch.implementation("scan", backend, u.device) if products == u.dtype else None
-    if backward := getattr(module, "scan_backward", None):
+    module = dispatch.implementation("scan", backend, u.device)
+    if products == u.dtype and (backward := getattr(module, "scan_backward", None)):
         return list(backward(grads, inputs, reverse))
     with dispatch.full_precision(u.device):  # which a backward pass inside autocast has not left
         return [t.contiguous() for t in plain_backward(grads, inputs, reverse, products)]
@@ -379,7 +385,7 @@ def _save(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # 
 
 def _gradients(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     options = ctx.reverse, ctx.products
-    if dispatch.recorded():
+    if dispatch.recorded(*grads):
         run = partial(plain, reverse=ctx.reverse, products=ctx.products)
         found = dispatch.through(run, ctx.saved_tensors, grads)
         return *found, None, None, None

@@ -66,7 +66,7 @@ def advance(
     if fused and kept is not None and dispatch.compiling() and not dispatch.exporting():
         return step_kept(systems[:6], D.to(x.dtype), x, u, *systems[6:], backend)
     with dispatch.full_precision(u.device):
-        recurrence, D = discretize(system(*systems)).to(x.dtype), D.to(x.dtype)
+        recurrence, D = discretize(system(*systems)).to(x.dtype, D.device), D.to(x.dtype)
         return step(*recurrence, D, x, u, backend) if fused else plain(recurrence, D, x, u)
 
 
@@ -80,7 +80,7 @@ def run(
 ) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B H N"]]:
     """The outputs of a few steps, and the state after them, from the state x or zero."""
     x = u.new_zeros(u.shape[0], *recurrence.B.shape) if x is None else x
-    recurrence = recurrence.to(u.dtype)
+    recurrence = recurrence.to(u.dtype, D.device)
     fused = dispatch.unwatched(D) and len(recurrence.F) <= _RANK
     fused = fused and dispatch.fused("step", backend, D.device.type)
     y = []
@@ -97,10 +97,10 @@ def _rounded(systems: tuple[Any, ...], D: Tensor, x: Tensor) -> Recurrence:
     shapes = [(H, N), (rank, H, N), (rank, H, N), (H, N), (1, H, N), (H,)]
     if (given := [tuple(part.shape) for part in (*recurrence, D)]) != shapes:
         raise ValueError(f"parameters must be those of {H} channels of {N} states, {shapes}, got {given}")
-    kinds = {(type(part), part.device) for part in recurrence}
-    if kinds != {(Tensor, x.device)}:
+    kinds = {type(part) for part in recurrence}, {p.device for p in systems[:6] if p is not None}
+    if kinds != ({Tensor}, {x.device}):
         raise ValueError(f"parameters must be plain tensors on {x.device}, got {kinds}")
-    return recurrence
+    return recurrence.to(x.dtype, D.device)
 
 
 def _step(
