@@ -23,6 +23,7 @@ from s4.ops.kept import Kept
 from s4.ops.response import continuation
 from s4.ops.scan import last_state, scan
 from s4.padding import zero_padding
+from s4.sharded import fill, hooked
 from s4.system import DISCRETIZATIONS, dense, discretize, system
 
 _MIN_DECAY = (
@@ -178,10 +179,10 @@ class S4Layer(nn.Module):
         """Draw dt, C and D anew and set A and B to their initialisation."""
         Lambda, P, B = hippo.start(self.init, self.variant, self.d_state)
         if len(P):
-            self.P.copy_(torch.view_as_real(P)[:, None])
-        self.log_A_real.copy_(torch.log((-Lambda.real).clamp(min=_MIN_DECAY)))
-        self.A_imag.copy_(Lambda.imag)
-        self.B.copy_(torch.view_as_real(B))
+            fill(self.P, torch.view_as_real(P)[:, None])
+        fill(self.log_A_real, torch.log((-Lambda.real).clamp(min=_MIN_DECAY)))
+        fill(self.A_imag, Lambda.imag)
+        fill(self.B, torch.view_as_real(B))
         self.C.normal_(std=math.sqrt(0.5))
         self.D.normal_()
         self.log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max))
@@ -287,6 +288,10 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
+        if self._forward_pre_hooks or "forward" in self.__dict__:  # `hooked`, without a call
+            check_features("u", u, self.d_model, "batch")
+            y, state = self(u[:, None], state, rate=rate, return_state=True)
+            return y[:, 0], state
         self._check(rate, "step")
         check_features("u", u, self.D, "batch")
         check_state("state", state, (u.shape[0], self.d_model, self.d_state), self.D)
@@ -301,9 +306,15 @@ class S4Layer(nn.Module):
         return y.to(u.dtype), state
 
     def initial_state(self, batch_size: int) -> Tensor:
-        """The state before any input: zeros (B, H, N), a plain tensor also where parameters are sharded."""
+        """The state before any input: zeros (B, H, N), a plain tensor also where parameters are sharded.
+
+        Of a layer whose parameters are offloaded it is where its `forward` brings them.
+        """
         self._check(1.0, "initial_state")
         check_integer("batch_size", batch_size, 0)
+        if self.D.is_meta and hooked(self):
+            nothing = torch.empty(batch_size, 0, self.d_model, device="cpu")
+            return self(nothing, return_state=True)[1].detach()
         shape = (batch_size, self.d_model, self.d_state)
         return torch.zeros(shape, dtype=self.D.dtype, device=self.D.device)
 

@@ -21,6 +21,7 @@ from s4.checks import (
 )
 from s4.generation import Sampler, Stop, check_generation, feed_back, greedy
 from s4.padding import zero_padding
+from s4.sharded import hooked
 from s4.state import State
 
 
@@ -116,7 +117,7 @@ class S4Model(nn.Module):
         return (y, after) if return_state and after is not None else y
 
     def step(self, u: Tensor, state: State, *, rate: float = 1.0) -> tuple[Tensor, State]:
-        """One time step. Under FSDP2, `register_fsdp_forward_method(module, "step")` of what is sharded.
+        """One time step.
 
         Args:
             u: inputs (B, ...) of one position.
@@ -129,6 +130,9 @@ class S4Model(nn.Module):
         """
         if not isinstance(u, Tensor) or u.dim() < 1:
             raise ValueError(f"u must be a tensor of shape (batch, ...), got {kind_of(u)}")
+        if hooked(self):
+            y, after = self(u[:, None], state, rate=rate, return_state=True)
+            return y[:, 0] if self.pooling == "none" else y, after
         self._check_state(state, u.shape[0])
         x = self._encoded(u[:, None])[:, 0]
         layers = []
@@ -208,9 +212,13 @@ class S4Model(nn.Module):
             if not unread(lengths) and bool((lengths < 1).any()):
                 raise ValueError(f"lengths must be at least 1 to generate, got {lengths.tolist()}")
         with torch.no_grad():
-            x, layers = self._run(prompt, state, lengths, rate, True)
-            state = self._pool(x, layers, state, lengths)
-            y = self._decoded(_last(x, lengths))
+            if hooked(self):  # an output for each position of the prompt, more than is needed
+                y, state = self(prompt, state, lengths=lengths, rate=rate, return_state=True)
+                y = _last(y, lengths)
+            else:
+                x, layers = self._run(prompt, state, lengths, rate, True)
+                state = self._pool(x, layers, state, lengths)
+                y = self._decoded(_last(x, lengths))
         step = partial(self.step, rate=rate)
         return feed_back(step, prompt[:, 0], y, state, greedy if sample is None else sample, stop, pad)
 

@@ -1,0 +1,25 @@
+"""Parameters that are sharded over processes, or away until they are needed."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether something runs before the `forward` of a module, or in its place, and may bring its parameters.
+
+    As where they are sharded (FSDP2), offloaded (accelerate), pruned or normalised: then every way through
+    the module has to pass there.
+    """
+    return bool(module._forward_pre_hooks) or "forward" in module.__dict__
+
+
+def fill(p: Tensor, value: Tensor) -> None:
+    """Set p to `value`, expanded. A sharded one (DTensor) takes its part, with no word to other processes."""
+    placements: Any = getattr(p, "placements", None)
+    if placements is not None:
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = value.to(p.device, p.dtype).expand(p.shape)
+        value = distribute_tensor(whole, p.device_mesh, placements, src_data_rank=None)
+    p.copy_(value)
