@@ -14,12 +14,11 @@ def hooked(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks) or "forward" in module.__dict__
 
 
-def fill(p: Tensor, value: Tensor) -> None:
+def fill(p: Any, value: Tensor) -> None:
     """Set p to `value`, expanded. A sharded one (DTensor) takes its part, with no word to other processes."""
-    placements: Any = getattr(p, "placements", None)
-    if placements is not None:
+    if hasattr(p, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
         whole = value.to(p.device, p.dtype).expand(p.shape)
-        value = distribute_tensor(whole, p.device_mesh, placements, src_data_rank=None)
+        value = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
     p.copy_(value)
