@@ -109,7 +109,10 @@ def check_state(
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     if value.dtype != (dtype or like.dtype):
-        raise TypeError(f"{name} must have dtype {dtype or like.dtype}, got {value.dtype}")
+        hint = ""
+        if value.dtype in (torch.bfloat16, torch.float16):
+            hint = ": a state is never rounded; a policy of FSDP needs cast_forward_inputs=False for that"
+        raise TypeError(f"{name} must have dtype {dtype or like.dtype}, got {value.dtype}{hint}")
     if value.device != like.device:
         raise _elsewhere(name, value, like)
 

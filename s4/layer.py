@@ -61,7 +61,10 @@ class S4Layer(nn.Module):
             `s4.kernel.backends()`, for the operations that it has, plain PyTorch for the others; the kernel
             of "dplr" is then made of its sums.
         device: of the parameters.
-        dtype: of the parameters and the state, torch.float32 or torch.float64, or their names.
+        dtype: of the parameters: torch.float64, float32, bfloat16 or float16, or its name. Each parameter may
+            have its own, as `layer.float()` or `layer.log_dt.data = ...` gives it. The mathematics is in
+            float64, sequences and the state in float32, or float64 where D is. float16 ends at 65504, which
+            Lambda of "legs", "legt" and "inv" passes from d_state = 454.
 
     In evaluation on a CPU, without gradients, what the parameters come to at one rate is kept until one of
     them changes or the layer is moved or trained: some 3 N^2 + L numbers a channel.
@@ -166,26 +169,35 @@ class S4Layer(nn.Module):
 
     @property
     def dt(self) -> Tensor:
-        """Step sizes (H,), above 0."""
-        return torch.exp(self.log_dt)
+        """Step sizes (H,), above 0, float32 or float64."""
+        return torch.exp(self.log_dt.to(options.wide(self.log_dt)))
 
     @property
     def Lambda(self) -> Tensor:
         """The diagonal of A: complex (n_ssm, N/2), one of each conjugate pair, real parts below 0."""
-        return torch.complex(-torch.exp(self.log_A_real), self.A_imag)
+        dtype = options.wide(self.log_A_real, self.A_imag)
+        return torch.complex(-torch.exp(self.log_A_real.to(dtype)), self.A_imag.to(dtype))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw dt, C and D anew and set A and B to their initialisation."""
+        """Draw dt, C and D anew and set A and B to their initialisation.
+
+        A seed draws the same numbers for half-precision parameters as for float32, rounded.
+        """
         Lambda, P, B = hippo.start(self.init, self.variant, self.d_state)
+        start = {"A_imag": Lambda.imag, "B": torch.view_as_real(B)}
+        start["log_A_real"] = torch.log((-Lambda.real).clamp(min=_MIN_DECAY))
         if len(P):
-            fill(self.P, torch.view_as_real(P)[:, None])
-        fill(self.log_A_real, torch.log((-Lambda.real).clamp(min=_MIN_DECAY)))
-        fill(self.A_imag, Lambda.imag)
-        fill(self.B, torch.view_as_real(B))
-        self.C.normal_(std=math.sqrt(0.5))
-        self.D.normal_()
-        self.log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max))
+            start["P"] = torch.view_as_real(P)[:, None]
+        for name, value in start.items():
+            if getattr(self, name).dtype == torch.float16:
+                options.check_range(name, value, self.init, self.d_state)
+            fill(getattr(self, name), value)
+        wide = options.wide
+        self.C.copy_(torch.empty_like(self.C, dtype=wide(self.C)).normal_(std=math.sqrt(0.5)))
+        self.D.copy_(torch.empty_like(self.D, dtype=wide(self.D)).normal_())
+        log_dt = torch.empty_like(self.log_dt, dtype=wide(self.log_dt))
+        self.log_dt.copy_(log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max)))
 
     def ssm_parameters(self) -> list[Tensor]:
         """dt, A and B, which train at a smaller rate and without weight decay (S4 appendix D.2).
@@ -203,6 +215,10 @@ class S4Layer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "S4Layer":
         self._kept.clear()
+        for name, p in self.named_parameters(recurse=False):
+            large = p.dtype != torch.float16 and not options.fits_float16(p.detach())
+            if large and fn(p.detach()).dtype == torch.float16:
+                options.check_range(name, p.detach(), self.init, self.d_state)
         return super()._apply(fn, recurse)
 
     def forward(
@@ -226,22 +242,24 @@ class S4Layer(nn.Module):
             return_state: also return the state after the last input.
 
         Returns:
-            y (B, L, H) in the dtype of u, or (y, state) with the state (B, H, N) in that of the parameters.
+            y (B, L, H) in the dtype of u, or (y, state) with the state (B, H, N), float32 or, where D is,
+            float64.
 
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
-        self._check(rate, "state" if state is not None else "return_state" if return_state else "")
+        dtype = self._check(rate, "state" if state is not None else "return_state" if return_state else "")
         check_features("u", u, self.D, "batch", "length")
         batch, L, _ = u.shape
         if state is not None:
-            check_state("state", state, (batch, self.d_model, self.d_state), self.D)
+            check_state("state", state, (batch, self.d_model, self.d_state), self.D, dtype)
         if lengths is not None:
             lengths = check_lengths(lengths, batch, L, self.D)
+        D = self.D.to(dtype)
         # What "auto" chooses for its speed alone keeps its precision.
-        products = dispatch.product_dtype(self.D) if self.mode == "scan" else self.D.dtype
+        products = dispatch.product_dtype(D) if self.mode == "scan" else dtype
         with dispatch.full_precision(u.device):
-            x = u.to(self.D.dtype)
+            x = u.to(dtype)
             if lengths is not None:
                 x = zero_padding(x, lengths)
             given = self._systems(rate)
@@ -250,7 +268,7 @@ class S4Layer(nn.Module):
             if "recurrence" not in made:
                 made["system"] = system(*given)
                 made["recurrence"] = discretize(made["system"])
-            recurrence, D, backend, after = made["recurrence"], self.D, self.backend, None
+            recurrence, backend, after = made["recurrence"], self.backend, None
             stateful = return_state or state is not None
             way = dispatch.way(self.mode, backend, recurrence, batch, L, stateful, kept is not None)
             if way == "steps":
@@ -261,7 +279,7 @@ class S4Layer(nn.Module):
             else:
                 length, k = made.get("kernel", (None, None))
                 if length != L:
-                    k = kernel.kernel(made["system"], recurrence, L, D.dtype, method="auto", backend=backend)
+                    k = kernel.kernel(made["system"], recurrence, L, dtype, method="auto", backend=backend)
                     made["kernel"] = L, k
                 more = None if state is None else continuation(recurrence, state, L, backend)
                 y = convolve(x, k, D, more)
@@ -283,7 +301,7 @@ class S4Layer(nn.Module):
             rate: multiplies dt, as in `forward`.
 
         Returns:
-            y (B, H) in the dtype of u, and the next state.
+            y (B, H) in the dtype of u, and the next state, in the dtype of the one before.
 
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
@@ -292,14 +310,14 @@ class S4Layer(nn.Module):
             check_features("u", u, self.d_model, "batch")
             y, state = self(u[:, None], state, rate=rate, return_state=True)
             return y[:, 0], state
-        self._check(rate, "step")
+        dtype = self._check(rate, "step")
         check_features("u", u, self.D, "batch")
-        check_state("state", state, (u.shape[0], self.d_model, self.d_state), self.D)
+        check_state("state", state, (u.shape[0], self.d_model, self.d_state), self.D, dtype)
         y, state = step.advance(
             self._systems(rate),
             self.D,
             state,
-            u.to(self.D.dtype),
+            u.to(dtype),
             self.backend,
             None if self.training else self._kept,
         )
@@ -310,13 +328,13 @@ class S4Layer(nn.Module):
 
         Of a layer whose parameters are offloaded it is where its `forward` brings them.
         """
-        self._check(1.0, "initial_state")
+        dtype = self._check(1.0, "initial_state")
         check_integer("batch_size", batch_size, 0)
         if self.D.is_meta and hooked(self):
             nothing = torch.empty(batch_size, 0, self.d_model, device="cpu")
             return self(nothing, return_state=True)[1].detach()
         shape = (batch_size, self.d_model, self.d_state)
-        return torch.zeros(shape, dtype=self.D.dtype, device=self.D.device)
+        return torch.zeros(shape, dtype=dtype, device=self.D.device)
 
     def kernel(self, L: int, *, rate: float = 1.0, method: str = "auto") -> Tensor:
         """Impulse response without D: (H, L); if bidirectional (2, H, L), forward and backward.
@@ -327,11 +345,11 @@ class S4Layer(nn.Module):
             method: "sums", over the modes; "powers", of the state matrix; "auto", the faster, or the sums of
                 a backend that a "dplr" layer was given by name.
         """
-        self._check(rate)
+        dtype = self._check(rate)
         check_integer("L", L, 0)
         check_option("method", method, kernel.METHODS)
         with dispatch.full_precision(self.D.device):
-            systems, dtype = system(*self._systems(rate)), self.D.dtype
+            systems = system(*self._systems(rate))
             k = kernel.kernel(systems, discretize(systems), L, dtype, method=method, backend=self.backend)
         return k if self.bidirectional else k[0]
 
@@ -373,13 +391,15 @@ class S4Layer(nn.Module):
             return None
         return self._kept.of(*step.identity(systems, self.D, self.backend))
 
-    def _check(self, rate: float, causal: str = "") -> None:
-        """Of what every call needs; `causal` names what a bidirectional layer does not have."""
-        if self.D.dtype not in options.DTYPES.values():
-            raise TypeError(
-                f"S4Layer computes with float32 or float64 parameters, got {self.D.dtype}: "
-                "keep the layer in float32 and use torch.autocast for reduced precision"
-            )
+    def _check(self, rate: float, causal: str = "") -> torch.dtype:
+        """Of what every call needs; `causal` names what a bidirectional layer does not have.
+
+        Returns:
+            the dtype of states and of sequences within.
+        """
+        if (dtype := options.COMPUTED.get(self.D.dtype)) is None:
+            names = ", ".join(options.DTYPES)
+            raise TypeError(f"S4Layer computes with parameters of {names}, got {self.D.dtype}")
         if type(rate) is not float or not 0 < rate < math.inf:
             check_number("rate", rate, 0, above=True)
         if len(self.D) != self.d_model:
@@ -388,3 +408,4 @@ class S4Layer(nn.Module):
             raise ValueError(reason)
         if causal and self.bidirectional:
             raise ValueError(f"{causal} needs a causal layer, but this one has bidirectional=True")
+        return dtype

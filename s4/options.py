@@ -1,16 +1,25 @@
 """The options that a layer has, and the checks of those that it is made with."""
 
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from s4 import hippo
-from s4.checks import check_option
+from s4.checks import check_option, unread
 
 VARIANTS = {"dplr": "bilinear", "diag": "zoh"}  # and the discretisation of each, unless told
 MODES = ("auto", "fft", "scan")
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# Of parameters, and what a layer of them has its states and sequences in: rounded from float64 mathematics.
+COMPUTED = {
+    torch.float64: torch.float64,
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTED}
+_LARGEST = torch.finfo(torch.float16).max  # 65504
 _PAPERS = {"s4": "dplr", "s4d": "diag"}  # names that the papers give the variants
 
 
@@ -33,5 +42,31 @@ def dtype(given: torch.dtype | str | None) -> torch.dtype:
     found: Any = torch.get_default_dtype() if given is None else given
     found = DTYPES.get(str(found).removeprefix("torch."), found)
     if not isinstance(found, torch.dtype) or found not in DTYPES.values():
-        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {given if given else found}")
+        raise TypeError(
+            "dtype must be torch.float64, torch.float32, torch.bfloat16 or torch.float16, "
+            f"got {given if given else found}"
+        )
     return found
+
+
+def wide(*parameters: Tensor) -> torch.dtype:
+    """That holds all of these, float32 at least: what they mean, and what they are drawn in."""
+    return reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
+
+
+def check_range(name: str, value: Tensor, init: Any, d_state: int) -> None:
+    """Raise ValueError if a parameter of a layer has numbers that float16 has not.
+
+    Those of A grow as N^2: Lambda of "legs", "legt" and "inv" reaches N^2 / pi, past 65504 from N = 454.
+    """
+    if not fits_float16(value):
+        kind = f"init={init!r}" if isinstance(init, str) else "an init of one's own"
+        raise ValueError(
+            f"{name} of a layer with {kind} and d_state={d_state} reaches {float(value.abs().max()):.5g}, "
+            f"and float16 ends at {_LARGEST:.5g}: use bfloat16 or float32, or a smaller d_state"
+        )
+
+
+def fits_float16(value: Tensor) -> bool:
+    """Whether no number is too large for float16, as far as they can be read."""
+    return unread(value) or value.numel() == 0 or not bool(value.abs().max() > _LARGEST)

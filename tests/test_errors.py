@@ -44,7 +44,7 @@ LAYER = {
     "dt_max nan": ({"dt_max": float("nan")}, ValueError, "dt_max"),
     "unknown mode": ({"mode": "loop"}, ValueError, "mode.*fft.*loop"),
     "unknown backend": ({"backend": "magic"}, ValueError, "backend.*torch.*magic"),
-    "half parameters": ({"dtype": torch.bfloat16}, TypeError, "dtype.*bfloat16"),
+    "parameters of a byte": ({"dtype": torch.float8_e5m2}, TypeError, "dtype.*bfloat16.*float8_e5m2"),
     "complex parameters": ({"dtype": torch.complex64}, TypeError, "dtype.*complex64"),
     "two directions": ({"bidirectional": 2}, EITHER, "bidirectional.*2"),
     "bidirectional a word": ({"bidirectional": "no"}, EITHER, "bidirectional.*no"),
@@ -73,6 +73,10 @@ def causal() -> S4Layer:
 
 def both() -> S4Layer:
     return S4Layer(4, 8, bidirectional=True)
+
+
+def bytes_only() -> S4Layer:
+    return causal().to(torch.float8_e5m2)
 
 
 U, X = torch.zeros(2, 5, 4), torch.zeros(2, 4, 8)
@@ -146,18 +150,13 @@ CALLS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
         ValueError,
         f"batch_size.*at most.*{2**62}",
     ),
-    "config of bfloat16": (lambda: causal().bfloat16().config(), ValueError, "dtype.*float32.*bfloat16"),
+    "config of float8": (lambda: bytes_only().config(), ValueError, "dtype.*float32.*float8_e5m2"),
     "kernel of half a length": (lambda: causal().kernel(2.5), EITHER, r"L .*2\.5"),
     "kernel at no rate": (lambda: causal().kernel(3, rate=0.0), ValueError, "rate.*0"),
     "dense at a negative rate": (lambda: causal().dense(rate=-2.0), ValueError, "rate.*-2"),
-    "bfloat16 parameters": (lambda: causal().bfloat16()(U.bfloat16()), TypeError, "bfloat16"),
-    "float16 parameters": (lambda: causal().half()(U.half()), TypeError, "float16"),
-    "bfloat16 parameters in step": (
-        lambda: causal().bfloat16().step(U[:, 0], X.bfloat16()),
-        TypeError,
-        "bfloat16",
-    ),
-    "bfloat16 parameters in kernel": (lambda: causal().bfloat16().kernel(4), TypeError, "bfloat16"),
+    "float8 parameters": (lambda: bytes_only()(U), TypeError, "float16.*float8_e5m2"),
+    "float8 parameters in step": (lambda: bytes_only().step(U[:, 0], X), TypeError, "float8_e5m2"),
+    "float8 parameters in kernel": (lambda: bytes_only().kernel(4), TypeError, "float8_e5m2"),
     "batch size negative": (lambda: causal().initial_state(-1), EITHER, "batch_size.*-1"),
     "batch size half": (lambda: causal().initial_state(2.5), EITHER, r"batch_size.*2\.5"),
     "batch size a flag": (lambda: causal().initial_state(True), EITHER, "batch_size.*True"),

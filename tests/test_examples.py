@@ -179,7 +179,8 @@ def test_options_of_a_checkpoint_and_of_a_command_line(capsys: Capture) -> None:
 
 def test_precision_and_callbacks_of_lightning() -> None:
     options = ["digits", *TINY, "--trainer.max_steps", "2", "--trainer.callbacks", "LearningRateMonitor"]
-    for precision, dtype in (("64-true", torch.float64), ("bf16-mixed", torch.float32)):
+    precisions = {"64-true": torch.float64, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
+    for precision, dtype in precisions.items():
         cli = train.run([*options, "--trainer.precision", precision])
         assert {parameter.dtype for parameter in cli.model.parameters()} == {dtype}
         assert any(isinstance(callback, LearningRateMonitor) for callback in cli.trainer.callbacks)
@@ -274,7 +275,7 @@ def test_unknown_recipe(capsys: Capture) -> None:
         (1, "--run_dir", "/dev/null/run", "/dev/null"),
         (1, "--trainer.accelerator", "abacus", "accelerator"),
         (1, "--trainer.max_epochs", "-1", "max_steps"),
-        (1, "--trainer.precision", "bf16-true", "bf16-mixed"),
+        (1, "--trainer.precision", "16-true", "16-mixed"),
         (1, "--trainer.accumulate_grad_batches", "0", "accumulate_grad_batches"),
         (1, "--seed_everything", "-1", "seed_everything"),
     ],

@@ -310,8 +310,8 @@ def test_other_rates_modes_and_dtypes() -> None:
     check(layer, u, x, tolerance=1e-5)
     layer.eval()
     check(layer, u, x, tolerance=1e-5)
-    with pytest.raises(TypeError, match="float32 or float64 parameters"):
-        layer.half().step(u, x)
+    layer.half()
+    check(layer, u, x, tolerance=1e-5)
 
 
 @fused
@@ -577,9 +577,10 @@ def test_kept_numbers_are_those_of_the_layer() -> None:
             entry = layer._kept._entry
             layer.step(*operands(layer))
         assert layer._kept._entry is entry
-        kept = entry[-1]["rounded"]
+        kept, D = entry[-1]["rounded"]
         assert isinstance(kept, Recurrence)
-        assert all(t.is_contiguous() and t.dtype == torch.float32 for t in kept)
+        assert all(t.is_contiguous() and t.dtype == torch.float32 for t in (*kept, D))
+        assert D.data_ptr() != layer.D.data_ptr()
 
 
 def test_snapshot_of_another_number_of_tensors() -> None:

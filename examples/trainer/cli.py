@@ -183,10 +183,10 @@ class ExampleCLI(LightningCLI):
     def instantiate_trainer(self) -> Trainer:  # type: ignore[override]  # no option of ours comes this way
         """The Trainer with this run's loggers, checkpoints and progress display."""
         config = self._get(self.config_init, "trainer")
-        if (precision := str(config["precision"])) in ("16-true", "bf16-true"):
+        if str(config["precision"]) == "16-true":
             raise ConfigError(
-                f"trainer.precision {precision}: an S4 layer keeps its parameters and state in float32; use "
-                f"{precision.replace('true', 'mixed')}"
+                "trainer.precision 16-true: AdamW squares gradients, which float16 has no such small numbers "
+                "for; use 16-mixed or bf16-true"
             )
         for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
             if (value := config[name]) is not None and not isinstance(value, str) and value <= 0:

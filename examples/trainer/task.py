@@ -222,6 +222,16 @@ class SequenceTask(pl.LightningModule):
         """Start the clock, also in the middle of an epoch."""
         self._step_began = time.perf_counter()
 
+    def on_validation_start(self) -> None:
+        """Scores count further than the 256 of a model in bfloat16."""
+        for score in self.scores.modules():
+            if isinstance(score, Metric):
+                score.set_dtype(torch.promote_types(self.dtype, torch.float32))
+
+    def on_test_start(self) -> None:
+        """As for validation."""
+        self.on_validation_start()
+
     def on_validation_end(self) -> None:
         """Start it again: validation is no training."""
         self._step_began = time.perf_counter()
@@ -264,10 +274,11 @@ class SequenceTask(pl.LightningModule):
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
     def _loss(self, y: Tensor, targets: Tensor) -> Tensor:
-        if self.spec.kind == "value":
-            return nn.functional.mse_loss(y, targets.to(y.dtype))
         if self.adaptive is not None:
             return self.adaptive.loss(y.flatten(0, -2), targets.flatten())
+        y = _at_least_float32(y)
+        if self.spec.kind == "value":
+            return nn.functional.mse_loss(y, targets.to(y.dtype))
         return nn.functional.cross_entropy(y.flatten(0, -2), targets.flatten())
 
     def _new_scores(self) -> nn.ModuleDict:
@@ -291,9 +302,13 @@ class SequenceTask(pl.LightningModule):
             elif name == "accuracy":
                 score.update(y.argmax(-1).flatten(), targets.flatten())
             else:
-                score.update(y.flatten(), targets.flatten())
+                score.update(_at_least_float32(y).flatten(), targets.flatten())
             shown = stage == "val" and f"val/{name}" == self.monitor[0]
             self.log(f"{stage}/{name}", score, prog_bar=shown, on_epoch=True, add_dataloader_idx=False)
+
+
+def _at_least_float32(y: Tensor) -> Tensor:
+    return y.to(torch.promote_types(y.dtype, torch.float32))
 
 
 class Perplexity(MeanMetric):

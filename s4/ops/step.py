@@ -46,18 +46,20 @@ def advance(
 
     Args:
         systems: the arguments of `s4.system.system`.
-        D, x, u: as in `plain`.
+        D, x, u: as in `plain`; D may be of another dtype.
         backend: who computes, "auto" or one of `s4.kernel.backends()`.
         kept: what keeps the recurrence between steps, or None where parameters are in training.
     """
     if kept is not None and dispatch.keeps(D, x, u):
         made = kept.of(*identity(systems, D, backend))
-        if (recurrence := made.get("rounded")) is None:
-            recurrence = made["rounded"] = _rounded(systems, D, x)
+        if (both := made.get("rounded")) is None:
+            own = D.detach().resolve_neg().to(x.dtype, copy=True, memory_format=torch.contiguous_format)
+            both = made["rounded"] = _rounded(systems, D, x), own
+        recurrence, D = both
         module = dispatch.implementation("step", backend, D.device)
         if module is not None and len(recurrence.F) <= _RANK:
             # Without an operator, whose call takes a third of the time of a step.
-            y, after = module.step(*recurrence, *[t.resolve_neg().contiguous() for t in (D, x, u)])
+            y, after = module.step(*recurrence, D, *[t.resolve_neg().contiguous() for t in (x, u)])
             return y, after
         with dispatch.full_precision(u.device):
             return plain(recurrence, D, x, u)
@@ -65,9 +67,9 @@ def advance(
     still = dispatch.unwatched(D) and (P is None or len(P) <= _RANK)
     fused = still and dispatch.fused("step", backend, D.device.type)
     if fused and kept is not None and dispatch.compiling() and not dispatch.exporting():
-        return step_kept(systems[:6], D, x, u, *systems[6:], backend)
+        return step_kept(systems[:6], D.to(x.dtype), x, u, *systems[6:], backend)
     with dispatch.full_precision(u.device):
-        recurrence = discretize(system(*systems)).to(D.dtype)
+        recurrence, D = discretize(system(*systems)).to(x.dtype), D.to(x.dtype)
         return step(*recurrence, D, x, u, backend) if fused else plain(recurrence, D, x, u)
 
 
@@ -81,7 +83,7 @@ def run(
 ) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B H N"]]:
     """The outputs of a few steps, and the state after them, from the state x or zero."""
     x = u.new_zeros(u.shape[0], *recurrence.B.shape) if x is None else x
-    recurrence = recurrence.to(D.dtype)
+    recurrence = recurrence.to(u.dtype)
     fused = dispatch.unwatched(D) and len(recurrence.F) <= _RANK
     fused = fused and dispatch.fused("step", backend, D.device.type)
     y = []
@@ -92,8 +94,8 @@ def run(
 
 
 def _rounded(systems: tuple[Any, ...], D: Tensor, x: Tensor) -> Recurrence:
-    """The recurrence in the precision of D, checked: what a backend reads through pointers is all there."""
-    recurrence = discretize(system(*systems)).to(D.dtype)
+    """The recurrence in the precision of x, checked: what a backend reads through pointers is all there."""
+    recurrence = discretize(system(*systems)).to(x.dtype)
     (_, H, N), rank = x.shape, len(recurrence.F)
     shapes = [(H, N), (rank, H, N), (rank, H, N), (H, N), (1, H, N), (H,)]
     if (given := [tuple(part.shape) for part in (*recurrence, D)]) != shapes:
