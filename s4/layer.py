@@ -26,9 +26,6 @@ from s4.padding import zero_padding
 from s4.sharded import fill, hooked
 from s4.system import DISCRETIZATIONS, dense, discretize, system
 
-_MIN_DECAY = (
-    1e-4  # of -Re Lambda at initialisation: LegT and FouT have none, and its logarithm is a parameter
-)
 # The arguments of a layer. Those that parameters have their shapes and first values from are read-only.
 _FIXED = ("d_model", "d_state", "variant", "init", "dt_min", "dt_max", "n_ssm", "bidirectional")
 _OPTIONS = ("discretization", "mode", "backend")
@@ -184,12 +181,7 @@ class S4Layer(nn.Module):
 
         A seed draws the same numbers for half-precision parameters as for float32, rounded.
         """
-        Lambda, P, B = hippo.start(self.init, self.variant, self.d_state)
-        start = {"A_imag": Lambda.imag, "B": torch.view_as_real(B)}
-        start["log_A_real"] = torch.log((-Lambda.real).clamp(min=_MIN_DECAY))
-        if len(P):
-            start["P"] = torch.view_as_real(P)[:, None]
-        for name, value in start.items():
+        for name, value in options.start(self.init, self.variant, self.d_state).items():
             if getattr(self, name).dtype == torch.float16:
                 options.check_range(name, value, self.init, self.d_state)
             fill(getattr(self, name), value)
@@ -324,10 +316,7 @@ class S4Layer(nn.Module):
         return y.to(u.dtype), state
 
     def initial_state(self, batch_size: int) -> Tensor:
-        """The state before any input: zeros (B, H, N), a plain tensor also where parameters are sharded.
-
-        Of a layer whose parameters are offloaded it is where its `forward` brings them.
-        """
+        """The state before any input: zeros (B, H, N), plain and in place where parameters are not."""
         dtype = self._check(1.0, "initial_state")
         check_integer("batch_size", batch_size, 0)
         if self.D.is_meta and hooked(self):

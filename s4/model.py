@@ -165,7 +165,8 @@ class S4Model(nn.Module):
         """Go on from a prompt, feeding every output back as the next input. Call `eval` first.
 
         The prompt is one `forward`, whatever its length; every new input then costs one `step`. In training
-        mode dropout draws and batch norm counts, as there.
+        mode dropout draws and batch norm counts, as there. Sharded by FSDP2, all ranks have to make as many
+        steps; a policy of mixed precision needs `cast_forward_inputs=False`, as states are not rounded.
 
         Args:
             prompt: (B, L, ...) inputs as the encoder takes them, L at least 1.

@@ -21,10 +21,11 @@ from torch.distributed import checkpoint
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Shard
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
@@ -91,17 +92,17 @@ def full(t: Tensor) -> Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def same(model: nn.Module, want: S4Model, gradients: bool = True) -> None:
-    """Parameters, and the gradients they were last moved by: the sums of two halves and of all differ by
-    their roundings, 1e-16 of the largest term, which S4 in float64 multiplies by its condition, to 1e-9."""
+def same(model: nn.Module, want: S4Model, tolerance: float = 1e-9, gradients: bool = True) -> None:
+    """Parameters, and the gradients that last moved them: the sums of two halves and of all differ by their
+    roundings, of some hundred terms, which a gradient of S4 multiplies by its condition, below 1e5."""
     wanted = dict(want.named_parameters())
     for name, p in model.named_parameters():
         w = wanted.pop(
             name.replace("module.", "").replace("_fsdp_wrapped_", "").replace("_checkpoint_wrapped_", "")
         )
-        oracle.close(full(p).detach(), w.detach(), 1e-9, name)
+        oracle.close(full(p).detach(), w.detach(), tolerance, name)
         if gradients:
-            oracle.close(full(p.grad), w.grad, 1e-9, f"gradient of {name}")
+            oracle.close(full(p.grad), w.grad, tolerance, f"gradient of {name}")
     assert not wanted
 
 
@@ -122,9 +123,17 @@ def zero(rank: int, folder: Path) -> None:
     assert 0 < len(optimizer.optim.state) < len(list(model.parameters()))
 
 
-def wrapped(part: type[nn.Module], original: bool) -> nn.Module:
+def wrapped(
+    part: type[nn.Module], original: bool, model: S4Model | None = None, **options: object
+) -> nn.Module:
     policy = ModuleWrapPolicy({part})
-    return FullyShardedDataParallel(made(), auto_wrap_policy=policy, use_orig_params=original, device_id=CPU)
+    return FullyShardedDataParallel(
+        made() if model is None else model,
+        auto_wrap_policy=policy,
+        use_orig_params=original,
+        device_id=CPU,
+        **options,
+    )
 
 
 @scene(S4Block)
@@ -196,6 +205,88 @@ def fsdp2_recomputing(rank: int, folder: Path) -> None:
     model = sharded(model, "blocks")
     train(model, sgd(grouped(model)), rank)
     same(model, alone(sgd))
+
+
+# Half precision
+
+
+def rounded(keep: str = "-") -> tuple[S4Model, S4Model]:
+    """A model, and what one process trains it to with rounded parameters, but for those named `keep`.
+
+    Their gradients by each half of the batch, and the mean of those in float32.
+    """
+    model, other = made(torch.float32), made(torch.float32)
+    optimizer = sgd(grouped(model))
+    for u in batch():
+        optimizer.zero_grad()
+        for mine in u.chunk(WORLD):
+            low = {n: p.detach() if keep in n else p.detach().bfloat16() for n, p in model.named_parameters()}
+            low = {n: p.requires_grad_() for n, p in low.items()}
+            functional_call(model, low, (mine.bfloat16(),)).float().square().mean().backward()
+            for name, p in model.named_parameters():
+                p.grad = low[name].grad.float() / WORLD + (0 if p.grad is None else p.grad)
+        optimizer.step()
+    return other, model
+
+
+def train_rounded(model: nn.Module, want: S4Model, rank: int) -> None:
+    optimizer = sgd(grouped(model))
+    for u in batch().float():
+        optimizer.zero_grad()
+        model(u.chunk(WORLD)[rank]).float().square().mean().backward()
+        optimizer.step()
+
+
+HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+@scene("root")
+@scene("blocks")
+@scene("layers")
+def fsdp2_in_bf16(which: str, rank: int, folder: Path) -> None:
+    model, want = rounded()
+    model = sharded(model, which, mp_policy=HALF)
+    train_rounded(model, want, rank)
+    same(model, want, 1e-5)
+
+
+@scene()
+def fsdp2_with_layers_in_float32(rank: int, folder: Path) -> None:
+    model, want = rounded("layer.")
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for block in model.blocks:
+        fully_shard(block.layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    fully_shard(model, mesh=mesh, mp_policy=HALF)
+    train_rounded(model, want, rank)
+    same(model, want, 1e-5)
+
+
+@scene(S4Block)
+@scene(S4Layer)
+def fsdp1_in_bf16(part: type[nn.Module], rank: int, folder: Path) -> None:
+    model, want = rounded()
+    half = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = wrapped(part, True, model, mixed_precision=half)
+    train_rounded(model, want, rank)
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        same(model, want, 1e-5)
+
+
+@scene()
+def generation_in_bf16(rank: int, folder: Path) -> None:
+    plain, model = made(torch.bfloat16).eval(), made(torch.float32)
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
+    model = sharded(model, "blocks", mp_policy=half).eval()
+    u = batch()[rank][:, :7].bfloat16()
+    closed(model.generate(u, 5, mean), plain.generate(u, 5, mean))
+
+
+@scene()
+def states_are_not_rounded(rank: int, folder: Path) -> None:
+    model = sharded(made(torch.float32), "blocks", mp_policy=HALF).eval()
+    u = batch()[rank][:, :7].float()
+    model(u, return_state=True)
+    refuses(TypeError, "state.*float32.*bfloat16", lambda: model.generate(u, 5, mean))
 
 
 def closed(got: object, want: object) -> None:

@@ -156,3 +156,46 @@ def test_a_checkpoint_of_two_goes_on_in_one(passes: Callable[[str], None], folde
         ranks.train(each, its)
     ranks.same(model, want)
     assert {group["name"] for group in optimizer.param_groups} == {"ssm", "no_decay", "decay"}
+
+
+@pytest.mark.promise(
+    "sharding and distributed training",
+    "FSDP2 with a policy of bfloat16 parameters and inputs, for a model, its blocks or its layers",
+)
+@pytest.mark.parametrize("which", SHARDED)
+def test_fsdp2_in_bf16(passes: Callable[[str], None], which: str) -> None:
+    passes(f"fsdp2_in_bf16 {which}")
+
+
+@pytest.mark.promise(
+    "sharding and distributed training",
+    "FSDP2 with all but the S4 layers in bfloat16, by a policy of their own",
+)
+def test_fsdp2_with_layers_in_float32(passes: Callable[[str], None]) -> None:
+    passes("fsdp2_with_layers_in_float32")
+
+
+@pytest.mark.promise(
+    "sharding and distributed training",
+    "FSDP1 with `MixedPrecision` of bfloat16, wrapped by `S4Block` or by `S4Layer`",
+)
+@pytest.mark.parametrize("part", ["S4Block", "S4Layer"])
+def test_fsdp1_in_bf16(passes: Callable[[str], None], part: str) -> None:
+    passes(f"fsdp1_in_bf16 {part}")
+
+
+@pytest.mark.promise(
+    "sharding and distributed training",
+    "FSDP2: `generate` with a policy of bfloat16 parameters and `cast_forward_inputs=False`",
+)
+def test_generation_in_bf16(passes: Callable[[str], None]) -> None:
+    passes("generation_in_bf16")
+
+
+@pytest.mark.promise(
+    "sharding and distributed training",
+    "a state that a policy with `cast_forward_inputs` rounds to bfloat16: it raises",
+    supported=False,
+)
+def test_states_are_not_rounded(passes: Callable[[str], None]) -> None:
+    passes("states_are_not_rounded")
