@@ -14,7 +14,7 @@ from s4.checks import (
 )
 from s4.layer import S4Layer
 from s4.padding import padding, zero_padding
-from s4.sharded import hooked
+from s4.sharded import first_state, hooked
 
 _ACTIVATION_OPTIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
@@ -152,7 +152,8 @@ class S4Block(nn.Module):
 
     def initial_state(self, batch_size: int) -> Tensor:
         """The layer's state before any input: zeros (B, H, N)."""
-        return self.layer.initial_state(batch_size)
+        state = first_state(self, self.layer.D, batch_size)
+        return self.layer.initial_state(batch_size) if state is None else state
 
     def _position_wise(self, x: Tensor, z: Tensor, lengths: Tensor | None) -> Tensor:
         """What follows the S4 layer, from the block's input and the layer's output (B, L, d_model)."""

@@ -23,7 +23,7 @@ from s4.ops.kept import Kept
 from s4.ops.response import continuation
 from s4.ops.scan import last_state, scan
 from s4.padding import zero_padding
-from s4.sharded import fill, hooked
+from s4.sharded import fill, first_state
 from s4.system import DISCRETIZATIONS, dense, discretize, system
 
 # The arguments of a layer. Those that parameters have their shapes and first values from are read-only.
@@ -298,7 +298,7 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
-        if self._forward_pre_hooks or "forward" in self.__dict__:  # `hooked`, without a call
+        if self._forward_pre_hooks or "forward" in self.__dict__:  # `sharded.hooked`, sparing a call
             check_features("u", u, self.d_model, "batch")
             y, state = self(u[:, None], state, rate=rate, return_state=True)
             return y[:, 0], state
@@ -319,9 +319,8 @@ class S4Layer(nn.Module):
         """The state before any input: zeros (B, H, N), plain and in place where parameters are not."""
         dtype = self._check(1.0, "initial_state")
         check_integer("batch_size", batch_size, 0)
-        if self.D.is_meta and hooked(self):
-            nothing = torch.empty(batch_size, 0, self.d_model, device="cpu")
-            return self(nothing, return_state=True)[1].detach()
+        if (state := first_state(self, self.D, batch_size)) is not None:
+            return state
         shape = (batch_size, self.d_model, self.d_state)
         return torch.zeros(shape, dtype=dtype, device=self.D.device)
 

@@ -37,6 +37,9 @@ class S4Model(nn.Module):
         pooling: "none", an output for each position; "last", the output of the last; "mean", the output of
             the mean over all positions.
 
+    FSDP2 divides by channels where a `shard_placement_fn` says so; else each process holds all of every
+    layer's C, (1, H, N/2, 2).
+
     Raises:
         ValueError, TypeError: an argument of the wrong kind; the message names it.
     """

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -12,6 +13,18 @@ def hooked(module: nn.Module) -> bool:
     the module has to pass there.
     """
     return bool(module._forward_pre_hooks) or "forward" in module.__dict__
+
+
+def first_state(module: nn.Module, parameter: Tensor, batch_size: int) -> Tensor | None:
+    """The state after no inputs of a layer or block whose parameters are away, such as this one (d_model,).
+
+    Where its `forward` has them, which alone knows. None if it does not bring them, or they are here.
+    """
+    if not (parameter.is_meta and hooked(module)):
+        return None
+    nothing = torch.empty(batch_size, 0, *parameter.shape, dtype=parameter.dtype, device="cpu")
+    state: Tensor = module(nothing, return_state=True)[1]
+    return state.detach()
 
 
 def fill(p: Any, value: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ def as_before() -> Iterator[None]:
     """What accelerate, and the Trainer through it, sets for the whole process."""
     with mock.patch.dict(os.environ):
         yield
-    state = pytest.importorskip("accelerate").state
-    state.AcceleratorState._reset_state(reset_partial_state=True)
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -46,7 +47,10 @@ def away(model: S4Model, how: str, folder: Path) -> S4Model:
         accelerate.disk_offload(model, str(folder), "cpu")
     else:
         places = {"encoder": "cpu", "blocks.0": "cpu", "blocks.1": "disk", "norm": "disk", "decoder": "cpu"}
-        accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder))
+        whole = ["S4Block"] if how == "blocks" else None  # which a block's own `forward` brings all of
+        accelerate.dispatch_model(
+            model, places, main_device="cpu", offload_dir=str(folder), preload_module_classes=whole
+        )
     assert model.blocks[1].layer.D.is_meta
     return model
 
@@ -55,7 +59,7 @@ def away(model: S4Model, how: str, folder: Path) -> S4Model:
     "other libraries",
     "accelerate's `cpu_offload`, `disk_offload` and `dispatch_model`, `generate` and `step` with them",
 )
-@pytest.mark.parametrize("how", ["cpu", "disk", "dispatch"])
+@pytest.mark.parametrize("how", ["cpu", "disk", "parts", "blocks"])
 def test_offloaded_by_accelerate(u: Tensor, how: str, tmp_path: Path) -> None:
     """Parameters come when a module is called, and are on meta else; a state is where it is used."""
     model = trained("mixed", "final norm", "none")
@@ -74,12 +78,11 @@ def test_offloaded_by_accelerate(u: Tensor, how: str, tmp_path: Path) -> None:
         lengths = torch.tensor([L, 1, 5, 9])
         made = [m.generate(u, 5, mean, lengths=lengths) for m in (other, model)]
         oracle.close(*made, 1e-9)
-        layer, its = other.blocks[1].layer, model.blocks[1].layer
-        x = layer.initial_state(4)
+        part, its = (m.blocks[1] if how == "blocks" else m.blocks[1].layer for m in (other, model))
+        x, ones = part.initial_state(4), torch.ones(4, 3, D_MODEL, dtype=torch.float64)
         for _ in range(3):
-            y, x = layer.step(torch.ones(4, D_MODEL, dtype=torch.float64), x)
-        want, _ = its(torch.ones(4, 3, D_MODEL, dtype=torch.float64), return_state=True)
-        oracle.close(y, want[:, -1], 1e-9)
+            y, x = part.step(ones[:, 0], x)
+        oracle.close(y, its(ones, return_state=True)[0][:, -1], 1e-9)
     assert other.blocks[1].layer.D.is_meta
 
 
@@ -127,7 +130,7 @@ def hugged() -> Any:
 
         def __init__(self, config: Config) -> None:
             super().__init__(config)
-            self.body = build("mixed", "final norm").float()
+            self.body = build("mixed", "final norm").to(torch.get_default_dtype())
             self.post_init()
 
         def _init_weights(self, module: nn.Module) -> None:
@@ -141,7 +144,8 @@ def hugged() -> Any:
 
 
 @pytest.mark.promise(
-    "other libraries", "Hugging Face's `Trainer` in bf16, eager and with `torch_compile`, `save_pretrained`"
+    "other libraries",
+    "Hugging Face's `Trainer` in bf16, eager and with `torch_compile`; `from_pretrained` in bfloat16, too",
 )
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -177,6 +181,12 @@ def test_trained_by_hugging_face(u: Tensor, compiled: bool, tmp_path: Path) -> N
     model.save_pretrained(tmp_path)
     back = type(model).from_pretrained(tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), back.parameters(), strict=True))
+    half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(
+        torch.equal(p.bfloat16(), q) for p, q in zip(model.parameters(), half.parameters(), strict=True)
+    )
+    y = half(u.bfloat16(), torch.zeros(1))["logits"]
+    assert torch.equal(y, model.bfloat16()(u.bfloat16(), torch.zeros(1))["logits"])
 
 
 # torchao
