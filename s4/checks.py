@@ -111,7 +111,10 @@ def check_state(
     if value.dtype != (dtype or like.dtype):
         hint = ""
         if value.dtype in (torch.bfloat16, torch.float16):
-            hint = ": a state is never rounded; a policy of FSDP needs cast_forward_inputs=False for that"
+            hint = (
+                ": a state is never rounded; a policy of FSDP must have cast_forward_inputs=False, "
+                "of FSDP1 also cast_root_forward_inputs=False"
+            )
         raise TypeError(f"{name} must have dtype {dtype or like.dtype}, got {value.dtype}{hint}")
     if value.device != like.device:
         raise _elsewhere(name, value, like)

@@ -61,7 +61,7 @@ class S4Layer(nn.Module):
         dtype: of the parameters: torch.float64, float32, bfloat16 or float16, or its name. Each parameter may
             have its own, as `layer.float()` or `layer.log_dt.data = ...` gives it. The mathematics is in
             float64, sequences and the state in float32, or float64 where D is. float16 ends at 65504, which
-            Lambda of "legs", "legt" and "inv" passes from d_state = 454.
+            Lambda of "legs", "legt" and "inv" passes above d_state = 452.
 
     In evaluation on a CPU, without gradients, what the parameters come to at one rate is kept until one of
     them changes or the layer is moved or trained: some 3 N^2 + L numbers a channel.

@@ -67,7 +67,7 @@ def wide(*parameters: Tensor) -> torch.dtype:
 def check_range(name: str, value: Tensor, init: Any, d_state: int) -> None:
     """Raise ValueError if a parameter of a layer has numbers that float16 has not.
 
-    Those of A grow as N^2: Lambda of "legs", "legt" and "inv" reaches N^2 / pi, past 65504 from N = 454.
+    Those of A grow as N^2: Lambda of "legs", "legt" and "inv" reaches N^2 / pi, past 65504 above N = 452.
     """
     if not fits_float16(value):
         kind = f"init={init!r}" if isinstance(init, str) else "an init of one's own"

@@ -19,6 +19,7 @@ from scripts import ROOT, run
 pytest.importorskip("lightning", reason="the benchmarks need the extra 'examples'")
 
 import generation
+import half
 import harness
 import kernels
 import layer
@@ -340,7 +341,7 @@ def test_generation_names_a_budget_that_is_too_small(tmp_path: Path) -> None:
 
 
 # Those that are run; `make gpu-bundle` by hand, as it downloads.
-SCRIPTS = ["accuracy", "generation", "gpu", "gpu_bundle", "kernels", "layer", "training"]
+SCRIPTS = ["accuracy", "generation", "gpu", "gpu_bundle", "half", "kernels", "layer", "training"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -348,3 +349,13 @@ def test_help(script: str) -> None:
     done = run(f"benchmarks/{script}.py", "--help")
     assert done.returncode == 0, done.stderr
     assert "--" in done.stdout
+
+
+def test_what_rounding_costs() -> None:
+    """Given the rounded numbers, no more than the rounding of outputs."""
+    for row in half.fresh(4, 16, 3):
+        eps = torch.finfo(getattr(torch, row["dtype"])).eps
+        assert row["error"]["kernel"] < 1e-6
+        assert row["error"]["output in float32"] < 1e-6 < row["error"]["output"] < eps
+        assert all(0 <= least <= most < 1 for least, most in row["rounding"].values())
+        assert min(row["rounding"][name][1] for name in ("log_dt", "A_imag", "C", "D", "all")) > 0
