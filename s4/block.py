@@ -14,6 +14,7 @@ from s4.checks import (
 )
 from s4.layer import S4Layer
 from s4.padding import padding, zero_padding
+from s4.sharded import first_state, hooked
 
 _ACTIVATION_OPTIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
@@ -138,13 +139,12 @@ class S4Block(nn.Module):
         norm takes its statistics over the batch alone.
         """
         check_features("x", x, self.layer.d_model, "batch")
+        if hooked(self):
+            y, state = self(x[:, None], state, rate=rate, return_state=True)
+            return y[:, 0], state
         try:
             z = normed(self.norm, x[:, None], None)[:, 0] if self.prenorm else x
-            if z.device == self.layer.D.device:
-                z, state = self.layer.step(z, state, rate=rate)
-            else:  # what offloads its parameters brings them for `forward`
-                z, state = self.layer(z[:, None], state, rate=rate, return_state=True)
-                z = z[:, 0]
+            z, state = self.layer.step(z, state, rate=rate)
             return self._position_wise(x[:, None], z[:, None], None)[:, 0], state
         except RuntimeError as error:
             check_kind("x", x, self._position_wise_parameters(), error)
@@ -152,7 +152,8 @@ class S4Block(nn.Module):
 
     def initial_state(self, batch_size: int) -> Tensor:
         """The layer's state before any input: zeros (B, H, N)."""
-        return self.layer.initial_state(batch_size)
+        state = first_state(self, self.layer.D, batch_size)
+        return self.layer.initial_state(batch_size) if state is None else state
 
     def _position_wise(self, x: Tensor, z: Tensor, lengths: Tensor | None) -> Tensor:
         """What follows the S4 layer, from the block's input and the layer's output (B, L, d_model)."""

@@ -22,11 +22,9 @@ from s4.ops.kept import Kept
 from s4.padding import zero_padding
 from s4.precision import double
 from s4.sequence import sequence
+from s4.sharded import fill, first_state
 from s4.system import DISCRETIZATIONS, dense, discretize, system
 
-_MIN_DECAY = (
-    1e-4  # of -Re Lambda at initialisation: LegT and FouT have none, and its logarithm is a parameter
-)
 # The arguments of a layer. Those that parameters have their shapes and first values from are read-only.
 _FIXED = ("d_model", "d_state", "variant", "init", "dt_min", "dt_max", "n_ssm", "bidirectional")
 _OPTIONS = ("discretization", "mode", "backend")
@@ -184,15 +182,10 @@ class S4Layer(nn.Module):
 
         A seed draws the same numbers for half-precision parameters as for float32, rounded.
         """
-        Lambda, P, B = hippo.start(self.init, self.variant, self.d_state)
-        start = {"A_imag": Lambda.imag, "B": torch.view_as_real(B)}
-        start["log_A_real"] = torch.log((-Lambda.real).clamp(min=_MIN_DECAY))
-        if len(P):
-            start["P"] = torch.view_as_real(P)[:, None]
-        for name, value in start.items():
+        for name, value in options.start(self.init, self.variant, self.d_state).items():
             if getattr(self, name).dtype == torch.float16:
                 options.check_range(name, value, self.init, self.d_state)
-            getattr(self, name).copy_(value)
+            fill(getattr(self, name), value)
         wide = options.wide
         self.C.copy_(torch.empty_like(self.C, dtype=wide(self.C)).normal_(std=math.sqrt(0.5)))
         self.D.copy_(torch.empty_like(self.D, dtype=wide(self.D)).normal_())
@@ -282,6 +275,10 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
+        if self._forward_pre_hooks or "forward" in self.__dict__:  # `sharded.hooked`, sparing a call
+            check_features("u", u, self.d_model, "batch")
+            y, state = self(u[:, None], state, rate=rate, return_state=True)
+            return y[:, 0], state
         dtype = self._check(rate, "step")
         check_features("u", u, self.D, "batch")
         check_state("state", state, (u.shape[0], self.d_model, self.d_state), self.D, dtype)
@@ -296,9 +293,11 @@ class S4Layer(nn.Module):
         return y.to(u.dtype), state
 
     def initial_state(self, batch_size: int) -> Tensor:
-        """The state before any input: zeros (B, H, N), a plain tensor also where parameters are sharded."""
+        """The state before any input: zeros (B, H, N), plain and in place where parameters are not."""
         dtype = self._check(1.0, "initial_state")
         check_integer("batch_size", batch_size, 0)
+        if (state := first_state(self, self.D, batch_size)) is not None:
+            return state
         shape = (batch_size, self.d_model, self.d_state)
         return torch.zeros(shape, dtype=dtype, device=self.D.device)
 

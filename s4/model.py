@@ -21,6 +21,7 @@ from s4.checks import (
 )
 from s4.generation import Sampler, Stop, check_generation, feed_back, greedy
 from s4.padding import zero_padding
+from s4.sharded import hooked
 from s4.state import State
 
 
@@ -35,6 +36,9 @@ class S4Model(nn.Module):
         decoder: maps (..., d_model) to outputs position by position: `nn.Linear`, or a norm and a linear map.
         pooling: "none", an output for each position; "last", the output of the last; "mean", the output of
             the mean over all positions.
+
+    FSDP2 divides by channels where a `shard_placement_fn` says so; else each process holds all of every
+    layer's C, (1, H, N/2, 2).
 
     Raises:
         ValueError, TypeError: an argument of the wrong kind; the message names it.
@@ -116,7 +120,7 @@ class S4Model(nn.Module):
         return (y, after) if return_state and after is not None else y
 
     def step(self, u: Tensor, state: State, *, rate: float = 1.0) -> tuple[Tensor, State]:
-        """One time step. Under FSDP2, `register_fsdp_forward_method(module, "step")` of what is sharded.
+        """One time step.
 
         Args:
             u: inputs (B, ...) of one position.
@@ -129,6 +133,9 @@ class S4Model(nn.Module):
         """
         if not isinstance(u, Tensor) or u.dim() < 1:
             raise ValueError(f"u must be a tensor of shape (batch, ...), got {kind_of(u)}")
+        if hooked(self):
+            y, after = self(u[:, None], state, rate=rate, return_state=True)
+            return y[:, 0] if self.pooling == "none" else y, after
         self._check_state(state, u.shape[0])
         x = self._encoded(u[:, None])[:, 0]
         layers = []
@@ -161,7 +168,8 @@ class S4Model(nn.Module):
         """Go on from a prompt, feeding every output back as the next input. Call `eval` first.
 
         The prompt is one `forward`, whatever its length; every new input then costs one `step`. In training
-        mode dropout draws and batch norm counts, as there.
+        mode dropout draws and batch norm counts, as there. Sharded by FSDP2, all ranks have to make as many
+        steps; a policy of mixed precision needs `cast_forward_inputs=False`, as states are not rounded.
 
         Args:
             prompt: (B, L, ...) inputs as the encoder takes them, L at least 1.
@@ -208,9 +216,13 @@ class S4Model(nn.Module):
             if not unread(lengths) and bool((lengths < 1).any()):
                 raise ValueError(f"lengths must be at least 1 to generate, got {lengths.tolist()}")
         with torch.no_grad():
-            x, layers = self._run(prompt, state, lengths, rate, True)
-            state = self._pool(x, layers, state, lengths)
-            y = self._decoded(_last(x, lengths))
+            if hooked(self):  # an output for each position of the prompt, more than is needed
+                y, state = self(prompt, state, lengths=lengths, rate=rate, return_state=True)
+                y = _last(y, lengths)
+            else:
+                x, layers = self._run(prompt, state, lengths, rate, True)
+                state = self._pool(x, layers, state, lengths)
+                y = self._decoded(_last(x, lengths))
         step = partial(self.step, rate=rate)
         return feed_back(step, prompt[:, 0], y, state, greedy if sample is None else sample, stop, pad)
 

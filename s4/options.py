@@ -19,6 +19,8 @@ COMPUTED = {
     torch.float16: torch.float32,
 }
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTED}
+# Of -Re Lambda at initialisation: LegT and FouT have none, and its logarithm is a parameter.
+_MIN_DECAY = 1e-4
 _LARGEST = torch.finfo(torch.float16).max  # 65504
 _PAPERS = {"s4": "dplr", "s4d": "diag"}  # names that the papers give the variants
 
@@ -47,6 +49,14 @@ def dtype(given: torch.dtype | str | None) -> torch.dtype:
             f"got {given if given else found}"
         )
     return found
+
+
+def start(init: str | tuple[Tensor, ...], variant: str, d_state: int) -> dict[str, Tensor]:
+    """What A and B begin with, by the names of a layer's parameters."""
+    Lambda, P, B = hippo.start(init, variant, d_state)
+    low_rank = {"P": torch.view_as_real(P)[:, None]} if len(P) else {}
+    decay = torch.log((-Lambda.real).clamp(min=_MIN_DECAY))
+    return {"A_imag": Lambda.imag, "B": torch.view_as_real(B), "log_A_real": decay, **low_rank}
 
 
 def wide(*parameters: Tensor) -> torch.dtype:

@@ -216,6 +216,7 @@ def test_padding_is_not_looked_at(options: dict[str, object], bidirectional: boo
         oracle.close(got, want, 1e-12)
 
 
+@pytest.mark.promise("sharding and distributed training", "`SyncBatchNorm` within a block")
 @pytest.mark.parametrize("length", [D_MODEL, L])
 def test_synchronised_batch_norm_is_batch_norm(length: int) -> None:
     """In evaluation, which needs no other process; its channels are those of the model, not the steps."""

@@ -183,6 +183,8 @@ def test_precision_and_callbacks_of_lightning() -> None:
     for precision, dtype in precisions.items():
         cli = train.run([*options, "--trainer.precision", precision])
         assert {parameter.dtype for parameter in cli.model.parameters()} == {dtype}
+        fine = torch.promote_types(dtype, torch.float32)  # bfloat16 counts to 256
+        assert {cli.model.scores[name]["loss"].mean_value.dtype for name in ("val", "test")} == {fine}
         assert any(isinstance(callback, LearningRateMonitor) for callback in cli.trainer.callbacks)
     train.run(
         [

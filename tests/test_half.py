@@ -162,10 +162,11 @@ def test_a_layer_compiles() -> None:
 def test_a_seed_draws_the_same_numbers_rounded(dtype: torch.dtype) -> None:
     want = build(torch.float32).to(dtype).state_dict()
     name = str(dtype).removeprefix("torch.")
+    made = [build(name), build(dtype)]
     torch.set_default_dtype(dtype)
     try:
-        made = [build(None), build(name), build(dtype)]
-        again = S4Layer(**json.loads(json.dumps(made[0].config())))
+        made.append(build(None))
+        again = S4Layer(**json.loads(json.dumps(made[2].config())))
         Lambda = torch.tensor([-0.5 + 1001j, -0.5 + 2.002j], dtype=torch.complex128)
         own = S4Layer(3, 4, variant="diag", init=(Lambda, Lambda), dtype=torch.float32)
         listed = S4Layer(**json.loads(json.dumps(own.config())))  # all digits of what a file has
@@ -185,7 +186,7 @@ def test_a_seed_draws_the_same_numbers_rounded(dtype: torch.dtype) -> None:
     "half precision",
     "parameters of several dtypes in one layer, such as dt in float32 and the rest in bfloat16",
 )
-@pytest.mark.parametrize("fine", [("log_dt",), ("log_dt", "log_A_real", "A_imag"), ("D",)], ids=str)
+@pytest.mark.parametrize("fine", [("log_dt",), ("log_dt", "A_imag"), ("D",)], ids=str)
 def test_dtypes_may_differ_within_a_layer(fine: tuple[str, ...]) -> None:
     exact = build(torch.float32)
     layer = copy.deepcopy(exact).bfloat16()

@@ -736,6 +736,7 @@ def test_length_is_free() -> None:
         oracle.close(layer.kernel(L), long[:, :L], 1e-9)
 
 
+@pytest.mark.promise("torch.func and forward mode", "`vmap` of `grad`: a gradient for each sequence")
 @pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[13]], ids=ids)
 def test_gradients_of_each_sequence_alone(case: Case) -> None:
     """torch.func's vmap of grad, as differential privacy needs it."""

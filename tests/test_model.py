@@ -168,6 +168,7 @@ def test_padding_is_not_looked_at(stack: str, block: str, pooling: str, both: bo
         oracle.close(got, want, 1e-12)
 
 
+@pytest.mark.promise("torch.func and forward mode", "`vmap` over a model's inputs and lengths")
 @pytest.mark.parametrize("pooling", ["none", "mean", "last"])
 def test_lengths_may_be_mapped_over(pooling: str) -> None:
     """As torch.func maps anything: their numbers are not looked at, as in torch.compile."""
@@ -236,6 +237,9 @@ def test_all_but_the_layers_in_another_dtype(pooling: str, dtype: torch.dtype) -
     oracle.close((stepped if pooling == "none" else stepped[:, -1]).double(), want.double(), 0.05)
 
 
+@pytest.mark.promise(
+    "sharding and distributed training", "parameters that are there only in a module's own `forward`"
+)
 @pytest.mark.parametrize("pooling", ["none", "mean", "last"])
 def test_a_model_reads_no_parameters_of_its_parts(pooling: str) -> None:
     """With all parameters away but while their own module runs, in generation also."""
@@ -255,6 +259,10 @@ def test_a_model_reads_no_parameters_of_its_parts(pooling: str) -> None:
         assert torch.equal(away.generate(u, 5, lengths=lengths), model.generate(u, 5, lengths=lengths))
 
 
+@pytest.mark.promise(
+    "sharding and distributed training",
+    "FSDP2: a plain state, `step` also where it is registered as a forward method",
+)
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch built without torch.distributed")
 @pytest.mark.parametrize("sharded", ["model", "blocks", "layers"])
 def test_the_state_of_a_sharded_model_is_plain(sharded: str) -> None:
@@ -313,6 +321,7 @@ def test_bidirectional_model_has_no_step() -> None:
         model(changed, return_state=True)
 
 
+@pytest.mark.promise("other libraries", "`copy.deepcopy`, `pickle`, `torch.save` and `torch.load` of a model")
 def test_state_dict_and_copies() -> None:
     model, other = trained("dplr", "batch"), build("dplr", "batch").eval()
     u = inputs()

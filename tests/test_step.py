@@ -440,6 +440,7 @@ class Step(nn.Module):
         return self.layer.step(u, x)
 
 
+@pytest.mark.promise("torch.func and forward mode", "a kept `step` under `functional_call`, `vmap` and `jvp`")
 @pytest.mark.usefixtures("still", "either")
 def test_transforms() -> None:
     """functional_call, vmap over inputs and over layers, and forward-mode derivatives, after a kept step."""

@@ -284,6 +284,9 @@ except OSError:
     assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 7
 
 
+@pytest.mark.promise(
+    "other libraries", "Lightning with two processes and `strategy='ddp'`: as one with the whole batch"
+)
 def test_two_processes_train_as_one_with_the_same_batch(tmp_path: Path) -> None:
     options = ["digits", *TINY, "--trainer.max_steps", "3", "--model.dropout", "0"]
     train.run([*options, "--data.batch_size", "64", "--run_dir", "one"])
@@ -303,6 +306,7 @@ def test_two_processes_train_as_one_with_the_same_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.promise("other libraries", "Lightning's accumulation of gradients")
 def test_accumulated_batches_train_as_one(tmp_path: Path) -> None:
     options = ["digits", *TINY, "--trainer.max_steps", "3", "--model.dropout", "0"]
     train.run([*options, "--data.batch_size", "64", "--run_dir", "one"])
@@ -313,6 +317,7 @@ def test_accumulated_batches_train_as_one(tmp_path: Path) -> None:
         torch.testing.assert_close(parts[name], weight, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.promise("other libraries", "Lightning's `WeightAveraging`")
 def test_moving_average_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights: list[dict[str, torch.Tensor]] = []
     step = SequenceTask.on_train_batch_end
