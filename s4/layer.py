@@ -186,11 +186,9 @@ class S4Layer(nn.Module):
             if getattr(self, name).dtype == torch.float16:
                 options.check_range(name, value, self.init, self.d_state)
             fill(getattr(self, name), value)
-        wide = options.wide
-        self.C.copy_(torch.empty_like(self.C, dtype=wide(self.C)).normal_(std=math.sqrt(0.5)))
-        self.D.copy_(torch.empty_like(self.D, dtype=wide(self.D)).normal_())
-        log_dt = torch.empty_like(self.log_dt, dtype=wide(self.log_dt))
-        self.log_dt.copy_(log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max)))
+        self.C.copy_(options.unfilled(self.C).normal_(std=math.sqrt(0.5)))
+        self.D.copy_(options.unfilled(self.D).normal_())
+        self.log_dt.copy_(options.unfilled(self.log_dt).uniform_(*map(math.log, (self.dt_min, self.dt_max))))
 
     def ssm_parameters(self) -> list[Tensor]:
         """dt, A and B, which train at a smaller rate and without weight decay (S4 appendix D.2).

@@ -60,8 +60,13 @@ def start(init: str | tuple[Tensor, ...], variant: str, d_state: int) -> dict[st
 
 
 def wide(*parameters: Tensor) -> torch.dtype:
-    """That holds all of these, float32 at least: what they mean, and what they are drawn in."""
+    """That holds all of these, float32 at least: what they mean."""
     return reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
+
+
+def unfilled(parameter: Tensor) -> Tensor:
+    """What the numbers of a parameter are drawn in, before they are rounded to its own dtype."""
+    return torch.empty_like(parameter, dtype=wide(parameter))
 
 
 def check_range(name: str, value: Tensor, init: Any, d_state: int) -> None:

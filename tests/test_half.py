@@ -131,18 +131,16 @@ import torch
 from s4 import S4Layer
 torch.manual_seed(0)
 u = torch.randn(2, 40, 3).bfloat16()
-for options in ({"mode": "fft"}, {"variant": "diag", "mode": "scan"}):
-    layer = S4Layer(3, 8, dtype="bfloat16", **options)
-    found = []
-    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
-        layer.zero_grad()
-        y, after = run(u, layer.initial_state(2), return_state=True)
-        (y.float().square().sum() + after.sum()).backward()
-        found.append([y, after, *(p.grad for p in layer.parameters())])
-    for eager, compiled in zip(*found):
-        assert eager.dtype == compiled.dtype
-        bound = 1e-5 if eager.dtype == torch.float32 else 1.01 * torch.finfo(eager.dtype).eps
-        assert (compiled - eager).abs().max() <= bound * eager.abs().max()
+layer, found = S4Layer(3, 8, dtype="bfloat16", mode="fft"), []
+for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+    layer.zero_grad()
+    y, after = run(u, layer.initial_state(2), return_state=True)
+    (y.float().square().sum() + after.sum()).backward()
+    found.append([y, after, *(p.grad for p in layer.parameters())])
+for eager, compiled in zip(*found):
+    assert eager.dtype == compiled.dtype
+    bound = 1e-5 if eager.dtype == torch.float32 else 1.01 * torch.finfo(eager.dtype).eps
+    assert (compiled - eager).abs().max() <= bound * eager.abs().max()
 """
 
 
@@ -241,7 +239,7 @@ def test_models(dtype: torch.dtype, pooling: str) -> None:
     model = stack(pooling=pooling).to(dtype).eval()
     tokens = torch.randint(11, (2, 12))
     # Outside the S4 layers it is torch's own arithmetic of half precision, some roundings an output.
-    bound = 20 * rounding(dtype)
+    bound = 8 * rounding(dtype)
     with torch.no_grad():
         whole, _ = model(tokens, return_state=True)
         _, state = model(tokens[:, :5], return_state=True)
