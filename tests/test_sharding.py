@@ -1,5 +1,7 @@
 """Two processes with gloo against one: the scenes of ranks.py, each of which has a test of its own."""
 
+import fcntl
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,13 +25,23 @@ SHARDED = ["root", "blocks", "layers"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the processes wrote: once for all tests here, as to start them takes longer than the scenes."""
-    found = tmp_path_factory.mktemp("ranks")
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # which all workers share
+    found = root / "ranks"
+    with open(root / "ranks.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not found.exists():
+            found.mkdir()
+            play(found)
+    return found
+
+
+def play(folder: Path) -> None:
     tests = str(Path(__file__).parent)
-    started = [process(PROGRAM, str(rank), str(found), tests) for rank in range(ranks.WORLD)]
+    started = [process(PROGRAM, str(rank), str(folder), tests) for rank in range(ranks.WORLD)]
     for rank, each in enumerate(started):
         _, errors = each.communicate(timeout=300)
-        (found / f"errors.{rank}").write_text(errors)
-    return found
+        (folder / f"errors.{rank}").write_text(errors)
 
 
 @pytest.fixture
