@@ -55,7 +55,7 @@ class S4Layer(nn.Module):
             a scan those of its chunk, in `step` none.
         backend: who computes, in every operation: "auto", the fastest that can run; or one of
             `s4.kernel.backends()`, for the operations that it has, plain PyTorch for the others; the kernel
-            of "dplr" is then made of its sums.
+            of "dplr" is then made of its sums, but for graphs of torch.compile and torch.export.
         device: of the parameters. For one without float64, Apple's MPS, what they come to is computed on the
             CPU and copied to it once a call, in float32; "fft" then leaves states to "scan", also those that
             go in or come out of it, and `dense` returns its matrices on the CPU.

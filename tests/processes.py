@@ -1,9 +1,11 @@
 """Programs run in processes of their own, as a user would start them."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def process(program: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -23,3 +25,11 @@ def printed(running: subprocess.Popen[str]) -> str:
     assert running.returncode == 0, err[-3000:]
     assert "Traceback" not in err, err[-3000:]  # as from a handler at exit
     return out.strip()
+
+
+def lines(script: str, *arguments: str) -> list[list[Any]]:
+    """What a script of this folder prints, each line a list; it imports s4 without the checks of shapes."""
+    folder = Path(__file__).parent
+    program = f"import runpy, sys; sys.path.insert(0, {str(folder)!r}); "
+    program += f"runpy.run_path({str(folder / script)!r}, run_name='__main__')"
+    return [json.loads(line) for line in printed(process(program, *arguments)).splitlines()]

@@ -23,7 +23,8 @@ def kernel(
         L: length.
         dtype: of the result, float32 or float64.
         method: "sums", of Cauchy (DPLR) or, in plain PyTorch, Vandermonde (diagonal); "powers"; "auto": of
-            DPLR the sums of a backend asked for by name, or else the faster way here; of diagonal, powers.
+            DPLR the sums of a backend asked for by name, or else the faster way here; of diagonal, and in a
+            graph that serves every length, powers.
         backend: "auto", or one of `s4.kernel.backends()`.
 
     Raises:
@@ -34,7 +35,7 @@ def kernel(
         if method == "sums":
             raise ValueError(f"method 'sums' is not known for discretization={system.discretization!r}")
         method = "powers"
-    if method == "auto" and (diagonal or backend == "auto"):
+    if method == "auto" and (diagonal or backend == "auto" or dispatch.opaque()):
         nodes = dplr.OVERSAMPLING[dtype] * L
         few = not diagonal and dispatch.takes_sums(recurrence.a.shape[1], nodes, recurrence.a.device.type)
         method = "sums" if few else "powers"

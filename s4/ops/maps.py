@@ -175,6 +175,8 @@ def _(grad: Tensor, inputs: Sequence[Tensor], T: int, backend: str) -> list[Tens
 
 def _gradients_of_power(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     if dispatch.recorded(grad):
+        if ctx.T == 0:
+            return *map(torch.zeros_like, ctx.saved_tensors), None, None, None
 
         def onward(a: Tensor, F: Tensor, G: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
             return plain(a, F, G, B, C, D, ctx.T, ctx.dtype)[3]

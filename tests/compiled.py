@@ -1,0 +1,102 @@
+"""What torch.compile makes of a layer, counted: `python tests/compiled.py fft` prints a line for each case.
+
+`python tests/compiled.py fft whole` tries every combination. In a process of its own, without the shape
+checks that pytest installs, which a compiler would have to trace.
+"""
+
+import itertools
+import json
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from s4 import S4Layer
+
+LENGTHS = (2, 3, 5, 8, 13, 31, 64, 65, 100, 128, 200, 257)
+BATCHES = (2, 3, 5)
+D_MODEL, D_STATE = 3, 8
+
+
+class Case(NamedTuple):
+    """A layer, and how it is called; `backend` is the library's, "torch" where no code is fused."""
+
+    mode: str
+    variant: str
+    bidirectional: bool
+    how: str  # "training", "eval", "eval without gradients"
+    what: str  # "", "state", "lengths", "state and lengths"
+    backend: str
+    dynamic: str  # "", "dynamic=True", "mark_dynamic"
+
+
+def cases(mode: str, whole: bool) -> list[Case]:
+    """Every variant and direction, with and without state and lengths; of training some, or the whole."""
+    calls = [(False, what) for what in ("", "state", "lengths", "state and lengths")]
+    calls += [(True, what) for what in ("", "lengths")]
+    found = []
+    for variant, (both, what) in itertools.product(("dplr", "diag"), calls):
+        found.append(Case(mode, variant, both, "eval without gradients", what, "auto", ""))
+        if whole or (both, what) == ((False, "state and lengths") if variant == "dplr" else (True, "")):
+            found.append(Case(mode, variant, both, "training", what, "auto", ""))
+        if whole:
+            found += [Case(mode, variant, both, "eval", what, "torch", d) for d in ("", "mark_dynamic")]
+    found.append(Case(mode, "diag", False, "eval", "state", "torch", "mark_dynamic"))
+    found.append(Case(mode, "dplr", True, "training", "", "torch", "dynamic=True"))
+    return found
+
+
+def arguments(case: Case, B: int, L: int) -> tuple[Tensor, dict[str, Any]]:
+    u = torch.randn(B, L, D_MODEL)
+    options: dict[str, Any] = {}
+    if "state" in case.what:
+        options = {"state": torch.randn(B, D_MODEL, D_STATE), "return_state": True}
+    if "lengths" in case.what:
+        options["lengths"] = torch.randint(1, L + 1, (B,))
+    if case.dynamic == "mark_dynamic":
+        torch._dynamo.mark_dynamic(u, 1)
+        for t in (u, *(t for t in options.values() if isinstance(t, Tensor))):
+            torch._dynamo.mark_dynamic(t, 0)
+    return u, options
+
+
+def count(case: Case) -> tuple[int, float, float]:
+    """Graphs for all lengths and batches; the largest error of a value, and of a gradient."""
+    torch._dynamo.reset()
+    counters.clear()
+    layer = S4Layer(
+        D_MODEL,
+        D_STATE,
+        variant=case.variant,
+        mode=case.mode,
+        bidirectional=case.bidirectional,
+        backend=case.backend,
+    ).train(case.how == "training")
+    dynamic = True if case.dynamic == "dynamic=True" else None
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    differentiated = case.how != "eval without gradients"
+    value = gradient = 0.0
+    for L, B in itertools.product(LENGTHS, BATCHES):
+        u, options = arguments(case, B, L)
+        with torch.set_grad_enabled(differentiated):
+            both = [f(u, **options) for f in (compiled, layer)]
+            got, want = [y if isinstance(y, tuple) else (y,) for y in both]
+        value = max(value, *map(error, got, want))
+        if differentiated:
+            losses = [sum(y.square().sum() for y in found) for found in (got, want)]
+            grads = [torch.autograd.grad(loss, list(layer.parameters())) for loss in losses]
+            gradient = max(gradient, *map(error, *grads))
+    return counters["stats"]["unique_graphs"], value, gradient
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    got, want = got.detach(), want.detach()
+    return float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for case in cases(sys.argv[1], sys.argv[2:] == ["whole"]):
+        print(json.dumps([*case, *count(case)]), flush=True)

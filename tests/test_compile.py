@@ -1,0 +1,201 @@
+"""torch.compile: how many graphs, what they compute, and that they follow the parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from processes import lines, printed, process
+from torch import Tensor
+
+import s4.system
+from s4 import S4Layer
+from s4.ops import advance, convolve, maps, response
+from s4.sequence import operator as sequence_kept
+from s4.system import Recurrence, discretize, system
+
+GRAPHS = 3  # the first, static one; one for another length or batch; one for both, where they change apart
+
+
+@pytest.mark.promise(
+    "torch.compile",
+    "`fullgraph=True`: at most 3 graphs, the first static one included, for all lengths and batches from 2 "
+    "up; every mode, variant and direction, with state and `lengths`, in training and evaluation",
+)
+@pytest.mark.promise("torch.compile", "`dynamic=True`, and `mark_dynamic` of all tensors: 2 graphs at most")
+@pytest.mark.parametrize("mode", ["fft", "scan", "auto"])
+def test_a_few_graphs_serve_every_shape(mode: str) -> None:
+    """With the numbers of eager mode: both round the same float64 systems to float32, in two orders of sums.
+
+    Sums of 257 products, of at most 64 in a chunk, lose some 1e-6 of the largest number; a gradient by a
+    parameter adds up those of every position.
+    """
+    found = lines("compiled.py", mode)
+    assert len(found) == 16
+    for *case, dynamic, graphs, value, gradient in found:
+        assert graphs <= (2 if dynamic else GRAPHS), case
+        assert value < 2e-5, case
+        assert gradient < 2e-4, case
+
+
+CHANGED = """
+import torch
+from s4 import S4Layer
+torch.manual_seed(0)
+for mode in ("fft", "scan", "auto"):
+    layer = S4Layer(4, 8, mode=mode).eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    u = torch.randn(2, 300, 4)
+    with torch.no_grad():
+        for change in (
+            lambda: None,
+            lambda: layer.C.mul_(2),
+            lambda: layer.log_dt.data.add_(0.1),
+            lambda: setattr(layer, "B", torch.nn.Parameter(layer.B * 3)),
+            lambda: layer.load_state_dict({n: p + 0.01 for n, p in layer.state_dict().items()}),
+            lambda: layer.double(),
+        ):
+            change()
+            x = u.to(layer.D.dtype)
+            want = layer.train()(x)
+            layer.eval()
+            torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-4)
+"""
+
+
+@pytest.mark.promise("torch.compile", "a compiled layer in evaluation follows every change of its parameters")
+def test_what_is_kept_follows_the_parameters() -> None:
+    printed(process(CHANGED))
+
+
+PENALTY = """
+import torch
+from s4 import S4Layer
+for mode in ("fft", "scan"):
+    layer = S4Layer(4, 8, mode=mode)
+    u = torch.randn(2, 9, 4, requires_grad=True)
+    y = torch.compile(layer, backend="aot_eager")(u)
+    (g,) = torch.autograd.grad(y.square().sum(), u, create_graph=True)
+    try:
+        g.square().sum().backward()
+    except RuntimeError as error:
+        assert "double backward" in str(error), error
+    else:
+        raise AssertionError("a second derivative that torch.compile does not have")
+"""
+
+
+@pytest.mark.promise(
+    "torch.compile", "a gradient penalty through a compiled layer: torch raises", supported=False
+)
+def test_a_gradient_penalty_raises() -> None:
+    """Never a wrong number; compile what computes the penalty instead, or leave the layer eager."""
+    printed(process(PENALTY))
+
+
+def recurrence(variant: str) -> Recurrence:
+    layer = S4Layer(3, 8, variant=variant, dtype=torch.float64)
+    return Recurrence(*(part.detach().requires_grad_() for part in discretize(system(*layer._systems(1.0)))))
+
+
+def operators(variant: str) -> dict[str, tuple[Callable[..., Any], list[Tensor], Callable[..., Any]]]:
+    """Each operator that only graphs hold, what it is differentiated by, and the same by dense matrices."""
+    a, F, G, B, C = system_ = list(recurrence(variant))
+    D = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    u, x, k, back = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 3, 10), (2, 3, 8), (3, 10), (3, 10))
+    )
+    steps, f64 = torch.tensor([0, 13]), torch.float64
+
+    def power(T: int) -> Callable[..., Tensor]:
+        return lambda *p: maps.power(*p, T, f64, "torch")
+
+    def powered(T: int) -> Callable[..., Tensor]:
+        def run(*p: Tensor) -> Tensor:
+            dense = s4.system.dense(Recurrence(*p[:5]))
+            return torch.linalg.matrix_power(dense, T).mT + 0 * sum(t.sum() for t in p)
+
+        return run
+
+    def kernel(*p: Tensor) -> Tensor:
+        dense, rows = s4.system.dense(Recurrence(*p[:3], B, p[4])), []
+        column = p[3]
+        for _ in range(7):
+            rows.append(torch.einsum("chn,hqn->cqh", p[4], column))
+            column = torch.einsum("hij,hqj->hqi", dense, column)
+        return torch.stack(rows, -1)
+
+    def moved(*p: Tensor) -> Tensor:
+        dense = s4.system.dense(Recurrence(*p[:3], B, C))
+        powers = torch.stack([torch.linalg.matrix_power(dense, int(n)) for n in steps])
+        return torch.einsum("bhij,bhj->bhi", powers, p[3])
+
+    def toeplitz(u: Tensor, ahead: Tensor, behind: Tensor | None = None) -> Tensor:
+        y = []
+        for t in range(u.shape[-1]):
+            terms = [ahead[:, t - j] * u[..., j] for j in range(t + 1)]
+            terms += [] if behind is None else [behind[:, j - t - 1] * u[..., j] for j in range(t + 1, 10)]
+            y.append(sum(terms[1:], terms[0]))
+        return torch.stack(y, -1)
+
+    inputs = [*system_, D]
+    return {
+        "power of none": (power(0), inputs, powered(0)),
+        "power": (power(5), inputs, powered(5)),
+        "response": (
+            lambda *p: response.operator(*p, 7, f64, "torch"),
+            [a, F, G, B[:, None].detach().requires_grad_(), C],
+            kernel,
+        ),
+        "advance": (lambda *p: advance.operator(*p, steps, 13), [a, F, G, x], moved),
+        "causal": (lambda *p: convolve.operator(*p, None), [u, k], toeplitz),
+        "two-sided": (convolve.operator, [u, k, back], toeplitz),
+    }
+
+
+@pytest.mark.parametrize("variant", ["dplr", "diag"])
+@pytest.mark.parametrize("name", ["power of none", "power", "response", "advance", "causal", "two-sided"])
+def test_operators_of_graphs_are_what_they_say(name: str, variant: str) -> None:
+    """In value, in every gradient, and in the gradients' own gradients, with no fused code."""
+    run, inputs, truth = operators(variant)[name]
+    oracle.close(run(*inputs), truth(*inputs).detach(), 1e-12)
+    back = torch.randn_like(run(*inputs))
+    options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+    first = torch.autograd.grad(run(*inputs), inputs, back, **options)
+    recorded = torch.autograd.grad(run(*inputs), inputs, back, create_graph=True, **options)
+    want = torch.autograd.grad(truth(*inputs), inputs, back, create_graph=True, **options)
+    for got, again, true in zip(first, recorded, want, strict=True):
+        oracle.close(got, true.detach(), 1e-11)
+        oracle.close(again, true.detach(), 1e-11)
+    if name == "power of none":  # whose gradients are constants
+        return
+    twice = [sum(g.square().sum() for g in grads if g.requires_grad) for grads in (recorded, want)]
+    seconds = [torch.autograd.grad(t, inputs, **options) for t in twice if isinstance(t, Tensor)]
+    assert len(seconds) == 2
+    for got, true in zip(*seconds, strict=True):
+        oracle.close(got, true, 1e-10)
+
+
+@pytest.mark.parametrize("variant", ["dplr", "diag"])
+def test_operators_of_graphs_are_sound(variant: str, unchecked: None) -> None:
+    """What torch.library checks: shapes of fakes, no input changed or returned, gradients that trace."""
+    a, F, G, B, C = recurrence(variant)
+    D, x = torch.randn(3, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    u, k = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 10), (3, 10)))
+    check, f64 = torch.library.opcheck, torch.float64
+    for T in (0, 3):
+        check(maps.power, (a, F, G, B, C, D, T, f64, "auto"))
+    check(advance.operator, (a, F, G, x, torch.tensor([0, 13]), 13))
+    check(convolve.operator, (u, k, None))
+    check(convolve.operator, (u, k, k.detach().clone().requires_grad_()))
+    check(response.operator, (a, F, G, B[:, None], C, 7, f64, "torch"))
+    layer = S4Layer(3, 8, variant=variant)
+    *given, rate, discretization = layer._systems(1.0)
+    values = [None if p is None else p.detach() for p in given], layer.D.detach(), torch.randn(2, 70, 3)
+    state, lengths = torch.randn(2, 3, 8), torch.tensor([70, 3])
+    for x_, rows, returns in ((None, None, False), (state, None, True), (state, lengths, True)):
+        options = rate, discretization, "auto", torch.float32, "auto", returns
+        check(sequence_kept, (*values, x_, rows, *options))

@@ -1,0 +1,92 @@
+"""torch.export: one program for every batch and length, saved, loaded, and run where s4 is imported."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from processes import lines, printed, process
+
+from s4 import S4Layer
+
+
+@pytest.mark.promise(
+    "torch.export",
+    "one program for every batch and length from 1, dimensions named or `Dim.AUTO`: layer, block, model and "
+    "`step`, in every mode, with `lengths`, a chunk with a `State` in and out; saved and loaded",
+)
+@pytest.mark.parametrize("mode", ["fft", "scan", "auto"])
+def test_one_program_serves_every_shape(mode: str) -> None:
+    """With the numbers of eager mode, but for the order of float32 sums; named dimensions begin at 1.
+
+    Dim.AUTO takes 2 for the least, and the program serves 1 all the same.
+    """
+    found = lines("exported.py", mode)
+    assert len(found) == (11 if mode == "auto" else 7)
+    for name, worst, ranges in found:
+        assert worst < 2e-5, name
+        assert ranges in ("VR[1, int_oo], VR[1, int_oo]", "VR[2, int_oo], VR[2, int_oo]", "VR[1, int_oo]"), (
+            name
+        )
+    assert any(ranges.startswith("VR[1") for _, _, ranges in found)
+
+
+MAKE = """
+import sys, torch
+from torch.export import Dim
+from s4 import S4Layer
+torch.manual_seed(0)
+layer = S4Layer(3, 8, mode="scan").eval()
+u = torch.randn(2, 70, 3)
+sizes = ({0: Dim("batch", min=1), 1: Dim("length", min=1)},)
+torch.export.save(torch.export.export(layer, (u,), dynamic_shapes=sizes), sys.argv[1])
+torch.save((u, layer(u).detach()), sys.argv[2])
+"""
+LOAD = """
+import sys, torch
+IMPORT
+program = torch.export.load(sys.argv[1]).module()
+u, want = torch.load(sys.argv[2])
+torch.testing.assert_close(program(u), want, rtol=1e-4, atol=1e-4)
+print("loaded")
+"""
+
+
+@pytest.mark.promise("torch.export", "a saved program runs in a process that imports s4 before it loads it")
+def test_a_program_is_loaded_where_s4_is_imported(tmp_path: Path) -> None:
+    files = str(tmp_path / "layer.pt2"), str(tmp_path / "values.pt")
+    printed(process(MAKE, *files))
+    assert printed(process(LOAD.replace("IMPORT", "import s4"), *files)) == "loaded"
+
+
+@pytest.mark.promise(
+    "torch.export",
+    "a saved program in a process that does not import s4, whose operators it holds; `s4.deploy` makes one",
+    supported=False,
+)
+def test_a_program_does_not_load_without_s4(tmp_path: Path) -> None:
+    files = str(tmp_path / "layer.pt2"), str(tmp_path / "values.pt")
+    printed(process(MAKE, *files))
+    running = process(LOAD.replace("IMPORT", "assert 's4' not in sys.modules"), *files)
+    out, err = running.communicate(timeout=300)
+    assert running.returncode != 0
+    assert "loaded" not in out
+    assert "s4" in err.splitlines()[-1] or "s4." in err, err
+
+
+def test_a_program_trains(unchecked: None) -> None:
+    """Its gradients are the layer's."""
+    layer = S4Layer(3, 8, mode="fft", dtype=torch.float64)
+    u = torch.randn(2, 20, 3, dtype=torch.float64)
+    program = torch.export.export(layer, (u,)).module()
+    losses = [f(u).square().sum() for f in (program, layer)]
+    grads = [
+        dict(
+            zip(
+                (n for n, _ in f.named_parameters()),
+                torch.autograd.grad(loss, [*f.parameters()]),
+                strict=True,
+            )
+        )
+        for f, loss in zip((program, layer), losses, strict=True)
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
