@@ -3,6 +3,7 @@
 The file that asks torch whether it exports, transforms, differentiates or casts.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -184,6 +185,12 @@ def exporting() -> bool:
 def compiling() -> bool:
     """Inside torch.compile or torch.export."""
     return torch.compiler.is_compiling()
+
+
+def check_not_onnx(what: str, instead: str) -> None:
+    """Raise ValueError inside torch.onnx.export: of what onnxruntime computes, but not with all digits."""
+    if "torch.onnx._internal.exporter._flags" in sys.modules and torch.onnx.is_in_onnx_export():
+        raise ValueError(f"{what} has a Fourier transform, which onnxruntime rounds: use {instead} for ONNX")
 
 
 def keeps(parameter: Tensor, *tensors: Tensor) -> bool:
