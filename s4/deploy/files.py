@@ -127,7 +127,7 @@ def _write_onnx(module: nn.Module, path: Path, inputs: tuple[Any, ...], shapes: 
     size = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
     torch.onnx.export(
         module,
-        inputs,
+        (*inputs, {}),  # keywords: the last of the inputs, if it is a dict
         path,
         dynamo=True,
         dynamic_shapes=shapes,

@@ -10,7 +10,7 @@ from s4.ops import dispatch, step
 from s4.precision import without_denormals
 from s4.system import Recurrence, discretize, system
 
-_SIZES = 64  # lengths are rounded up to a multiple of it before a transform, whose size is then a fast one
+_SIZES = 128  # the size of a transform is a multiple of it: a fast one
 
 
 class FrozenLayer(nn.Module):
@@ -44,7 +44,8 @@ class FrozenLayer(nn.Module):
             T = tile(layer.d_state, max_length)
             self.tiles = Tiles(recurrence, self.D, T, max_length, dtype, stateful=False)
         elif max_length is not None:
-            k = layer.kernel(max_length, rate=rate).to(dtype).view(-1, layer.d_model, max_length)
+            taps = max_length + 1  # cut to every length, so that the longest is no case of its own to export
+            k = layer.kernel(taps, rate=rate).to(dtype).view(-1, layer.d_model, taps)
             k[0, :, 0] += self.D
             if layer.bidirectional:  # at lag -l from l = 1, as the first input behind an output meets K_0
                 k[1] = k[1].roll(1, -1)
@@ -86,14 +87,15 @@ class FrozenLayer(nn.Module):
         """By FFT with the ready kernel: K u, of both directions (K_ahead + conj(K_behind)) u, in reals."""
         dispatch.check_not_onnx("mode='fft'", "mode='scan'")
         L = u.shape[1]
-        n = 2 * ((L + _SIZES - 1) // _SIZES * _SIZES)
+        n = 2 * L + _SIZES - 1
+        n = n - n % _SIZES
         a = torch.view_as_real(torch.fft.rfft(u.transpose(1, 2), n))
-        b = torch.view_as_real(torch.fft.rfft(self.kernel[..., :L], n))
+        b = torch.view_as_real(torch.fft.rfft(self.kernel.narrow(-1, 0, L), n))
         re, im = b[0, ..., 0], b[0, ..., 1]
         if self.bidirectional:
             re, im = re + b[1, ..., 0], im - b[1, ..., 1]
         product = torch.stack([a[..., 0] * re - a[..., 1] * im, a[..., 0] * im + a[..., 1] * re], -1)
-        return torch.fft.irfft(torch.view_as_complex(product), n)[..., :L].transpose(1, 2)
+        return torch.fft.irfft(torch.view_as_complex(product), n).narrow(2, 0, L).transpose(1, 2).contiguous()
 
     def chunk(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs (B, chunk, H) of as many inputs, and the state (B, H, N) after them, from that before."""

@@ -88,7 +88,7 @@ class Tiles(nn.Module):
                 last = self._moved(X[:, :, -1], self.rest_onward) + inputs @ self.within[:, T - self.rest :, T:]
             X = X.flip(2) if d else X
             y = y + X.reshape(H, B * c, N) @ outward
-        y = y.view(H, B, c * T)[..., :L].permute(1, 2, 0)
+        y = y.view(H, B, c * T).narrow(2, 0, L).permute(1, 2, 0)
         return y, None if last is None else last.transpose(0, 1)
 
     def _before(self, first: Tensor, S: Tensor) -> Tensor:
