@@ -88,8 +88,8 @@ class Tiles(nn.Module):
                 last = self._moved(X[:, :, -1], self.rest_onward) + inputs @ self.within[:, T - self.rest :, T:]
             X = X.flip(2) if d else X
             y = y + X.reshape(H, B * c, N) @ outward
-        y = y.view(H, B, c * T).narrow(2, 0, L).permute(1, 2, 0)
-        return y, None if last is None else last.transpose(0, 1)
+        y = y.view(H, B, c * T).narrow(2, 0, L).permute(1, 2, 0).contiguous()
+        return y, None if last is None else last.transpose(0, 1).contiguous()
 
     def _before(self, first: Tensor, S: Tensor) -> Tensor:
         """The states before all tiles, (H, B, c, N), from the first and from what the tiles add."""
