@@ -10,8 +10,6 @@ from s4.ops import dispatch, step
 from s4.precision import without_denormals
 from s4.system import Recurrence, discretize, system
 
-_SIZES = 128  # the size of a transform is a multiple of it: a fast one
-
 
 class FrozenLayer(nn.Module):
     """Stands in the place of an `S4Layer` where inputs have one rate and no padding; see `s4.deploy.freeze`.
@@ -87,8 +85,7 @@ class FrozenLayer(nn.Module):
         """By FFT with the ready kernel: K u, of both directions (K_ahead + conj(K_behind)) u, in reals."""
         dispatch.check_not_onnx("mode='fft'", "mode='scan'")
         L = u.shape[1]
-        n = 2 * L + _SIZES - 1
-        n = n - n % _SIZES
+        n = 2 * L
         a = torch.view_as_real(torch.fft.rfft(u.transpose(1, 2), n))
         b = torch.view_as_real(torch.fft.rfft(self.kernel.narrow(-1, 0, L), n))
         re, im = b[0, ..., 0], b[0, ..., 1]
