@@ -63,7 +63,7 @@ def export(
     example = _example(module) if example is None else example
     batch = torch.export.Dim("batch", min=1)
     if part == "forward":
-        longest = next(m.max_length for m in module.modules() if isinstance(m, FrozenLayer))
+        longest = _longest(module, onnx)
         length = torch.export.Dim("length", min=1, max=longest) if longest > 1 else None
         u = example.new_zeros(2, min(longest, 80), *example.shape[2:])
         inputs, shapes = (u,), ({0: batch, 1: length} if length is not None else {0: batch},)
@@ -74,24 +74,33 @@ def export(
         u = example.new_zeros(2, *([L] if part == "chunk" else []), *example.shape[2:])
         inputs, shapes = (u, state), ({0: batch}, {name: {0: batch} for name in state})
     with torch.no_grad():
-        if onnx:
-            _write_onnx(module, path, inputs, shapes)
-        else:
-            torch.export.save(torch.export.export(module, inputs, dynamic_shapes=shapes), path)
+        program = torch.export.export(module, inputs, dynamic_shapes=shapes)
+    if not onnx:
+        torch.export.save(program, path)
+        return path
+    names = [] if part == "forward" else list(inputs[1])
+    torch.onnx.export(
+        program,
+        f=path,
+        dynamic_shapes=shapes,
+        dynamo=True,
+        input_names=["u", *names],
+        output_names=["y", *(f"next_{name}" for name in names)],
+        external_data=sum(t.nbytes for t in program.state_dict.values()) > _LARGEST,
+        verbose=False,
+    )
     return path
 
 
 def _frozen(
     model: nn.Module, part: str, max_length: int | None, chunk: int | None, rate: float, onnx: bool
-) -> nn.Module:
+) -> Any:
     """The model, frozen, with no more constants than the part needs."""
-    if any(isinstance(m, FrozenLayer) for m in model.modules()):
+    if any(isinstance(module, FrozenLayer) for module in model.modules()):
         if (max_length, chunk, rate) != (None, None, 1.0):
             raise ValueError("max_length, chunk and rate of a frozen model are its own: give them to freeze")
         frozen = model
     else:
-        if part == "forward" and max_length is None:
-            raise ValueError("part='forward' needs max_length, that of the longest sequence")
         longest = max_length if part == "forward" else None
         mode = "scan" if onnx else "fft"
         frozen = freeze(model, longest, 64 if chunk is None else chunk, mode=mode, rate=rate)
@@ -99,10 +108,19 @@ def _frozen(
             if isinstance(layer, FrozenLayer) and part != "chunk":
                 layer.pieces = None
     if part != "forward" and not isinstance(frozen, Frozen):
-        raise ValueError(
-            f"part={part!r} is of S4Layer, S4Block and S4Model: freeze those, got {type(frozen).__name__}"
-        )
+        name = type(frozen).__name__
+        raise ValueError(f"part={part!r} is of S4Layer, S4Block and S4Model: freeze those, got {name}")
     return frozen
+
+
+def _longest(module: nn.Module, onnx: bool) -> int:
+    """Of the sequences that forward takes."""
+    layer = next(layer for layer in module.modules() if isinstance(layer, FrozenLayer))
+    if layer.max_length is None:
+        raise ValueError("part='forward' needs max_length, that of the longest sequence")
+    if onnx and layer.mode == "fft":
+        raise ValueError("mode='fft' is inexact in onnxruntime: freeze(model, ..., mode='scan') for .onnx")
+    return layer.max_length
 
 
 def _example(module: nn.Module) -> Tensor:
@@ -119,20 +137,3 @@ def _example(module: nn.Module) -> Tensor:
     if isinstance(first, nn.Linear):
         return torch.zeros(2, 1, first.in_features, dtype=first.weight.dtype, device=first.weight.device)
     raise ValueError(f"example must be given for this model, inputs (B, L, ...), got {type(inner).__name__}")
-
-
-def _write_onnx(module: nn.Module, path: Path, inputs: tuple[Any, ...], shapes: tuple[Any, ...]) -> None:
-    """One file with readable names."""
-    names = list(inputs[1]) if len(inputs) == 2 else []
-    size = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
-    torch.onnx.export(
-        module,
-        (*inputs, {}),  # keywords: the last of the inputs, if it is a dict
-        path,
-        dynamo=True,
-        dynamic_shapes=shapes,
-        input_names=["u", *names],
-        output_names=["y", *(f"next_{name}" for name in names)],
-        external_data=size > _LARGEST,
-        verbose=False,
-    )

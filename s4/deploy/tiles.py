@@ -92,7 +92,7 @@ class Tiles(nn.Module):
             X = X.flip(2) if d else X
             y = y + X.reshape(H, B * c, N) @ outward
         t = torch.arange(L, device=u.device)
-        y = y.view(H, B, c, T).permute(1, 2, 3, 0)[:, t // T, t % T]
+        y = y.view(H, B, c, T).permute(1, 2, 3, 0)[:, t // T, t % T].contiguous()
         return y, None if last is None else last.transpose(0, 1).contiguous()
 
     def _before(self, first: Tensor, S: Tensor) -> Tensor:
