@@ -1,6 +1,7 @@
 """Files of frozen models, which need neither s4 nor, as ONNX, PyTorch."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from s4.block import S4Block
 from s4.checks import check_option
 from s4.deploy.frozen import PARTS, Frozen, freeze
 from s4.deploy.layer import FrozenLayer
-from s4.layer import S4Layer
 
 _SUFFIXES = (".onnx", ".pt2")
 _LARGEST = 1_900_000_000  # bytes of numbers that one ONNX file holds; more go to a second, FILE.data
@@ -35,9 +35,9 @@ def export(
         y = run(u)                  # part="forward"
         y, state = run(u, state)    # "chunk", "step": state a dict of tensors, zeros at first
 
-    `.onnx`, for onnxruntime: inputs u, state_0, state_1, ..., outputs y, next_state_0, next_state_1, ...; of an
-    S4Model also total and length, next_total and next_length (see `s4.State`). Dimensions are named batch and
-    length. Both in the dtypes of the model; states are float32, or float64, length is int64.
+    `.onnx`, for onnxruntime: inputs u, state_0, state_1, ..., outputs y, next_state_0, next_state_1, ...; of
+    an S4Model also total, length, next_total and next_length (see `s4.State`). Dimensions are named batch and
+    length. Inputs and outputs have the model's dtypes, states that of its layers' states, length is int64.
 
     Args:
         model: what `freeze` takes, or has returned: then with its own lengths.
@@ -66,7 +66,8 @@ def export(
         longest = _longest(module, onnx)
         length = torch.export.Dim("length", min=1, max=longest) if longest > 1 else None
         u = example.new_zeros(2, min(longest, 80), *example.shape[2:])
-        inputs, shapes = (u,), ({0: batch, 1: length} if length is not None else {0: batch},)
+        inputs: tuple[Any, ...] = (u,)
+        shapes: tuple[Any, ...] = ({0: batch} if length is None else {0: batch, 1: length},)
     else:
         module = module.part(part)
         state = module.initial_state(2)
@@ -79,16 +80,18 @@ def export(
         torch.export.save(program, path)
         return path
     names = [] if part == "forward" else list(inputs[1])
-    torch.onnx.export(
-        program,
-        f=path,
-        dynamic_shapes=shapes,
-        dynamo=True,
-        input_names=["u", *names],
-        output_names=["y", *(f"next_{name}" for name in names)],
-        external_data=sum(t.nbytes for t in program.state_dict.values()) > _LARGEST,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*axis name: batch", UserWarning)  # all inputs have one batch
+        torch.onnx.export(
+            program,
+            f=path,
+            dynamic_shapes=shapes,
+            dynamo=True,
+            input_names=["u", *names],
+            output_names=["y", *(f"next_{name}" for name in names)],
+            external_data=sum(t.nbytes for t in program.state_dict.values()) > _LARGEST,
+            verbose=False,
+        )
     return path
 
 

@@ -65,9 +65,9 @@ class Frozen(nn.Module):
         return super().train(False)
 
     def part(self, name: str) -> "Part":
-        """One of "forward", "chunk" and "step" as a module of its own, for tools that take `module.forward`."""
+        """ "forward", "chunk" or "step" as a module of its own, for tools that take a module's forward."""
         check_option("part", name, PARTS)
-        return Part(self, name)
+        return Part(self, name).eval()
 
 
 class Part(nn.Module):
@@ -117,17 +117,17 @@ def freeze(
     mode: str = "fft",
     rate: float = 1.0,
 ) -> nn.Module:
-    """A copy of a module in evaluation with constants in the place of its S4 layers; the original is as before.
+    """A copy of a module in evaluation, its S4 layers turned into constants; the original is as before.
 
     Equal to it to 1e-5 of the largest output in float32. No operator of ours, no complex parameter or buffer,
     no gradients: it goes where PyTorch's own layers go (ONNX, AOTInductor, TorchScript, int8 weights), by
     `export` in one line. States are those of the original, so one may go on where the other stopped.
 
     Args:
-        model: an S4Layer, S4Block or S4Model, of which `Frozen` has forward, chunk, step and initial_state; or
-            any module with S4 layers inside, of which the copy is returned. In that, layers are called with
-            u alone.
-        max_length: of the longest sequence that forward takes, for which kernels are ready; None: it has none.
+        model: an S4Layer, S4Block or S4Model, which becomes a `Frozen` with forward, chunk, step and
+            initial_state; or any module with S4 layers inside, of which the copy itself is returned. It may
+            call them with u alone.
+        max_length: of the longest sequence that forward takes; None: there is no forward.
         chunk: steps of the sequences that `chunk` takes.
         mode: of forward, as of S4Layer: "fft", by FFT with a ready kernel, H max_length numbers; "scan", by
             products of matrices, (T^2 + 2 T N + N^2 log2(max_length / T)) H numbers with T = 64 or more, for
@@ -148,4 +148,6 @@ def freeze(
         raise ValueError(f"model must have an S4Layer inside, got {type(model).__name__}")
     frozen = {id(layer): FrozenLayer(layer, max_length, chunk, mode, rate) for layer in layers}
     copied = copy.deepcopy(model, frozen).eval().requires_grad_(False)
-    return Frozen(copied, max_length, chunk) if isinstance(model, (S4Layer, S4Block, S4Model)) else copied
+    if not isinstance(model, (S4Layer, S4Block, S4Model)):
+        return copied
+    return Frozen(copied, max_length, chunk).eval()

@@ -1,5 +1,7 @@
 """One S4 layer in constants: what `s4.S4Layer` computes in evaluation, in a module without parameters."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,9 +23,7 @@ class FrozenLayer(nn.Module):
     D: Tensor
     kernel: Tensor
 
-    def __init__(
-        self, layer: S4Layer, max_length: int | None, chunk: int, mode: str, rate: float
-    ) -> None:
+    def __init__(self, layer: S4Layer, max_length: int | None, chunk: int, mode: str, rate: float) -> None:
         super().__init__()
         self.d_model, self.d_state, self.bidirectional = layer.d_model, layer.d_state, layer.bidirectional
         self.max_length, self.chunk_length, self.mode = max_length, chunk, mode
@@ -32,7 +32,8 @@ class FrozenLayer(nn.Module):
         parameters = layer.log_dt, layer.log_A_real, layer.A_imag, layer.B, layer.C, P
         recurrence = discretize(system(*parameters, rate, layer.discretization))
         self.register_buffer("D", layer.D.detach().to(dtype).clone())
-        self.pieces = self.tiles = None
+        self.pieces: Any = None
+        self.tiles: Any = None
         if not layer.bidirectional:
             for name, part in zip(Recurrence._fields, recurrence.to(dtype), strict=True):
                 self.register_buffer(name, part)
@@ -83,7 +84,8 @@ class FrozenLayer(nn.Module):
 
     def _convolved(self, u: Tensor) -> Tensor:
         """By FFT with the ready kernel: K u, of both directions (K_ahead + conj(K_behind)) u, in reals."""
-        dispatch.check_not_onnx("mode='fft'", "mode='scan'")
+        if dispatch.exporting_onnx():
+            raise ValueError("mode='fft' is inexact in onnxruntime: freeze(model, ..., mode='scan') for ONNX")
         L = u.shape[1]
         n = 2 * L
         a = torch.view_as_real(torch.fft.rfft(u.transpose(1, 2), n))

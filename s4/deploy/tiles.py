@@ -1,4 +1,4 @@
-"""A sequence in tiles of T steps by products of matrices alone: `s4.ops.scan` with its maps made beforehand."""
+"""A sequence in tiles of T steps by products of matrices alone: `s4.ops.scan`, its maps made beforehand."""
 
 import math
 
@@ -29,7 +29,7 @@ class Tiles(nn.Module):
         recurrence: in float64.
         D: (H,), what an input adds to its own output.
         T: steps of a tile.
-        longest: steps of the longest sequence; with states of every one.
+        longest: steps of the longest sequence; where stateful of every one.
         dtype: of the numbers kept.
         stateful: whether sequences go on from a state and leave one.
     """
@@ -70,15 +70,12 @@ class Tiles(nn.Module):
         return torch.where(A.abs() < 1e-30, 0, A).mT.to(dtype).contiguous()
 
     def forward(self, u: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Outputs (B, L, H) of inputs (B, L, H), and of `longest` inputs from a state x (B, H, N) the next."""
+        """Outputs (B, L, H) of inputs (B, L, H), and of `longest` inputs from a state (B, H, N) the next."""
         B, L, H = u.shape
         T, N = self.T, self.N
-        whole = x is not None
-        # Of sequences of any length two tiles at least and rows by index: what has no special case to export.
-        c = -(-L // T) if whole else (L + T - 1) // T + 1
-        times = T * torch.arange(c, device=u.device)[:, None] + torch.arange(T, device=u.device)
-        U = pad(u, (0, 0, 0, T if whole else 2 * T))[:, times].permute(3, 0, 1, 2).reshape(H, B * c, T)
-        made = U @ self.within
+        U = self._cut(u, x is not None)
+        c = U.shape[2]
+        made = U.reshape(H, B * c, T) @ self.within
         y = made[..., :T]
         last = None
         for d, outward in enumerate(self.across):
@@ -87,13 +84,30 @@ class Tiles(nn.Module):
             first = self.limit[L - 1].expand(B, H, N) if x is None else x
             X = self._before(first.transpose(0, 1)[:, :, None], S)
             if x is not None:
-                inputs = U.view(H, B, c, T)[:, :, -1, : self.rest]
-                last = self._moved(X[:, :, -1], self.rest_onward) + inputs @ self.within[:, T - self.rest :, T:]
+                driven = U[:, :, -1, : self.rest] @ self.within[:, T - self.rest :, T:]
+                last = self._moved(X[:, :, -1], self.rest_onward) + driven
             X = X.flip(2) if d else X
             y = y + X.reshape(H, B * c, N) @ outward
+        if last is not None:
+            y = y.view(H, B, c * T)[..., :L].permute(1, 2, 0)
+            return y.contiguous(), last.transpose(0, 1).contiguous()
         t = torch.arange(L, device=u.device)
-        y = y.view(H, B, c, T).permute(1, 2, 3, 0)[:, t // T, t % T].contiguous()
-        return y, None if last is None else last.transpose(0, 1).contiguous()
+        return y.view(H, B, c, T).permute(1, 2, 3, 0)[:, t // T, t % T].contiguous(), None
+
+    def _cut(self, u: Tensor, stateful: bool) -> Tensor:
+        """Inputs in tiles (H, B, c, T), zeros at the end.
+
+        Where a sequence may have any length two tiles at least, by index: an export then sees no special case
+        of a length that it would have to keep to, or to check.
+        """
+        B, L, H = u.shape
+        T = self.T
+        if stateful:
+            c = -(-L // T)
+            return pad(u, (0, 0, 0, c * T - L)).permute(2, 0, 1).reshape(H, B, c, T)
+        c = (L + T - 1) // T + 1
+        times = T * torch.arange(c, device=u.device)[:, None] + torch.arange(T, device=u.device)
+        return pad(u, (0, 0, 0, 2 * T))[:, times].permute(3, 0, 1, 2)
 
     def _before(self, first: Tensor, S: Tensor) -> Tensor:
         """The states before all tiles, (H, B, c, N), from the first and from what the tiles add."""
@@ -116,4 +130,3 @@ def tile(N: int, longest: int) -> int:
     T = max(N, 64)
     T = 2 * T if longest > 64 * T else T
     return math.ceil(longest / math.ceil(longest / T))
-

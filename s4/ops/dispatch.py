@@ -187,10 +187,10 @@ def compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
-def check_not_onnx(what: str, instead: str) -> None:
-    """Raise ValueError inside torch.onnx.export: of what onnxruntime computes, but not with all digits."""
-    if "torch.onnx._internal.exporter._flags" in sys.modules and torch.onnx.is_in_onnx_export():
-        raise ValueError(f"{what} has a Fourier transform, which onnxruntime rounds: use {instead} for ONNX")
+@constant
+def exporting_onnx() -> bool:
+    """Inside torch.onnx.export."""
+    return "torch.onnx._internal.exporter._flags" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def keeps(parameter: Tensor, *tensors: Tensor) -> bool:
