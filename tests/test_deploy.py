@@ -211,16 +211,21 @@ def test_frozen_modules_are_kept(tmp_path: Path) -> None:
 @promise("s4.deploy", "half-precision inputs and autocast: constants and states keep their precision")
 def test_inputs_of_lower_precision() -> None:
     layer = layer_of("dplr", dtype=torch.float32)
-    frozen, u = freeze(layer, 40), torch.randn(2, 40, 4).bfloat16()
-    frozen.chunk_length = frozen.module.chunk_length
-    want = copy.deepcopy(layer).double()(u.double())
-    with torch.autocast("cpu", torch.bfloat16):
-        y = frozen(u)
-        _, after = frozen.step(u[:, 0], frozen.initial_state(2))
-    assert y.dtype == torch.bfloat16
-    assert after.dtype == torch.float32
-    oracle.close(y, want, 2**-8)
-    oracle.close(after, layer.step(u[:, 0].float(), layer.initial_state(2))[1], 1e-5)
+    u = torch.randn(2, 64, 4).bfloat16()
+    want, state = copy.deepcopy(layer).double()(u.double(), return_state=True)
+    for mode in MODES:
+        frozen = freeze(layer, 64, mode=mode)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = [frozen(u.float()), frozen.chunk(u.float(), frozen.initial_state(2))]
+            y = frozen(u)
+            _, after = frozen.step(u[:, 0], frozen.initial_state(2))
+        oracle.close(outputs[0], want, 1e-5)
+        oracle.close(outputs[1][0], want, 1e-5)
+        oracle.close(outputs[1][1], state, 1e-5)
+        assert y.dtype == torch.bfloat16
+        assert after.dtype == torch.float32
+        oracle.close(y, want, 2**-8)
+        oracle.close(after, layer.step(u[:, 0].float(), layer.initial_state(2))[1], 1e-5)
 
 
 @promise("s4.deploy", "sequences longer than max_length, or of another length than chunk", supported=False)
