@@ -12,16 +12,11 @@ import s4
 ROOT = Path(s4.__file__).parent
 # Each may import what stands after it, and itself.
 ORDER = [
-    "s4.info", "s4", "s4.model", "s4.generation", "s4.state", "s4.optim", "s4.block", "s4.layer",
-    "s4.sequence", "s4.kernel",
-    "s4.ops", "s4.powers", "s4.system", "s4.options", "s4.hippo",
+    "s4.info", "s4.deploy", "s4", "s4.model", "s4.generation", "s4.state", "s4.optim", "s4.block", "s4.layer",
+    "s4.sequence", "s4.kernel", "s4.ops", "s4.powers", "s4.system", "s4.options", "s4.hippo",
 ]  # fmt: skip
-SERVE_ALL = {
-    "s4.checks",
-    "s4.padding",
-    "s4.precision",
-    "s4.sharded",
-}  # which import nothing of s4 but each other
+# Which import nothing of s4 but each other.
+SERVE_ALL = {"s4.checks", "s4.padding", "s4.precision", "s4.sharded"}
 LEAF = "s4.backends"  # of `ops` and `info`; imports nothing of the rest
 OPTIONAL = {"triton", "pykeops", "keopscore", "cuda", "numpy", "scipy", "lightning", "matplotlib"}
 

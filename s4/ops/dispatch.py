@@ -3,6 +3,7 @@
 The file that asks torch whether it exports, transforms, differentiates or casts.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -206,6 +207,12 @@ def exporting() -> bool:
 def compiling() -> bool:
     """Inside torch.compile or torch.export."""
     return torch.compiler.is_compiling()
+
+
+@constant
+def exporting_onnx() -> bool:
+    """Inside torch.onnx.export."""
+    return "torch.onnx._internal.exporter._flags" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def keeps(parameter: Tensor, *tensors: Tensor) -> bool:
