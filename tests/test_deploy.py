@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from s4 import S4Block, S4Layer, S4Model, State
 from s4.deploy import Frozen, export, freeze
 
-promise = pytest.mark.promise
 LAYERS = {
     "dplr": {"variant": "dplr"},
     "dplr legt": {"variant": "dplr", "init": "legt", "n_ssm": 2},
@@ -39,7 +38,9 @@ def both_dtypes(kind: str, both: bool, dtype: torch.dtype) -> tuple[S4Layer, S4L
     return layer, copy.deepcopy(layer).double()
 
 
-@promise("s4.deploy", "`freeze`: forward equals the layer to 1e-5 in float32, 1e-9 in float64, at any length")
+@pytest.mark.promise(
+    "s4.deploy", "`freeze`: forward equals the layer to 1e-5 in float32, 1e-9 in float64, at any length"
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("both", [False, True], ids=["causal", "both"])
@@ -54,7 +55,9 @@ def test_forward(kind: str, both: bool, mode: str, dtype: torch.dtype) -> None:
         oracle.close(y, exact(u.double()), TOLERANCE[dtype], f"{batch, length}")
 
 
-@promise("s4.deploy", "`freeze`: chunk and step equal the layer, outputs and states, from any state")
+@pytest.mark.promise(
+    "s4.deploy", "`freeze`: chunk and step equal the layer, outputs and states, from any state"
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("chunk", [1, 7, 64, 130, 257])
 @pytest.mark.parametrize("kind", LAYERS)
@@ -86,7 +89,7 @@ def test_long_memory_in_large_layers(mode: str) -> None:
     oracle.close(freeze(layer, 12_000, mode=mode)(u), exact, 1e-5)
 
 
-@promise(
+@pytest.mark.promise(
     "s4.deploy", "`freeze` of a model: blocks of every norm, feed-forward, tied dropout, each pooling, tokens"
 )
 @pytest.mark.parametrize(("tokens", "mode"), [(False, "fft"), (True, "scan")], ids=["numbers", "tokens"])
@@ -142,7 +145,9 @@ class Around(nn.Module):
         return self.again(x)
 
 
-@promise("s4.deploy", "`freeze` of any module with S4 layers inside: a copy, the original untouched")
+@pytest.mark.promise(
+    "s4.deploy", "`freeze` of any module with S4 layers inside: a copy, the original untouched"
+)
 def test_any_module() -> None:
     model = Around()
     before = copy.deepcopy(model.state_dict())
@@ -176,7 +181,7 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@promise(
+@pytest.mark.promise(
     "s4.deploy", "no operator of ours, no complex number in parameters or buffers, nothing to differentiate"
 )
 @pytest.mark.parametrize("kind", ["dplr", "diag"])
@@ -194,7 +199,9 @@ def test_plain_operators_and_real_constants(kind: str) -> None:
         assert not [b for b in frozen.buffers() if b.is_complex()]
 
 
-@promise("s4.deploy", "frozen modules are saved and loaded by `torch.save`, `state_dict` and copies")
+@pytest.mark.promise(
+    "s4.deploy", "frozen modules are saved and loaded by `torch.save`, `state_dict` and copies"
+)
 def test_frozen_modules_are_kept(tmp_path: Path) -> None:
     model, u = stacks.trained("mixed", "prenorm", "mean"), stacks.inputs()
     frozen = freeze(model, stacks.L)
@@ -208,7 +215,9 @@ def test_frozen_modules_are_kept(tmp_path: Path) -> None:
     assert torch.equal(copy.deepcopy(frozen)(u), frozen(u))
 
 
-@promise("s4.deploy", "half-precision inputs and autocast: constants and states keep their precision")
+@pytest.mark.promise(
+    "s4.deploy", "half-precision inputs and autocast: constants and states keep their precision"
+)
 def test_inputs_of_lower_precision() -> None:
     layer = layer_of("dplr", dtype=torch.float32)
     u = torch.randn(2, 64, 4).bfloat16()
@@ -228,7 +237,9 @@ def test_inputs_of_lower_precision() -> None:
         oracle.close(after, layer.step(u[:, 0].float(), layer.initial_state(2))[1], 1e-5)
 
 
-@promise("s4.deploy", "sequences longer than max_length, or of another length than chunk", supported=False)
+@pytest.mark.promise(
+    "s4.deploy", "sequences longer than max_length, or of another length than chunk", supported=False
+)
 def test_lengths_that_are_refused() -> None:
     for frozen in (freeze(layer_of("dplr"), 10, mode="fft"), freeze(stacks.trained(), 10, mode="scan")):
         width = 4 if isinstance(frozen.module, nn.Module) and hasattr(frozen.module, "d_model") else 3
@@ -245,7 +256,7 @@ def test_lengths_that_are_refused() -> None:
     refuses(ValueError, "forward needs max_length", lambda: freeze(Around())(torch.zeros(1, 1, 2)))
 
 
-@promise("s4.deploy", "chunk, step and states of bidirectional layers", supported=False)
+@pytest.mark.promise("s4.deploy", "chunk, step and states of bidirectional layers", supported=False)
 @pytest.mark.parametrize("part", ["chunk", "step", "initial_state"])
 def test_parts_of_bidirectional_layers(part: str, tmp_path: Path) -> None:
     u, x = torch.zeros(1, 64, 4).double(), torch.zeros(1, 4, 8).double()
@@ -261,7 +272,9 @@ def test_parts_of_bidirectional_layers(part: str, tmp_path: Path) -> None:
         refuses(ValueError, "causal layer", lambda: export(layer, tmp_path / "x.pt2", part))
 
 
-@promise("s4.deploy", "lengths of padded sequences, another rate than that frozen", supported=False)
+@pytest.mark.promise(
+    "s4.deploy", "lengths of padded sequences, another rate than that frozen", supported=False
+)
 def test_lengths_and_rate_of_a_frozen_layer() -> None:
     frozen, u = freeze(layer_of("dplr"), 10).module, torch.zeros(2, 10, 4).double()
     refuses(ValueError, "lengths must be None", lambda: frozen(u, lengths=torch.tensor([3, 10])))
@@ -290,7 +303,7 @@ def test_wrong_options(options: dict[str, object], match: str) -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-@promise(
+@pytest.mark.promise(
     "s4.deploy", "files of another suffix than .onnx and .pt2, parts that a module has not", supported=False
 )
 def test_what_is_not_exported(tmp_path: Path) -> None:

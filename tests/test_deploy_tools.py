@@ -17,7 +17,6 @@ from s4 import S4Block, S4Layer, S4Model, State
 from s4.deploy import export, freeze
 
 pytestmark = pytest.mark.usefixtures("unchecked")
-promise = pytest.mark.promise
 LONGEST, CHUNK = 150, 16
 NAMES = ["state_0", "total", "length"]
 SHAPES = [(1, 1), (3, 1), (2, 75), (1, 76), (3, LONGEST)]  # tiles of a file have 75 steps
@@ -69,7 +68,9 @@ def session(file: Path) -> Any:
     return runtime.InferenceSession(file, options)
 
 
-@promise("s4.deploy", "`.onnx` in onnxruntime: forward at any batch and any length to max_length, to 1e-5")
+@pytest.mark.promise(
+    "s4.deploy", "`.onnx` in onnxruntime: forward at any batch and any length to max_length, to 1e-5"
+)
 @pytest.mark.parametrize(("pooling", "both"), [("mean", False), ("last", True)])
 def test_onnx_forward(pooling: str, both: bool, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
@@ -86,7 +87,9 @@ def test_onnx_forward(pooling: str, both: bool, tmp_path: Path) -> None:
         run.run(None, {"u": inputs(pooling, 1, LONGEST + 1).numpy()})
 
 
-@promise("s4.deploy", "`.onnx` in onnxruntime: chunk and step with named states in and out, to 1e-5")
+@pytest.mark.promise(
+    "s4.deploy", "`.onnx` in onnxruntime: chunk and step with named states in and out, to 1e-5"
+)
 @pytest.mark.parametrize(("part", "pooling"), [("chunk", "none"), ("step", "last")])
 def test_onnx_streams(part: str, pooling: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
@@ -104,7 +107,7 @@ def test_onnx_streams(part: str, pooling: str, tmp_path: Path) -> None:
     follows(model, part, call)
 
 
-@promise(
+@pytest.mark.promise(
     "s4.deploy", "mode='fft' in `torch.onnx.export`: onnxruntime's transforms are inexact", supported=False
 )
 def test_transforms_do_not_go_to_onnx(tmp_path: Path) -> None:
@@ -137,7 +140,9 @@ except Exception as error:
 """
 
 
-@promise("s4.deploy", "`.pt2`: loaded and run by a process that has no s4; a longer sequence raises there")
+@pytest.mark.promise(
+    "s4.deploy", "`.pt2`: loaded and run by a process that has no s4; a longer sequence raises there"
+)
 def test_program_without_s4(tmp_path: Path) -> None:
     model = model_of("mean")
     u = [inputs("mean", batch, length) for batch, length in [(3, 50), (1, 1), (2, LONGEST)]]
@@ -172,7 +177,9 @@ def test_other_shapes_of_files(tmp_path: Path) -> None:
     oracle.close(state["state_0"], after, 1e-5)
 
 
-@promise("s4.deploy", "TorchScript: a trace of forward, chunk or step serves other batches and lengths")
+@pytest.mark.promise(
+    "s4.deploy", "TorchScript: a trace of forward, chunk or step serves other batches and lengths"
+)
 def test_trace(tmp_path: Path) -> None:
     model = model_of("mean")
     for mode in ("fft", "scan"):
@@ -192,7 +199,9 @@ def test_trace(tmp_path: Path) -> None:
         follows(model, name, traced)
 
 
-@promise("s4.deploy", "torchao: linear layers around frozen ones with int8 weights, outputs within 2%")
+@pytest.mark.promise(
+    "s4.deploy", "torchao: linear layers around frozen ones with int8 weights, outputs within 2%"
+)
 def test_int8_weights() -> None:
     """A weight is off by at most 1/254 of its row's largest; a result by less than 2% of the largest."""
     quantization = pytest.importorskip("torchao.quantization")
@@ -219,7 +228,9 @@ def compiles() -> bool:
     return bool(found) and subprocess.run([found, "--version"], capture_output=True).returncode == 0
 
 
-@promise("s4.deploy", "AOTInductor: a package of the `.pt2` equals the model to 1e-5, any batch and length")
+@pytest.mark.promise(
+    "s4.deploy", "AOTInductor: a package of the `.pt2` equals the model to 1e-5, any batch and length"
+)
 @pytest.mark.skipif(not compiles(), reason="AOTInductor needs a C++ compiler")
 @pytest.mark.parametrize("part", ["forward", "chunk"])
 def test_aot_inductor(part: str, tmp_path: Path) -> None:
