@@ -1,6 +1,7 @@
 """S4Block: the residual block around an S4 layer."""
 
 from einops import rearrange
+import torch
 from torch import Tensor, nn
 
 from s4.checks import (
@@ -187,5 +188,7 @@ def normed(norm: nn.Module, x: Tensor, lengths: Tensor | None) -> Tensor:
         all_of_it: Tensor = norm(flat)
         return all_of_it.view_as(x)
     inside = (~padding(lengths, x.shape[1])).flatten().nonzero()[:, 0]
+    # Said in torch's own way, so that its compiler, which does not know the number, can go on.
+    torch._check_value(inside.shape[0] != 1, lambda: "a batch norm in training cannot have one position alone")
     some = norm(flat.index_select(0, inside)).to(x.dtype)
     return flat.detach().index_copy(0, inside, some).view_as(x)

@@ -59,6 +59,7 @@ for variant in ("dplr", "diag"):
 check(S4Layer(4, 8, bidirectional=True), u, lengths=torch.tensor([3, 9]))
 block = S4Block(S4Layer(4, 8), norm="batch")
 block(3 * u + 1)  # statistics away from (0, 1)
+check(block, u, lengths=torch.tensor([3, 9]))
 check(block.eval(), u, lengths=torch.tensor([3, 9]))
 model = S4Model(torch.nn.Linear(4, 4), [S4Block(S4Layer(4, 8))], torch.nn.Linear(4, 2), pooling="mean")
 with torch.no_grad():
@@ -73,6 +74,10 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.promise(
+    "torch.compile",
+    "`fullgraph=True` of layer, block and model: forward, `step`, a `State` in and out and its methods",
+)
 def test_step_and_forward_compile_to_one_graph() -> None:
     run(COMPILE)
 
