@@ -14,6 +14,7 @@ from s4.checks import (
     check_option,
 )
 from s4.layer import S4Layer
+from s4.ops import dispatch
 from s4.padding import padding, zero_padding
 from s4.sharded import first_state, hooked
 
@@ -188,7 +189,7 @@ def normed(norm: nn.Module, x: Tensor, lengths: Tensor | None) -> Tensor:
         all_of_it: Tensor = norm(flat)
         return all_of_it.view_as(x)
     inside = (~padding(lengths, x.shape[1])).flatten().nonzero()[:, 0]
-    # Said in torch's own way, so that its compiler, which does not know the number, can go on.
-    torch._check_value(inside.shape[0] != 1, lambda: "a batch norm in training cannot have one position alone")
+    if dispatch.compiling():  # what a graph has to know of a number that it does not
+        torch._check(inside.shape[0] > 1)
     some = norm(flat.index_select(0, inside)).to(x.dtype)
     return flat.detach().index_copy(0, inside, some).view_as(x)
