@@ -1,7 +1,7 @@
 """S4Block: the residual block around an S4 layer."""
 
-from einops import rearrange
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from s4.checks import (
