@@ -35,7 +35,7 @@ from peers.layers import BROADCAST_LIMIT, HEAD_DIM, Attention, Official, fft_con
 from rich.console import Console
 from torch import Tensor, nn
 
-import s4.layer
+import s4.sequence
 from s4 import S4Layer
 
 Shape = tuple[PositiveInt, PositiveInt, PositiveInt]
@@ -116,7 +116,7 @@ def _first(module: nn.Module, u: Tensor) -> Tensor:
 
 def taken(contender: Contender) -> str:
     """The mode that a layer runs in: seen, as what "auto" decides by is its own affair."""
-    with mock.patch.object(s4.layer, "scan", wraps=s4.layer.scan) as scan, torch.no_grad():
+    with mock.patch.object(s4.sequence, "scan", wraps=s4.sequence.scan) as scan, torch.no_grad():
         contender.run()
     return "scan" if scan.called else "fft"
 

@@ -39,12 +39,12 @@ def cases(mode: str, whole: bool) -> list[Case]:
     found = []
     for variant, (both, what) in itertools.product(("dplr", "diag"), calls):
         found.append(Case(mode, variant, both, "eval without gradients", what, "auto", ""))
-        if whole or (both, what) == ((False, "state and lengths") if variant == "dplr" else (True, "")):
+        if whole or (variant, what) == ("dplr", "state and lengths"):
             found.append(Case(mode, variant, both, "training", what, "auto", ""))
         if whole:
             found += [Case(mode, variant, both, "eval", what, "torch", d) for d in ("", "mark_dynamic")]
     found.append(Case(mode, "diag", False, "eval", "state", "torch", "mark_dynamic"))
-    found.append(Case(mode, "dplr", True, "training", "", "torch", "dynamic=True"))
+    found.append(Case(mode, "diag", True, "training", "lengths", "torch", "dynamic=True"))
     return found
 
 

@@ -94,18 +94,19 @@ def cases(mode: str) -> Iterator[tuple[str, nn.Module, Callable[..., Any], bool]
         yield f"{variant} layer with state and lengths", layer, with_state, automatic
         yield f"{variant} layer both ways with lengths", both, with_lengths, not automatic
     plain = S4Layer(D_MODEL, D_STATE, mode=mode, backend="torch")
-    yield "layer of plain PyTorch", plain, with_state, False
+    if mode != "auto":
+        yield "layer of plain PyTorch", plain, with_state, False
+        return
     blocks = [
-        S4Block(S4Layer(D_MODEL, D_STATE, variant=variant, mode=mode), norm=norm, d_ff=4)
+        S4Block(S4Layer(D_MODEL, D_STATE, variant=variant), norm=norm, d_ff=4)
         for variant, norm in (("dplr", "layer"), ("diag", "batch"))
     ]
     yield "block", blocks[0], with_state, False
-    for pooling in ("none", "mean", "last") if mode == "auto" else ("mean",):
+    for pooling in ("none", "mean", "last"):
         model = S4Model(nn.Linear(D_MODEL, D_MODEL), blocks, nn.Linear(D_MODEL, 2), pooling=pooling).eval()
         yield f"model with pooling {pooling}", model, with_state, False
-    if mode == "auto":
-        yield "step of a layer", plain, stepping, False
-        yield "step of a model", model, stepping, False
+    yield "step of a layer", plain, stepping, False
+    yield "step of a model", model, stepping, False
 
 
 if __name__ == "__main__":
