@@ -101,6 +101,7 @@ def operator(
     The way is chosen inside, by the numbers, so that one graph serves all shapes. The state is empty unless
     asked for.
     """
+    dispatch.refuse_tangents()
     kept = kept_at("sequence", systems, D, (rate, discretization, backend))
     options = mode, products, backend, return_state
     y, after = sequence((*systems, rate, discretization), D, u, x, lengths, *options, kept)

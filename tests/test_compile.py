@@ -8,6 +8,7 @@ import pytest
 import torch
 from processes import lines, printed, process
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import s4.system
 from s4 import S4Layer
@@ -177,6 +178,25 @@ def test_operators_of_graphs_are_what_they_say(name: str, variant: str) -> None:
     assert len(seconds) == 2
     for got, true in zip(*seconds, strict=True):
         oracle.close(got, true, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["power", "response", "advance", "causal", "two-sided"])
+def test_operators_of_graphs_lose_no_tangent(name: str) -> None:
+    """They raise, as torch would drop it without a word."""
+    run, inputs, _ = operators("dplr")[name]
+    with forward_ad.dual_level(), torch.no_grad(), pytest.raises(RuntimeError, match="forward-mode"):
+        run(*[forward_ad.make_dual(t.detach(), torch.ones_like(t)) for t in inputs])
+
+
+def test_the_operator_of_evaluation_loses_no_tangent() -> None:
+    layer = S4Layer(3, 8)
+    *given, rate, discretization = layer._systems(1.0)
+    u = torch.randn(2, 9, 3)
+    options = rate, discretization, "fft", torch.float32, "auto", False
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = forward_ad.make_dual(u, u)
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            sequence_kept(given, layer.D, dual, None, None, *options)
 
 
 @pytest.mark.parametrize("variant", ["dplr", "diag"])

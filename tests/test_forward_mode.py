@@ -381,9 +381,10 @@ def test_sums(backend: str) -> None:
     "forward mode through a program that holds our operators, exported or compiled before it",
     supported=False,
 )
-def test_a_program_with_operators_raises() -> None:
+@pytest.mark.parametrize("mode", ["fft", "scan"])
+def test_a_program_with_operators_raises(mode: str) -> None:
     """Instead of losing the tangent, as torch does with every operator that has none."""
-    layer = build("diag", mode="scan")
+    layer = build("diag", mode=mode)
     u = torch.randn(B, L, H, dtype=torch.float64)
     with torch.no_grad():
         program = torch.export.export(layer, (u,)).module()

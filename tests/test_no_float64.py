@@ -76,7 +76,10 @@ def test_states_and_lengths(name: str, mode: str, mps: Device) -> None:
     lengths = torch.tensor([13, L])
     on = lengths.to("mps")
     for state in (None, x):
+        mps.forget()
         y, end = layer(u, state, lengths=on, return_state=True)
+        # One set of maps for outputs and states; a state goes to the CPU and back with its powers.
+        assert (mps.fetched, mps.sent) == ((2, 2) if state is None else (4, 3))
         for row, length in enumerate(lengths.tolist()):
             one = slice(row, row + 1)
             want, last, _ = truth(layer, u[one, :length], None if state is None else x[one])

@@ -22,6 +22,7 @@ def test_made_there(name: str, mps: Device) -> None:
         layers = [
             S4Layer(H, N, **LAYERS[name]),
             S4Layer(H, N, variant=LAYERS[name].get("variant", "dplr"), init=on_it),
+            S4Layer(H, N, variant=LAYERS[name].get("variant", "dplr"), init=tuple(t.numpy() for t in own)),
         ]
         block = S4Block(S4Layer(H, N, **LAYERS[name]))
         y = block(torch.randn(B, L, H))
@@ -33,7 +34,7 @@ def test_made_there(name: str, mps: Device) -> None:
         layer.reset_parameters()
         assert all(p.device == MPS for p in layer.parameters())
         assert layer.dt.device == layer.Lambda.device == layer.D.device
-    for layer in (layers[0], layers[2]):
+    for layer in (layers[0], layers[3]):
         oracle.close(back(layer.Lambda), cpu.Lambda, 1e-6)
         layer.load_state_dict(cpu.state_dict())
         oracle.close(back(layer.C.detach()), cpu.C, 0)

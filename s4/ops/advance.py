@@ -37,6 +37,7 @@ def _of(steps: Tensor, longest: int) -> Callable[..., Tensor]:
 @torch.library.custom_op("s4::advance", mutates_args=())
 def operator(a: Tensor, F: Tensor, G: Tensor, x: Tensor, steps: Tensor, longest: int) -> Tensor:
     """`plain`, for a graph that serves every length."""
+    dispatch.refuse_tangents()
     return plain(a, F, G, x, steps, longest).contiguous()
 
 

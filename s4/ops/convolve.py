@@ -145,6 +145,7 @@ def _plain(u: Tensor, ahead: Tensor, behind: Tensor | None = None) -> Tensor:
 @torch.library.custom_op("s4::convolve", mutates_args=())
 def operator(u: Tensor, ahead: Tensor, behind: Tensor | None) -> Tensor:
     """`causal` or `two_sided`, where a graph is to serve every length: their FFT's size is found inside."""
+    dispatch.refuse_tangents()
     return _plain(u, ahead, behind).contiguous()
 
 

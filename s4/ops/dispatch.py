@@ -75,19 +75,27 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend {backend!r} cannot run: {state}")
 
 
-def implementation(operation: str, backend: str, device: torch.device) -> Any | None:
-    """The module that computes an operation on a device, or None for the plain definition.
+def refuse_tangents() -> None:
+    """Raise RuntimeError inside an operator in forward mode, where it would lose the tangents without a word.
 
-    Raises:
-        ValueError: an unknown backend, or one that cannot run there; the message says why.
-        RuntimeError: in forward mode, where an operator would lose the tangents without a word. A layer then
-            takes plain definitions; a program compiled or exported before holds operators.
+    A layer takes plain definitions there; a program that was compiled or exported before holds operators.
     """
     if forward_ad._current_level >= 0:
         raise RuntimeError(
             "forward-mode derivatives do not pass through the operators of s4 that a compiled or exported "
             "program holds: differentiate the layer itself, or compile what differentiates it"
         )
+
+
+def implementation(operation: str, backend: str, device: torch.device) -> Any | None:
+    """The module that computes an operation on a device, or None for the plain definition.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot run there; the message says why.
+        RuntimeError: in forward mode, as `refuse_tangents` does.
+    """
+    if forward_ad._current_level >= 0:
+        refuse_tangents()
     if backend == "auto":
         names = AUTO[operation].get(device.type, ())
         backend = next((name for name in names if BACKENDS[name].status(device) is True), "torch")

@@ -68,7 +68,7 @@ def scan(
     one_graph = dispatch.opaque()  # for all lengths: with one length of chunks, whatever is left of them
     apart = recurrence.a.device != u.device  # which has no float64: `kept` then is for this call
     if one_graph:
-        T = chunk_length(1, _MANY - 1, N)
+        T = chunk_length(1, _MANY - 1, N // 2)
     else:
         T = chunk_length(B, L, N, dispatch.price_of_maps(recurrence, backend) if kept is None or apart else 0)
     made = {} if kept is None else kept
