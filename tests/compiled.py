@@ -39,7 +39,7 @@ def cases(mode: str, whole: bool) -> list[Case]:
     found = []
     for variant, (both, what) in itertools.product(("dplr", "diag"), calls):
         found.append(Case(mode, variant, both, "eval without gradients", what, "auto", ""))
-        if whole or (variant, what) == ("dplr", "state and lengths"):
+        if whole or (variant, both, what) == ("dplr", False, "" if mode == "auto" else "state and lengths"):
             found.append(Case(mode, variant, both, "training", what, "auto", ""))
         if whole:
             found += [Case(mode, variant, both, "eval", what, "torch", d) for d in ("", "mark_dynamic")]

@@ -33,7 +33,7 @@ import sys, torch
 from torch.export import Dim
 from s4 import S4Layer
 torch.manual_seed(0)
-layer = S4Layer(3, 8, mode="scan").eval()
+layer = S4Layer(3, 8, mode="fft").eval()
 u = torch.randn(2, 70, 3)
 sizes = ({0: Dim("batch", min=1), 1: Dim("length", min=1)},)
 torch.export.save(torch.export.export(layer, (u,), dynamic_shapes=sizes), sys.argv[1])
