@@ -278,10 +278,36 @@ def test_parts_of_bidirectional_layers(part: str, tmp_path: Path) -> None:
 def test_lengths_and_rate_of_a_frozen_layer() -> None:
     frozen, u = freeze(layer_of("dplr"), 10).module, torch.zeros(2, 10, 4).double()
     refuses(ValueError, "lengths must be None", lambda: frozen(u, lengths=torch.tensor([3, 10])))
-    refuses(ValueError, "rate must be 1.*freeze", lambda: frozen(u, rate=2.0))
+    refuses(ValueError, "rate is frozen at 1.0, got 2.0: freeze", lambda: frozen(u, rate=2.0))
     refuses(
-        ValueError, "rate must be 1.*freeze", lambda: frozen.step(u[:, 0], frozen.initial_state(2), rate=2.0)
+        ValueError,
+        "rate is frozen at 1.0, got 2.0: freeze",
+        lambda: frozen.step(u[:, 0], frozen.initial_state(2), rate=2.0),
     )
+
+
+def test_the_rate_that_was_frozen_may_be_said_again() -> None:
+    """As by a module that passes it to its layer."""
+    layer, u = layer_of("dplr"), torch.randn(2, 10, 4).double()
+    frozen = freeze(layer, 10, rate=0.5).module
+    oracle.close(frozen(u, rate=0.5), layer(u, rate=0.5), 1e-9)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("part", ["forward", "step"])
+def test_files_of_blocks_in_half_precision(part: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Have inputs and outputs of the block's dtype."""
+    block = S4Block(S4Layer(4, 8)).to(dtype)
+    run = torch.export.load(export(block, tmp_path / "x.pt2", part, max_length=10)).module()
+    u = torch.randn(2, 7, 4, dtype=dtype)
+    if part == "forward":
+        got, want = run(u), block.eval()(u)
+    else:
+        state = freeze(block).part("step").initial_state(2)
+        got, want = run(u[:, 0], state)[0], block.eval().step(u[:, 0], state["state_0"])[0]
+    assert got.dtype == dtype
+    oracle.close(got.float(), want.float(), 4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +319,7 @@ def test_lengths_and_rate_of_a_frozen_layer() -> None:
         ({"mode": "auto"}, "mode must be one of 'fft', 'scan', got 'auto'"),
         ({"rate": 0}, "rate must be finite and above 0"),
         ({"model": nn.Linear(2, 2)}, "S4Layer inside, got Linear"),
+        ({"model": freeze(S4Layer(2, 2))}, "frozen already"),
         ({"model": "x"}, "model must be a torch.nn.Module"),
     ],
 )
@@ -312,7 +339,10 @@ def test_what_is_not_exported(tmp_path: Path) -> None:
     refuses(ValueError, "part must be one of 'forward', 'chunk', 'step'", lambda: export(layer, file, "all"))
     refuses(ValueError, "needs max_length", lambda: export(layer, file))
     refuses(ValueError, "S4Model: freeze those, got Around", lambda: export(Around(), file, "step"))
-    refuses(ValueError, "example must be given", lambda: export(Around(), file, max_length=5))
+    refuses(ValueError, "example=.* must be given: Around", lambda: export(Around(), file, max_length=5))
+    refuses(FileNotFoundError, "nowhere", lambda: export(layer, tmp_path / "nowhere" / "x.pt2", max_length=5))
+    half = S4Block(S4Layer(4, 8, dtype="bfloat16"))
+    refuses(ValueError, "no bfloat16", lambda: export(half, tmp_path / "x.onnx", max_length=5))
     frozen = freeze(layer, 5)
     assert isinstance(frozen, Frozen)
     refuses(ValueError, "are its own", lambda: export(frozen, file, max_length=5))

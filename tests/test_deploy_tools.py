@@ -88,6 +88,23 @@ def test_onnx_forward(pooling: str, both: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.promise(
+    "s4.deploy",
+    "`torch.onnx.export` and `torch.jit.trace` of layers that are not frozen: errors that name `s4.deploy`",
+    supported=False,
+)
+def test_layers_are_frozen_for_onnx_and_torchscript(unchecked: None, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    layer, u = S4Layer(4, 8), torch.randn(2, 70, 4)
+    with pytest.raises(Exception, match=r"torch\.export") as caught:
+        torch.onnx.export(layer, (u,), tmp_path / "x.onnx", dynamo=True, verbose=False)
+    assert "s4.deploy.export" in str(caught.value.__cause__)
+    for mode in ("fft", "scan", "auto"):
+        layer.mode = mode
+        with pytest.raises(TypeError, match=r"s4\.deploy\.freeze"):
+            torch.jit.trace(layer, (u,))
+
+
+@pytest.mark.promise(
     "s4.deploy", "`.onnx` in onnxruntime: chunk and step with named states in and out, to 1e-5"
 )
 @pytest.mark.parametrize(("part", "pooling"), [("chunk", "none"), ("step", "last")])

@@ -45,22 +45,29 @@ def export(
         part: "forward", whole sequences; "chunk", so many steps at a time; "step", one.
         max_length, chunk, rate: of `freeze`; chunk is 64 unless told.
         example: inputs as forward takes them, (B, L, ...), whose dtype and last dimensions the file has.
-            Needed where they are not told by an S4Layer or S4Block, or by an `nn.Linear` or `nn.Embedding` as
-            the encoder of an S4Model, or its first part.
+            Needed of every module of your own, and of an S4Model whose encoder does not begin with an
+            `nn.Linear` or `nn.Embedding`.
 
     Returns:
         the path.
 
     Raises:
-        ValueError: another suffix; a part that the model has not; no max_length; no example where needed.
+        ValueError: another suffix; a part that the model has not; no max_length; no example where needed;
+            bfloat16 for .onnx.
+        FileNotFoundError: no such folder.
     """
     path = Path(path)
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"path must end in '.onnx' or '.pt2', which choose the format, got {path.name!r}")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"path must be in a folder that is there, got {path}")
     check_option("part", part, PARTS)
     onnx = path.suffix == ".onnx"
     module = _frozen(model, part, max_length, chunk, rate, onnx)
     example = _example(module) if example is None else example
+    kinds = {example.dtype, *(t.dtype for t in (*module.parameters(), *module.buffers()))}
+    if onnx and torch.bfloat16 in kinds:
+        raise ValueError("onnxruntime computes no bfloat16 on a CPU: export model.float() or model.half()")
     batch = torch.export.Dim("batch", min=1)
     if part == "forward":
         longest = _longest(module, onnx)
@@ -110,6 +117,8 @@ def _frozen(
         for layer in frozen.modules():
             if isinstance(layer, FrozenLayer) and part != "chunk":
                 layer.pieces = None
+    if part != "forward" and any(m.bidirectional for m in frozen.modules() if isinstance(m, FrozenLayer)):
+        raise ValueError(f"part={part!r} needs causal layers, but this model has bidirectional ones")
     if part != "forward" and not isinstance(frozen, Frozen):
         name = type(frozen).__name__
         raise ValueError(f"part={part!r} is of S4Layer, S4Block and S4Model: freeze those, got {name}")
@@ -131,7 +140,9 @@ def _example(module: nn.Module) -> Tensor:
     inner = module.module if isinstance(module, Frozen) else module
     if isinstance(inner, (FrozenLayer, S4Block)):
         layer = inner if isinstance(inner, FrozenLayer) else inner.layer
-        return layer.D.new_zeros(2, 1, layer.d_model)
+        # Of a block what surrounds the layer, whose own numbers are constants of float32 or more.
+        around = next((p.dtype for p in inner.parameters()), layer.dtype)
+        return torch.zeros(2, 1, layer.d_model, dtype=around, device=layer.D.device)
     first = getattr(inner, "encoder", None)
     while isinstance(first, nn.Sequential) and len(first):
         first = first[0]
@@ -139,4 +150,6 @@ def _example(module: nn.Module) -> Tensor:
         return torch.zeros(2, 1, dtype=torch.int64, device=first.weight.device)
     if isinstance(first, nn.Linear):
         return torch.zeros(2, 1, first.in_features, dtype=first.weight.dtype, device=first.weight.device)
-    raise ValueError(f"example must be given for this model, inputs (B, L, ...), got {type(inner).__name__}")
+    raise ValueError(
+        f"example=inputs (B, L, ...) must be given: {type(inner).__name__} does not tell what it takes"
+    )

@@ -145,7 +145,9 @@ def freeze(
     check_number("rate", rate, 0, above=True)
     layers = [module for module in model.modules() if isinstance(module, S4Layer)]
     if not layers:
-        raise ValueError(f"model must have an S4Layer inside, got {type(model).__name__}")
+        frozen_already = any(isinstance(module, FrozenLayer) for module in model.modules())
+        lacks = "is frozen already" if frozen_already else "must have an S4Layer inside"
+        raise ValueError(f"model {lacks}, got {type(model).__name__}")
     frozen = {id(layer): FrozenLayer(layer, max_length, chunk, mode, rate) for layer in layers}
     copied = copy.deepcopy(model, frozen).eval().requires_grad_(False)
     if not isinstance(model, (S4Layer, S4Block, S4Model)):

@@ -27,6 +27,7 @@ class FrozenLayer(nn.Module):
         super().__init__()
         self.d_model, self.d_state, self.bidirectional = layer.d_model, layer.d_state, layer.bidirectional
         self.max_length, self.chunk_length, self.mode = max_length, chunk, mode
+        self.rate, self.dtype = rate, layer.D.dtype  # of the layer; what it computes in is that of D
         dtype = torch.float64 if layer.D.dtype == torch.float64 else torch.float32
         P = layer.P if layer.variant == "dplr" else None
         parameters = layer.log_dt, layer.log_A_real, layer.A_imag, layer.B, layer.C, P
@@ -101,7 +102,10 @@ class FrozenLayer(nn.Module):
         self._check_causal("chunk")
         check_features("u", u, self.D, "batch", "chunk")
         if u.shape[1] != self.chunk_length:
-            raise ValueError(f"u must have chunk={self.chunk_length} steps, got {u.shape[1]}")
+            raise ValueError(
+                f"with a state u must have chunk={self.chunk_length} steps, got {u.shape[1]}: "
+                "freeze(model, chunk=...)"
+            )
         check_state("state", state, (u.shape[0], self.d_model, self.d_state), self.D)
         with dispatch.full_precision(u.device):
             y, after = self.pieces(u.to(self.D.dtype), state)
@@ -133,7 +137,6 @@ class FrozenLayer(nn.Module):
         if self.bidirectional:
             raise ValueError(f"{what} needs a causal layer, but this one has bidirectional=True")
 
-    @staticmethod
-    def _check_rate(rate: float) -> None:
-        if rate != 1.0:
-            raise ValueError(f"rate must be 1, as it is frozen: freeze(model, rate=...), got {rate}")
+    def _check_rate(self, rate: float) -> None:
+        if rate not in (1.0, self.rate):
+            raise ValueError(f"rate is frozen at {self.rate}, got {rate}: freeze(model, rate={rate})")

@@ -116,7 +116,13 @@ def fused(operation: str, backend: str, device_type: str) -> bool:
 
 def opaque() -> bool:
     """Whether what goes by the bits of a length has to be one operator: where a graph serves every length."""
-    return torch.compiler.is_compiling() and not transformed()
+    if not torch.compiler.is_compiling() or transformed():
+        return False
+    if exporting_onnx():
+        raise ValueError(
+            "S4 layers go to ONNX as constants: s4.deploy.export(model, 'model.onnx', max_length=...)"
+        )
+    return True
 
 
 @constant
@@ -144,6 +150,8 @@ def way(
     Where the device has no float64, states always are a scan's: its maps, made on the CPU, serve all there is
     to compute, and what a state adds to the outputs of a convolution would need that precision.
     """
+    if isinstance(L, Tensor):
+        raise TypeError("torch.jit.trace takes S4 layers as constants: trace s4.deploy.freeze(model, ...)")
     if stateful and device_type in WITHOUT_FLOAT64:
         return "scan"
     if mode != "auto":
