@@ -58,6 +58,8 @@ def main(
     """
     if out.suffix != ".onnx":
         raise SystemExit(f"--out: the name must end in .onnx, got {out}")
+    if not out.absolute().parent.is_dir():
+        raise SystemExit(f"--out: there is no folder {out.parent}")
     torch.manual_seed(seed)
     model = Denoiser(d_model)
     optimizer = torch.optim.AdamW(param_groups(model, lr=4e-3, ssm_lr=4e-3, weight_decay=0.01))

@@ -37,7 +37,7 @@ def read(file: Path) -> tuple[np.ndarray, int]:
             channels, width, rate = audio.getnchannels(), audio.getsampwidth(), audio.getframerate()
             frames = audio.readframes(audio.getnframes())
     except (OSError, EOFError, wave.Error) as error:
-        raise ValueError(f"cannot read {file}: {error or 'it ends early'}") from None
+        raise ValueError(f"cannot read {file}: {str(error) or 'it ends early'}") from None
     if width != 2:
         raise ValueError(f"{file} must have samples of 16 bits, got {8 * width}")
     return np.frombuffer(frames, "<i2").reshape(-1, channels).T / np.float32(32768), rate

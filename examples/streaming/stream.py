@@ -77,6 +77,8 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("out.wav"), help="what comes out (default: out.wav)")
     options = parser.parse_args(arguments)
+    if not options.out.absolute().parent.is_dir():
+        parser.error(f"--out: there is no folder {options.out.parent}")
     try:
         session = opened(options.model)
         if options.audio is None:

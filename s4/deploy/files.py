@@ -139,10 +139,10 @@ def _example(module: nn.Module) -> Tensor:
     """Inputs (2, 1, ...) as the first module that knows them takes them."""
     inner = module.module if isinstance(module, Frozen) else module
     if isinstance(inner, (FrozenLayer, S4Block)):
-        layer = inner if isinstance(inner, FrozenLayer) else inner.layer
+        layer: Any = inner if isinstance(inner, FrozenLayer) else inner.layer
         # Of a block what surrounds the layer, whose own numbers are constants of float32 or more.
-        around = next((p.dtype for p in inner.parameters()), layer.dtype)
-        return torch.zeros(2, 1, layer.d_model, dtype=around, device=layer.D.device)
+        kinds: list[torch.dtype] = [p.dtype for p in inner.parameters()] or [layer.dtype]
+        return torch.zeros(2, 1, layer.d_model, dtype=kinds[0], device=layer.D.device)
     first = getattr(inner, "encoder", None)
     while isinstance(first, nn.Sequential) and len(first):
         first = first[0]

@@ -22,6 +22,7 @@ class FrozenLayer(nn.Module):
 
     D: Tensor
     kernel: Tensor
+    dtype: torch.dtype
 
     def __init__(self, layer: S4Layer, max_length: int | None, chunk: int, mode: str, rate: float) -> None:
         super().__init__()
