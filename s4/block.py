@@ -12,6 +12,7 @@ from s4.checks import (
     check_lengths,
     check_number,
     check_option,
+    check_tensor,
 )
 from s4.layer import S4Layer
 from s4.ops import dispatch
@@ -142,6 +143,7 @@ class S4Block(nn.Module):
         """
         check_features("x", x, self.layer.d_model, "batch")
         if hooked(self):
+            check_tensor("state", state)
             y, state = self(x[:, None], state, rate=rate, return_state=True)
             return y[:, 0], state
         try:

@@ -100,6 +100,12 @@ def check_kind(name: str, value: Tensor, parameters: Iterable[Tensor], error: Ru
         raise TypeError(f"{name} must suit parameters of {takes}, got {kind}: {error}") from error
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """A tensor, of whatever kind."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def check_state(
     name: str, value: Any, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
 ) -> None:

@@ -16,6 +16,7 @@ from s4.checks import (
     check_number,
     check_option,
     check_state,
+    check_tensor,
 )
 from s4.ops import dispatch, step
 from s4.ops.kept import Kept
@@ -246,21 +247,23 @@ class S4Layer(nn.Module):
             check_state("state", state, (batch, self.d_model, self.d_state), self.D, dtype)
         if lengths is not None:
             lengths = check_lengths(lengths, batch, L, self.D)
-        D = self.D.to(dtype)
+        x = u.to(dtype)
         # What "auto" chooses for its speed alone keeps its precision.
-        products = dispatch.product_dtype(D) if self.mode == "scan" else dtype
+        products = dispatch.product_dtype(x) if self.mode == "scan" else dtype
         with dispatch.full_precision(u.device):
-            x = u.to(dtype)
             if lengths is not None:
                 x = zero_padding(x, lengths)
             options = self.mode, products, self.backend, return_state
             kept = None if self.training else self._kept
-            y, after = sequence(self._systems(rate), D, x, state, lengths, *options, kept)
+            y, after = sequence(self._systems(rate), self.D, x, state, lengths, *options, kept)
             y = y.to(u.dtype)
         return (y, after) if after is not None else y
 
     def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0) -> tuple[Tensor, Tensor]:
         """One step of the recurrence; needs no call before it.
+
+        Where a hook runs before `forward`, or something stands in its place, as with parameters that are
+        sharded or offloaded, a step goes there as a sequence of one.
 
         Args:
             u: inputs (B, H) of one time step, floating point.
@@ -273,11 +276,12 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
+        dtype = self._check(rate, "step")
         if self._forward_pre_hooks or "forward" in self.__dict__:  # `sharded.hooked`, sparing a call
             check_features("u", u, self.d_model, "batch")
+            check_tensor("state", state)
             y, state = self(u[:, None], state, rate=rate, return_state=True)
             return y[:, 0], state
-        dtype = self._check(rate, "step")
         check_features("u", u, self.D, "batch")
         check_state("state", state, (u.shape[0], self.d_model, self.d_state), self.D, dtype)
         y, state = step.advance(

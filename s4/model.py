@@ -133,10 +133,10 @@ class S4Model(nn.Module):
         """
         if not isinstance(u, Tensor) or u.dim() < 1:
             raise ValueError(f"u must be a tensor of shape (batch, ...), got {kind_of(u)}")
+        self._check_state(state, u.shape[0])
         if hooked(self):
             y, after = self(u[:, None], state, rate=rate, return_state=True)
             return y[:, 0] if self.pooling == "none" else y, after
-        self._check_state(state, u.shape[0])
         x = self._encoded(u[:, None])[:, 0]
         layers = []
         for block, layer_state in zip(self.blocks, state.layers, strict=True):

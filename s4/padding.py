@@ -20,3 +20,11 @@ def right_aligned(x: Tensor, lengths: Tensor) -> Tensor:
     L = x.shape[1]
     source = torch.arange(L, device=x.device)[:, None] - (L - lengths[:, None, None])
     return x.gather(1, source.clamp(min=0).expand_as(x)).masked_fill(source < 0, 0)
+
+
+def last_steps(x: Tensor, some: int, T: int) -> Tensor:
+    """The last T steps of x (B, L, H), zero but for the last few: of one size, however many those are."""
+    L = x.shape[1]
+    at = torch.arange(L - T, L, device=x.device)
+    source = x if L > 0 else x.new_zeros(x.shape[0], 1, x.shape[2])
+    return torch.where((at >= L - some)[:, None], source.index_select(1, at.clamp(min=0)), 0)

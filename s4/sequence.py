@@ -33,7 +33,7 @@ def sequence(
 
     Args:
         systems: the arguments of `s4.system.system`.
-        D: what an input adds to its own output.
+        D: what an input adds to its own output, in the dtype of the parameter.
         u: inputs, zero past the lengths.
         x: the state before the first input; None is zero.
         lengths: of right-padded sequences; None where all have the length of u.
@@ -45,12 +45,15 @@ def sequence(
     """
     made: dict[Any, Any] | None = None
     if kept is not None and D.is_cpu:
-        if dispatch.compiling() and not dispatch.exporting() and dispatch.unwatched(D):
-            options = mode, products, backend, return_state
-            y, after = operator(systems[:6], D, u, x, lengths, *systems[6:], *options)
+        if dispatch.opaque() and not dispatch.exporting() and dispatch.unwatched(D):
+            rate, discretization = systems[6:]
+            options = discretization, mode, products, backend, return_state
+            told = rate * torch.ones((), dtype=torch.float64)  # a number would be a constant of the graph
+            y, after = operator(systems[:6], D, u, x, lengths, told, *options)
             return y, after if return_state else None
         if dispatch.keeps(D, u, u if x is None else x):
             made = kept.of(*step.identity(systems, D, backend))
+    D = D.to(u.dtype)
     batch, L, _ = u.shape
     found = {} if made is None else made
     if "recurrence" not in found:
@@ -89,7 +92,7 @@ def operator(
     u: Tensor,
     x: Tensor | None,
     lengths: Tensor | None,
-    rate: float,
+    rate: Tensor,
     discretization: str,
     mode: str,
     products: torch.dtype,
@@ -102,9 +105,9 @@ def operator(
     asked for.
     """
     dispatch.refuse_tangents()
-    kept = kept_at("sequence", systems, D, (rate, discretization, backend))
     options = mode, products, backend, return_state
-    y, after = sequence((*systems, rate, discretization), D, u, x, lengths, *options, kept)
+    kept = kept_at("sequence", systems[0])
+    y, after = sequence((*systems, rate.item(), discretization), D, u, x, lengths, *options, kept)
     return y.contiguous(), u.new_empty(0) if after is None else after.contiguous()
 
 
@@ -115,7 +118,7 @@ def _(
     u: Tensor,
     x: Tensor | None,
     lengths: Tensor | None,
-    rate: float,
+    rate: Tensor,
     discretization: str,
     mode: str,
     products: torch.dtype,

@@ -33,7 +33,7 @@ def test_a_few_graphs_serve_every_shape(mode: str) -> None:
     parameter adds up those of every position.
     """
     found = lines("compiled.py", mode)
-    assert len(found) == 15
+    assert len(found) == 7
     for *case, dynamic, graphs, value, gradient in found:
         assert graphs <= (2 if dynamic else GRAPHS), case
         assert value < 2e-5, case
@@ -41,13 +41,15 @@ def test_a_few_graphs_serve_every_shape(mode: str) -> None:
 
 
 CHANGED = """
-import torch
+import gc, torch
+from torch._dynamo.utils import counters
 from s4 import S4Layer
+from s4.ops import kept
 torch.manual_seed(0)
-for mode in ("fft", "scan", "auto"):
-    layer = S4Layer(4, 8, mode=mode).eval()
+for mode, variant in (("fft", "dplr"), ("scan", "diag"), ("auto", "dplr")):
+    layer = S4Layer(4, 8, mode=mode, variant=variant).eval()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    u = torch.randn(2, 300, 4)
+    u, x = torch.randn(2, 300, 4), torch.randn(2, 4, 8)
     with torch.no_grad():
         for change in (
             lambda: None,
@@ -58,15 +60,32 @@ for mode in ("fft", "scan", "auto"):
             lambda: layer.double(),
         ):
             change()
-            x = u.to(layer.D.dtype)
-            want = layer.train()(x)
+            given = u.to(layer.D.dtype), x.to(layer.D.dtype)
+            want = layer.train()(*given, return_state=True)
             layer.eval()
-            torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-4)
+            for _ in range(2):
+                torch.testing.assert_close(compiled(*given, return_state=True), want, rtol=1e-4, atol=1e-4)
+        # A rate is no constant of the graph.
+        counters.clear()
+        for rate in (0.5, 0.6, 0.7, 0.8, 0.9):
+            got, want = compiled(*given, rate=rate), layer(*given, rate=rate)
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        assert counters["stats"]["unique_graphs"] <= 2, counters
+        # A transform inside the graph sees no operator.
+        tangent = torch.compile(lambda u, v: torch.func.jvp(layer, (u,), (v,)), backend="aot_eager")
+        torch.testing.assert_close(tangent(given[0], given[0])[1], layer(given[0]), rtol=1e-9, atol=1e-9)
+    del layer, compiled, tangent
+    torch._dynamo.reset()
+    gc.collect()
+    assert len(kept._kept) == 0
 """
 
 
-@pytest.mark.promise("torch.compile", "a compiled layer in evaluation follows every change of its parameters")
+@pytest.mark.promise(
+    "torch.compile",
+    "a compiled layer in evaluation follows every change of its parameters, has one graph for all rates, "
+    "and leaves nothing behind",
+)
 def test_what_is_kept_follows_the_parameters() -> None:
     printed(process(CHANGED))
 
@@ -192,7 +211,7 @@ def test_the_operator_of_evaluation_loses_no_tangent() -> None:
     layer = S4Layer(3, 8)
     *given, rate, discretization = layer._systems(1.0)
     u = torch.randn(2, 9, 3)
-    options = rate, discretization, "fft", torch.float32, "auto", False
+    options = torch.tensor(rate).double(), discretization, "fft", torch.float32, "auto", False
     with forward_ad.dual_level(), torch.no_grad():
         dual = forward_ad.make_dual(u, u)
         with pytest.raises(RuntimeError, match="forward-mode"):
@@ -209,6 +228,7 @@ def test_operators_of_graphs_are_sound(variant: str, unchecked: None) -> None:
     for T in (0, 3):
         check(maps.power, (a, F, G, B, C, D, T, f64, "auto"))
     check(advance.operator, (a, F, G, x, torch.tensor([0, 13]), 13))
+    check(advance.operator, (a, F, G, x, torch.tensor([0, 0]), 0))
     check(convolve.operator, (u, k, None))
     check(convolve.operator, (u, k, k.detach().clone().requires_grad_()))
     check(response.operator, (a, F, G, B[:, None], C, 7, f64, "torch"))
@@ -216,6 +236,7 @@ def test_operators_of_graphs_are_sound(variant: str, unchecked: None) -> None:
     *given, rate, discretization = layer._systems(1.0)
     values = [None if p is None else p.detach() for p in given], layer.D.detach(), torch.randn(2, 70, 3)
     state, lengths = torch.randn(2, 3, 8), torch.tensor([70, 3])
-    for x_, rows, returns in ((None, None, False), (state, None, True), (state, lengths, True)):
-        options = rate, discretization, "auto", torch.float32, "auto", returns
-        check(sequence_kept, (*values, x_, rows, *options))
+    for mode in ("fft", "scan", "auto"):
+        for x_, rows, returns in ((None, None, False), (state, lengths, True)):
+            options = torch.tensor(rate).double(), discretization, mode, torch.float32, "auto", returns
+            check(sequence_kept, (*values, x_, rows, *options))

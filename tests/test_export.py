@@ -1,5 +1,7 @@
 """torch.export: one program for every batch and length, saved, loaded, and run where s4 is imported."""
 
+import re
+
 import pytest
 import torch
 from processes import lines, printed, process
@@ -73,7 +75,9 @@ def test_a_program_does_not_load_without_s4(files: tuple[str, str]) -> None:
     out, err = running.communicate(timeout=300)
     assert running.returncode != 0
     assert "loaded" not in out
-    assert "s4" in err.splitlines()[-1] or "s4." in err, err
+    assert re.search(
+        r"s4(::|\.)(response|convolve)|Unknown operator|has no attribute 's4'|_OpNamespace", err
+    ), err
 
 
 def test_a_program_trains(unchecked: None) -> None:

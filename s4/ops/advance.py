@@ -38,7 +38,7 @@ def _of(steps: Tensor, longest: int) -> Callable[..., Tensor]:
 def operator(a: Tensor, F: Tensor, G: Tensor, x: Tensor, steps: Tensor, longest: int) -> Tensor:
     """`plain`, for a graph that serves every length."""
     dispatch.refuse_tangents()
-    return plain(a, F, G, x, steps, longest).contiguous()
+    return plain(a, F, G, x, steps, longest).clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("s4::advance_backward", mutates_args=())

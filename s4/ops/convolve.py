@@ -64,7 +64,8 @@ def convolve(
     `more` is added to them: what a state before the first input gives.
     """
     ahead = k[0] + pad(D[:, None], (0, k.shape[-1] - 1))
-    turn = transpose if dispatch.transformed() else Transposed.apply
+    # In a graph torch would take a batch for the stride of a sequence of one step.
+    turn = transpose if dispatch.opaque() or dispatch.transformed() else Transposed.apply
     rows = turn(u, False)
     y = causal(rows, ahead) if len(k) == 1 else two_sided(rows, ahead, k[1])
     y = y if more is None else y + more
@@ -127,7 +128,7 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `circular`, each if needed."""
     if u.numel() == 0:
-        return g, torch.zeros_like(k)
+        return torch.zeros_like(u), torch.zeros_like(k)
     size, grad_u, grad_k = k.shape[-1], None, None
     G = torch.fft.rfft(g, size)
     if need_u:

@@ -294,7 +294,7 @@ def through(plain: Callable[..., Any], inputs: Sequence[Tensor], grads: Any) -> 
 def pulled(plain: Callable[..., Any], inputs: Sequence[Tensor], grads: Any) -> list[Tensor]:
     """Gradients of a map by its plain definition inside an operator, where autograd records nothing."""
     back = torch.func.vjp(plain, *inputs)[1]
-    return [g.contiguous() for g in back(grads)]
+    return [g.clone(memory_format=torch.contiguous_format) for g in back(grads)]  # of no input's memory
 
 
 def plain_memory(t: Tensor) -> Tensor:

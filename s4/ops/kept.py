@@ -1,10 +1,10 @@
 """What the parameters of a layer come to, kept from one call to the next until they change."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from s4.backends import cpu
 
@@ -48,15 +48,11 @@ class Kept:
         return Kept, ()
 
 
-_KEPT = 256  # systems, also of layers that are no more, until others take their place
-_kept: OrderedDict[object, Kept] = OrderedDict()  # by whom, addresses of parameters, and options
+# By a parameter, for as long as that lives, and by whom: what operators keep, which know no layer.
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def kept_at(whom: str, systems: Sequence[Tensor | None], D: Tensor, options: tuple[Any, ...]) -> Kept:
-    """What operators keep, which know no layer: found by where the parameters lie, and by the options."""
-    key = whom, *(t.data_ptr() for t in systems if t is not None), D.dtype, *options
-    kept = _kept.setdefault(key, Kept())
-    _kept.move_to_end(key)
-    while len(_kept) > _KEPT:
-        _kept.popitem(last=False)
-    return kept
+def kept_at(whom: str, parameter: Tensor | None) -> Kept:
+    """What an operator keeps of the layer that this is a parameter of."""
+    found: Kept = _kept.setdefault(parameter, {}).setdefault(whom, Kept())
+    return found

@@ -17,7 +17,7 @@ from s4.ops import dispatch
 from s4.ops.advance import advance
 from s4.ops.convolve import transpose
 from s4.ops.maps import Maps, maps, power
-from s4.padding import right_aligned
+from s4.padding import last_steps, right_aligned
 from s4.powers import Propagator
 from s4.precision import add_product, product, without_denormals
 from s4.system import Recurrence
@@ -91,14 +91,15 @@ def scan(
     if not one_graph and rest == 0:
         return y, last.transpose(0, 1)
     # From the state before the ragged chunk to that after its inputs.
-    at = torch.arange(L - T, L, device=u.device)  # of one size for every rest, as a graph needs it
-    late = torch.where((at >= L - rest)[:, None], u.index_select(1, at.clamp(min=0)), 0)
-    driven = product(late.permute(2, 0, 1), ahead.inward)
+    if one_graph:
+        driven = product(last_steps(u, rest, T).permute(2, 0, 1), ahead.inward)
+    else:
+        driven = product(u[:, L - rest :].permute(2, 0, 1), ahead.inward[:, T - rest :])
     if not (one_graph or apart or dispatch.fused("maps", backend, u.device.type)):
         steps = torch.full((B,), rest, device=u.device)
         return y, Propagator(recurrence).advance(last.transpose(0, 1), steps, T - 1) + driven.transpose(0, 1)
-    length, onward = made.get("rest", (None, ahead.onward))
-    if length is None or length != rest:
+    length, onward = made.get("rest", (None, None))
+    if length is None or length != rest:  # None apart, as a graph would ask whether one is the other
         if apart and not one_graph:
             onward = Propagator(recurrence).power(rest).mT.to(u.dtype)
         else:

@@ -127,7 +127,7 @@ def _step_kept(
     discretization: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    kept = kept_at("step", parameters, D, (rate, discretization))
+    kept = kept_at("step", parameters[0])
     made = kept.of(*identity((*parameters, rate, discretization), D, backend))
     recurrence: Recurrence | None = made.get("rounded")
     if recurrence is None:
