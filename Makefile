@@ -14,7 +14,7 @@ demo: $(STAMP)-examples  ## train on digits, then classify them pixel by pixel a
 	$(PY) examples/demo.py
 
 test: $(STAMP)-test  ## the whole test suite
-	$(PY) -m pytest -q -n $(or $(WORKERS),auto)
+	$(PY) -m pytest -q -n $(or $(WORKERS),auto) --dist worksteal
 
 fuzz: $(STAMP)-test  ## random layers and inputs against scipy, 10,000 of them or CASES=number
 	FUZZ=$(or $(CASES),10000) $(PY) -m pytest -q tests/test_fuzz.py

@@ -47,16 +47,7 @@ def check(f, *arguments, backend="aot_eager", **keywords):
     torch.testing.assert_close(got, f(*arguments, **keywords), rtol=1e-4, atol=1e-5)
 
 for variant in ("dplr", "diag"):
-    layer = S4Layer(4, 8, variant=variant)
-    check(layer.step, u[:, 0], x)
-    results = []
-    for f in (torch.compile(layer, fullgraph=True, backend="aot_eager"), layer):
-        y, state = f(u, x, return_state=True)
-        (y.square().sum() + state.sum()).backward()
-        results.append([y, state, *(p.grad.clone() for p in layer.parameters())])
-        layer.zero_grad()
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
-check(S4Layer(4, 8, bidirectional=True), u, lengths=torch.tensor([3, 9]))
+    check(S4Layer(4, 8, variant=variant).step, u[:, 0], x)
 block = S4Block(S4Layer(4, 8), norm="batch")
 block(3 * u + 1)  # statistics away from (0, 1)
 check(block, u, lengths=torch.tensor([3, 9]))
