@@ -92,7 +92,8 @@ def count(case: Case, whole: bool) -> tuple[int, float, float]:
     differentiated = case.how != "eval without gradients"
     value = gradient = 0.0
     graphs = 0
-    small = SMALL if case.how == "training" and not case.dynamic else ()
+    odd = case.how == "training" and (whole or (case.variant, case.bidirectional) == ("dplr", False))
+    small = SMALL if odd and not case.dynamic else ()
     shapes = itertools.product(*((ALL_LENGTHS, ALL_BATCHES) if whole else (LENGTHS, BATCHES)))
     for L, B in (*shapes, *small):
         if SMALL[0] == (L, B):
