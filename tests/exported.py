@@ -30,8 +30,9 @@ class Part(nn.Module):
         self.module = module
         self.call = call
 
-    def forward(self, *inputs: Any) -> Any:
-        return self.call(self.module, *inputs)
+    def forward(self, u: Tensor, second: Any, third: Any = None) -> Any:
+        """Named arguments: torch 2.9 loses sight of others in the conditions of a program."""
+        return self.call(self.module, u, second, *([] if third is None else [third]))
 
 
 def with_state(module: Any, u: Tensor, state: Any, lengths: Tensor) -> Any:
@@ -77,7 +78,7 @@ def worst(module: nn.Module, call: Callable[..., Any], automatic: bool) -> tuple
     b, length = (Dim.AUTO, Dim.AUTO) if automatic else (Dim("batch", min=1), Dim("length", min=1))
     sizes: list[Any] = pytree.tree_map(lambda t: {0: b}, list(first))
     sizes[0] = {0: b, 1: length}
-    program = export(part, first, dynamic_shapes=(tuple(sizes),))
+    program = export(part, first, dynamic_shapes=tuple(sizes))
     ranges = sorted(str(r) for r in program.range_constraints.values())
     run = saved(program).module()
     found = 0.0
