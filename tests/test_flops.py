@@ -42,6 +42,18 @@ def test_backward_is_counted(mode: str, variant: str) -> None:
         assert 2 * found[name] <= found[f"{name}_backward"] <= 4 * found[name]
 
 
+@fused
+def test_what_is_left_of_a_last_chunk_is_counted() -> None:
+    """The map past it, made with the others of that many steps; backward three times as much."""
+    layer = S4Layer(H, N, variant="diag", mode="scan")
+    with FlopCounterMode(display=False) as counter:
+        _, state = layer(torch.randn(B, L + 3, H), return_state=True)
+        state.sum().backward()
+    found = {str(name): n for name, n in counter.get_flop_counts()["Global"].items()}
+    assert found["s4.power"] == H * (2 * 3 * 3 * N + 2 * 3 * N + 3 * N)
+    assert found["s4.power_backward"] == 3 * found["s4.power"]
+
+
 def test_sums_and_steps_are_counted() -> None:
     layer = S4Layer(H, N).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -1,7 +1,7 @@
 """Floating point operations of the operators, for torch.utils.flop_counter.FlopCounterMode.
 
 Of the arithmetic that the fused code does, a multiplication and an addition each one. Torch counts no FFT,
-and no single steps where gradients are recorded.
+no single steps where gradients are recorded, and nothing of a layer compiled for evaluation.
 A backward pass of maps and responses takes three times the forward, its factors made again.
 """
 
@@ -51,6 +51,15 @@ def of_maps_backward(grads: Sequence[Shape], inputs: Sequence[Shape], *_: Any, *
     return 3 * of_maps(a, F, G, B, C, D, grads[1][1])
 
 
+def of_power(a: Shape, F: Shape, G: Shape, B: Shape, C: Shape, D: Shape, T: int, *_: Any, **__: Any) -> int:
+    return of_maps(a, F, G, B, C, D, T) if T else 0  # of which it is one
+
+
+def of_power_backward(grad: Shape, inputs: Sequence[Shape], T: int, *_: Any, **__: Any) -> int:
+    a, F, G, B, C, D = inputs
+    return 3 * of_power(a, F, G, B, C, D, T)
+
+
 def of_response(a: Shape, F: Shape, G: Shape, X: Shape, C: Shape, L: int, *_: Any, **__: Any) -> int:
     (H, N), rank, q, c = a, F[0], X[1], C[0]
     T = max(1, round(math.sqrt(L * c / max(1, q))))  # columns A^b X, as many as there are rows C A^(a T)
@@ -91,6 +100,8 @@ _FORMULAS: dict[str, Any] = {
     "scan_backward": of_scan_backward,
     "maps": of_maps,
     "maps_backward": of_maps_backward,
+    "power": of_power,
+    "power_backward": of_power_backward,
     "response": of_response,
     "response_backward": of_response_backward,
     "cauchy": of_cauchy,
