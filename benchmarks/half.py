@@ -23,6 +23,7 @@ from torch import Tensor
 
 from s4 import S4Layer
 
+# What is trained, and the truth, are folders beside this one and no packages: hence imports further down.
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
 import oracle  # noqa: E402  # the float64 truth of the test suite, which shares no code with s4
@@ -181,7 +182,7 @@ def trained(recipe: str, checkpoint: Path, path: Path | None, samples: int) -> l
 
 def main(
     runs: dict[str, Path] = {},  # noqa: B006  # read only
-    paths: dict[str, Path] = {},  # noqa: B006
+    paths: dict[str, Path] = {},  # noqa: B006  # read only
     samples: int = 400,
     d_state: int = 64,
     length: int = 1024,
