@@ -92,7 +92,8 @@ def count(case: Case, whole: bool) -> tuple[int, float, float]:
     differentiated = case.how != "eval without gradients"
     value = gradient = 0.0
     graphs = 0
-    odd = case.how == "training" and (whole or (case.variant, case.bidirectional) == ("dplr", False))
+    some = case.mode != "auto" and (case.variant, case.bidirectional) == ("dplr", False)
+    odd = case.how == "training" and (whole or some)  # "auto" is one of the others
     small = SMALL if odd and not case.dynamic else ()
     shapes = itertools.product(*((ALL_LENGTHS, ALL_BATCHES) if whole else (LENGTHS, BATCHES)))
     for L, B in (*shapes, *small):
