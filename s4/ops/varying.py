@@ -2,9 +2,9 @@
 
     x_t = Abar(dt rate_t) x_{t-1} + Bbar(dt rate_t) u_t,    y_t = C x_t + D u_t
 
-with Abar and Bbar by the discretisation of the system. As no two steps are alike, there is neither a kernel nor
-a map of a chunk: each step takes O(N), in double precision. For the gradient inputs alone are kept, of states
-nothing: they are computed again.
+with Abar and Bbar by the discretisation of the system. As no two steps are alike, there is neither a kernel
+nor a map of a chunk: each step takes O(N), in double precision. For the gradient no states are kept: they are
+computed again.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,8 +36,8 @@ def varying(
 ) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B P H N"] | None]:
     """Outputs, and the states after chosen inputs; neither numbers nor gradients pass a reset.
 
-    With a second row C also backward in time, over the same gaps: as dt rate_t lies between the inputs t-1 and
-    t, from w = 0 on, for t = L-1, ..., 1, w = Abar(dt rate_t) w + Bbar(dt rate_t) u_t and y_{t-1} += C_1 w.
+    With a second row C also backward in time, over the same gaps, as dt rate_t lies between inputs t-1 and t:
+    from w = 0 on, for t = L-1, ..., 1, w = Abar(dt rate_t) w + Bbar(dt rate_t) u_t and y_{t-1} += C_1 w.
 
     Args:
         system: in double precision, on the device of u. For a device without float64 on the CPU, where all is
@@ -160,7 +160,7 @@ def _chunks(L: int) -> list[tuple[int, int]]:
     """Where chunks start and stop, their length a power of two."""
     least, most = _CHUNK
     T = least
-    while T < most and T * T < L:
+    while most > T and T * T < L:
         T *= 2
     return [(start, min(start + T, L)) for start in range(0, L, T)]
 
@@ -244,9 +244,11 @@ def _diagonal(a: Tensor, driven: Tensor, x: Tensor, starts: Tensor | None) -> Te
     return stack(X)
 
 
-def _checked(inputs: Sequence[Tensor], resets: Tensor | None, positions: Tensor) -> list[Tensor]:
+def _checked(
+    inputs: Sequence[Tensor], resets: Tensor | None, positions: Tensor
+) -> tuple[list[Tensor], Tensor | None, Tensor]:
     """As a backend reads them, contiguous; raises unless they are what it reads raw memory as."""
-    u, rate, x, Lambda, P, *_ = inputs
+    u, rate, _, Lambda, P, *_ = inputs
     (batch, L, H), N, r = u.shape, Lambda.shape[-1], len(P)
     shapes: list[Any] = [
         (batch, L, H),
@@ -267,10 +269,11 @@ def _checked(inputs: Sequence[Tensor], resets: Tensor | None, positions: Tensor)
     if not fits or [t.dtype for t in inputs] != kinds or {t.device for t in everything} != {u.device}:
         given = [(tuple(t.shape), t.dtype, str(t.device)) for t in everything]
         raise ValueError(
-            f"need operands of shapes {shapes}, positions (B, P) of int64 and resets (B, L) of bool, N even, u and "
-            f"x of one dtype, the others of float64, on one device, got {given}"
+            f"need operands of shapes {shapes}, positions (B, P) of int64 and resets (B, L) of bool, N even, "
+            f"u and x of one dtype, the others of float64, on one device, got {given}"
         )
-    return [dispatch.plain_memory(t) for t in inputs]
+    read = [dispatch.plain_memory(t) for t in inputs]
+    return read, None if resets is None else resets.contiguous(), positions.contiguous()
 
 
 def _module(backend: str, P: Tensor, discretization: str) -> Any | None:
@@ -297,9 +300,9 @@ def operator(
     discretization: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    operands = _checked((u, rate, x, Lambda, P, B, C, D, dt), resets, positions)
+    operands, resets, positions = _checked((u, rate, x, Lambda, P, B, C, D, dt), resets, positions)
     module = _module(backend, P, discretization)
-    run = plain if module is None else module.varying
+    run: Callable[..., Any] = plain if module is None else module.varying
     y, states = run(*operands, resets, positions, discretization)
     return y.contiguous(), states.contiguous()
 
@@ -314,14 +317,14 @@ def operator_backward(
     backend: str,
 ) -> list[Tensor]:
     """Gradients of u, rate, x, Lambda, P, B, C, D and dt."""
-    operands = _checked(inputs, resets, positions)
+    operands, resets, positions = _checked(inputs, resets, positions)
     u, x = operands[0], operands[2]
     shapes: list[Any] = [u.shape, (*positions.shape, *x.shape[1:])]
     if [g.shape for g in grads] != shapes or {(g.dtype, g.device) for g in grads} != {(u.dtype, u.device)}:
         raise ValueError(f"need gradients {shapes} as u, got {[(tuple(g.shape), g.dtype) for g in grads]}")
     grads = [dispatch.plain_memory(g) for g in grads]
     module = _module(backend, inputs[4], discretization)
-    run = plain_backward if module is None else module.varying_backward
+    run: Callable[..., Any] = plain_backward if module is None else module.varying_backward
     return [g.contiguous() for g in run(grads, operands, resets, positions, discretization)]
 
 
