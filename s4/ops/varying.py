@@ -55,7 +55,7 @@ def varying(
     """
     if u.device.type in WITHOUT_FLOAT64:
         given = [None if t is None else t.cpu() for t in (D, u, rate, x, resets, positions)]
-        y, states = varying(system, *given, backend)  # type: ignore[arg-type]
+        y, states = varying(system, *given, backend)  # type: ignore[arg-type, call-arg]
         return y.to(u.device), None if states is None else states.to(u.device)
     batch, L, H = u.shape
     Lambda, P, B, C, dt, discretization = system
