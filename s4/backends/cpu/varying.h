@@ -35,14 +35,16 @@ INLINE V polynomial(V x, const double (&coefficients)[Count]) {
     return sum;
 }
 
-// e^x - 1 for x from -708 to 708, to all digits; below that -1. x = k log 2 + r, and Taylor's series at |r| < 0.35.
+// e^x - 1 for x up to 0, or to 708, to all digits. With x = k log 2 + r, |r| < 0.35; polynomials here are interpolated
+// at Chebyshev's nodes, within 2^-55 of the function.
 INLINE Lanes expm1(Lanes x) {
     typedef int64_t Bits __attribute__((vector_size(S4_BYTES)));
-    constexpr double series[] = {1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320, 1.0 / 362880,
-                                 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+    constexpr double series[] = {
+        0x1.0000000000001p-1, 0x1.5555555555556p-3, 0x1.5555555553d63p-5, 0x1.11111111109b3p-7,
+        0x1.6c16c1788bd90p-10, 0x1.a01a01a7c41d5p-13, 0x1.a019b90d2ae7ap-16, 0x1.71de0dae63bb3p-19,
+        0x1.289185613a3d6p-22, 0x1.af38a9b0ec855p-26};
     constexpr double shift = 6755399441055744.0;  // 1.5 2^52: the last bits of a sum with it are an integer
     x = x < -708.0 ? all(-708.0) : x;
-    x = x > 708.0 ? all(708.0) : x;
     const Lanes shifted = x * 0x1.71547652b82fep+0 + shift, k = shifted - shift;
     const Lanes r = x - k * 0x1.62e42fefa2p-1 - k * 0x1.9ef35793c7673p-41;
     const Lanes mean = r + r * r * polynomial(r, series);
@@ -56,10 +58,12 @@ INLINE Lanes expm1(Lanes x) {
 
 // e^z - 1, of a size as exact as that of z: from the sine and cosine of a quarter of z.im, less whole turns.
 INLINE Complex expm1(Complex z) {
-    constexpr double sines[] = {-1.0 / 6, 1.0 / 120, -1.0 / 5040, 1.0 / 362880, -1.0 / 39916800, 1.0 / 6227020800,
-                                -1.0 / 1307674368000};
-    constexpr double cosines[] = {1.0 / 24, -1.0 / 720, 1.0 / 40320, -1.0 / 3628800, 1.0 / 479001600,
-                                  -1.0 / 87178291200, 1.0 / 20922789888000};
+    constexpr double sines[] = {
+        -0x1.5555555555555p-3, 0x1.1111111110bb2p-7, -0x1.a01a019e83816p-13, 0x1.71de379654304p-19,
+        -0x1.ae600aca92c64p-26, 0x1.5e0b05bff20f2p-33};
+    constexpr double cosines[] = {
+        0x1.5555555555555p-5, -0x1.6c16c16c16967p-10, 0x1.a01a019f4e9b4p-16, -0x1.27e4fa17bf139p-22,
+        0x1.1eeb68cd22f56p-29, -0x1.907d8f29fe831p-37};
     constexpr double shift = 6755399441055744.0;
     const Lanes turns = (z.im * 0x1.45f306dc9c883p-3 + shift) - shift;
     // The first two products are exact up to 2^22 turns.
