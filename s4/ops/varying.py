@@ -216,7 +216,7 @@ def _stepwise(
     for t in range(u.shape[1]):
         if starts is not None:
             x = torch.where(starts[:, t], 0, x)
-        here = Recurrence(a[:, t], F[:, :, t], G[:, :, t], Bbar[:, t], a[:, t])
+        here = Recurrence(a[:, t], F[:, :, t], G[:, :, t], Bbar[:, t], a[None, :, t])
         _, x = step.plain(here, none, x, u[:, t])
         states.append(x)
     return torch.stack(states, 1)
