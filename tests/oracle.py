@@ -140,6 +140,9 @@ def varying(
     batch, L, H = u.shape
     A, B, C, D, dt = system
     N = B.shape[1]
+    if batch * L == 0:
+        start = torch.zeros(batch, H, N, dtype=torch.float64) if state is None else state.double()
+        return u.double(), start[:, None].expand(batch, L + 1, H, N)
     steps = (rate.double()[..., None] * dt).reshape(-1)
     every = [p.expand(batch, L, *p.shape).reshape(-1, *p.shape[1:]) for p in (A, B)]
     A, B = discretise(every[0], every[1], steps, method)
@@ -162,10 +165,8 @@ def varying(
             w = (A[b, t] @ w[..., None])[..., 0] + B[b, t] * u[b, t, :, None]
             if resets is None or not resets[b, t]:
                 y[t - 1] = y[t - 1] + (C[1] * w).sum(-1)
-        outputs.append(torch.stack(y) if y else u[b])
+        outputs.append(torch.stack(y))
         states.append(torch.stack(after))
-    if batch == 0:
-        return u, u.new_zeros(0, L + 1, H, N)
     return torch.stack(outputs), torch.stack(states)
 
 

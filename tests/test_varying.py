@@ -121,7 +121,9 @@ def truth(case: str, L: int, dtype: torch.dtype, batch: int = B) -> Truth:
     return Truth(layer, given, values, sent, gradients(layer, given, values, sent))
 
 
-def check(case: str, L: int, backend: str, tolerance: float, dtype: torch.dtype = torch.float64, batch: int = B) -> None:
+def check(
+    case: str, L: int, backend: str, tolerance: float, dtype: torch.dtype = torch.float64, batch: int = B
+) -> None:
     """Values and every gradient: errors of the largest number, or of the largest term of its sum."""
     layer, given, values, sent, wanted = truth(case, L, dtype, batch)
     got = run(layer, given, backend)
@@ -135,7 +137,9 @@ def check(case: str, L: int, backend: str, tolerance: float, dtype: torch.dtype 
         assert found[name].dtype == leaf.dtype
         # A sum of few terms may cancel: errors then are of those.
         scale = max(1e-3, float(wanted[name].abs().max())) if leaf.numel() else 1
-        assert float((found[name] - wanted[name]).abs().max() if leaf.numel() else 0) <= tolerance * scale, name
+        assert float((found[name] - wanted[name]).abs().max() if leaf.numel() else 0) <= tolerance * scale, (
+            name
+        )
 
 
 @pytest.mark.parametrize("case", FUSED_CASES)
@@ -166,7 +170,7 @@ def test_any_length(case: str) -> None:
         check(case, 1, backend, 1e-10)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FUSED_CASES)
 def test_one_rate_is_that_of_a_layer(case: str) -> None:
     """Over chunks of chunks, against the layer's scan and kernel."""
     layer = layer_of(case)
@@ -181,69 +185,118 @@ def test_one_rate_is_that_of_a_layer(case: str) -> None:
         close(a, b, 1e-10)
 
 
-def segments(resets: Tensor) -> list[tuple[int, int]]:
-    """Where the segments of one sequence start and stop."""
-    L = len(resets)
-    starts = sorted({0, *resets.nonzero()[:, 0].tolist()})
-    return list(zip(starts, [*starts[1:], L], strict=True))
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("where", ["none", "first", "all", "some"])
-def test_a_reset_begins_a_sequence(case: str, where: str) -> None:
-    """As calls for each segment, the first from the state, unless there is a reset at its start."""
-    layer, L = layer_of(case), 40
-    given = inputs(case, L, batch=1)
+@pytest.mark.parametrize("case", ["rank 1, both ways", "rank 2", "zoh", "zoh, both ways"])
+@pytest.mark.parametrize("where", [(), (0,), (3, 4, 16, 19), range(20)], ids=["none", "first", "some", "all"])
+def test_a_reset_begins_a_sequence(case: str, where: Sequence[int]) -> None:
+    """As a call for each segment, the first of which begins with the state, unless it begins with a reset."""
+    L = 20
+    layer, given = layer_of(case), inputs(case, L, batch=1)
     resets = torch.zeros(1, L, dtype=torch.bool)
-    resets[0, {"none": [], "first": [0], "all": [*range(L)], "some": [3, 4, 16, 31, 39]}[where]] = True
+    resets[0, list(where)] = True
+    starts = sorted({0, *where})
     for backend in ("torch", "auto"):
         y, states = run(layer, given._replace(resets=resets), backend)
-        for start, stop in segments(resets[0]):
-            fresh = start > 0 or bool(resets[0, 0])
-            part = Inputs(given.u[:, start:stop], given.rate[:, start:stop], None if fresh else given.x, None, None)
-            if states is not None:
-                part = part._replace(positions=torch.arange(stop - start)[None])
-            alone, after = run(layer, part, backend)
-            close(y[:, start:stop], alone, 1e-13)
-            for p, state in zip(given.positions[0].tolist(), states[0], strict=True) if states is not None else ():
-                if start <= p < stop:
-                    close(state, after[0, p - start], 1e-13)
-                if p == -1:
-                    assert torch.equal(state, given.x[0])
+        parts, after = [], [] if given.x is None else [given.x]
+        for start, stop in zip(starts, [*starts[1:], L], strict=True):
+            x = None if resets[0, start] else given.x
+            every = None if states is None else torch.arange(stop - start)[None]
+            part = Inputs(given.u[:, start:stop], given.rate[:, start:stop], x, None, every)
+            alone, reached = run(layer, part, backend)
+            parts.append(alone)
+            after += [] if reached is None else reached[0].split(1)
+        close(y, torch.cat(parts, 1), 1e-13)
+        if states is not None and given.positions is not None:
+            close(states[0], torch.cat(after)[given.positions[0] + 1], 1e-13)
 
 
-@pytest.mark.parametrize("bad", [1e30, torch.inf, torch.nan])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("bad", [1e30, torch.nan])
+@pytest.mark.parametrize("case", ["rank 1, both ways", "rank 2", "zoh", "zoh, both ways"])
 def test_nothing_passes_a_reset(case: str, bad: float) -> None:
-    """No digit is lost to an earlier or a later segment, and no gradient: bit by bit."""
-    layer, L, cut = layer_of(case), 24, 9
-    given = inputs(case, L)._replace(positions=None)
+    """No number, also none of a gradient, forward or backward in time: bit by bit, in batches of one cut."""
+    L, cut = 20, 9
+    layer, given = layer_of(case), inputs(case, L)
     resets = torch.zeros(B, L, dtype=torch.bool)
     resets[:, cut] = True
-    found: list[list[Tensor]] = []
-    for which in ("", "u", "g", "x"):
-        for backend in ("torch", "auto"):
-            for side in (slice(0, cut), slice(cut, L)):
-                values = [t.detach().clone() for t in (given.u, given.rate, given.u)]
-                u, rate, g = values
-                x = given.x if given.x is None else given.x.clone()
-                if which == "x" and x is not None:
-                    x[:] = bad
-                elif which:
-                    dict(u=u, g=g, x=u)[which][:, side] = bad
-                leaves = [u.requires_grad_(), rate.requires_grad_(), *([] if x is None else [x.requires_grad_()])]
-                y, _ = run(layer, Inputs(u, rate, x, resets, None), backend)
-                back = torch.autograd.grad(y, leaves, g)
-                other = slice(cut, L) if side.start == 0 else slice(0, cut)
-                kept = [t[:, other] for t in (y, *back[:2])]
-                if other.start == 0 and x is not None and which != "x":
-                    kept.append(back[2])
-                if which == "x" and x is not None and side.start > 0:
-                    continue
-                found.append(kept)
-                if which:
-                    at = {("torch", 0): 0, ("torch", cut): 1, ("auto", 0): 2, ("auto", cut): 3}
-                    want = found[at[backend, side.start]]
-                    for a, b in zip(kept, want, strict=True):
-                        assert bool(a.isfinite().all())
-                        assert torch.equal(a, b), (which, backend)
+    g = torch.randn(B, L, H, dtype=torch.float64)
+
+    def outcome(spoilt: slice, backend: str) -> list[Tensor]:
+        """y and the gradients of u, rate and, if it is not spoilt itself, x."""
+        u, rate, sent = given.u.clone(), given.rate.clone().requires_grad_(), g.clone()
+        u[:, spoilt] = sent[:, spoilt] = bad
+        x = None if given.x is None else given.x.clone()
+        if x is not None and spoilt.start == 0:
+            x[:] = bad
+        leaves = [u.requires_grad_(), rate, *([] if x is None else [x.requires_grad_()])]
+        y, _ = run(layer, Inputs(u, rate, x, resets, None), backend)
+        return [y, *torch.autograd.grad(y, leaves, sent)]
+
+    for backend in ("torch", "auto"):
+        want = outcome(slice(L, L), backend)
+        for spoilt, whole in ((slice(0, cut), slice(cut, L)), (slice(cut, L), slice(0, cut))):
+            got = outcome(spoilt, backend)
+            for a, b in zip(got[:3], want[:3], strict=True):
+                assert torch.equal(a[:, whole], b[:, whole])
+            assert not torch.equal(got[0][:, spoilt], want[0][:, spoilt])
+            if whole.start == 0:
+                assert all(map(torch.equal, got[3:], want[3:]))
+
+
+@pytest.mark.parametrize("case", ["rank 1", "zoh", "diagonal bilinear"])
+def test_steps_may_be_of_any_size(case: str) -> None:
+    """Of 1e-8 to 1e3 units of time, next to each other: far inside and far past what the modes resolve."""
+    layer = layer_of(case)
+    with torch.no_grad():
+        layer.log_dt.zero_()
+    given = inputs(case, 24)
+    rate = 10 ** torch.linspace(-8, 3, 24, dtype=torch.float64)[torch.randperm(24)].expand(B, 24)
+    given = given._replace(rate=rate.contiguous().requires_grad_())
+    want, g = dense(layer, given), torch.randn(B, 24, H, dtype=torch.float64)
+    wanted = torch.autograd.grad(want[0], [given.rate, layer.A_imag, layer.B], g)
+    for backend in ("torch", "auto"):
+        got = run(layer, given, backend)
+        close(got[0], want[0], 1e-9)
+        close(got[1], want[1], 1e-9)
+        for a, b in zip(
+            torch.autograd.grad(got[0], [given.rate, layer.A_imag, layer.B], g), wanted, strict=True
+        ):
+            close(a, b, 1e-8)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_inputs_may_lie_in_any_way(backend: str) -> None:
+    """Strides, one number for all, lazy conjugates and negations."""
+    layer, given = layer_of("rank 2"), inputs("rank 2", 19)
+    systems = system(*layer._systems(1.0))
+    want = varying(systems, layer.D, *given, backend)
+    strided = [None if t is None else t.mT.contiguous().mT for t in given]
+    lazy = systems._replace(Lambda=systems.Lambda.conj().resolve_conj().conj(), P=torch._neg_view(-systems.P))
+    for t in (strided, [torch._neg_view(-given.u), *strided[1:]]):
+        got = varying(lazy, layer.D, *t, backend)
+        assert all(map(torch.equal, got, want))
+    one = varying(
+        systems,
+        layer.D,
+        given.u[:1, :, :1].expand(B, 19, H),
+        given.rate[:1, :1].expand(B, 19),
+        backend=backend,
+    )
+    same = given.u[:1, :, :1].repeat(B, 1, H), given.rate[:1, :1].repeat(B, 19)
+    assert torch.equal(one[0], varying(systems, layer.D, *same, backend=backend)[0])
+
+
+@fused
+def test_threads_do_not_change_a_bit() -> None:
+    layer, given = layer_of("rank 1"), inputs("rank 1", 33, batch=11)
+    given.rate.requires_grad_()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            y, states = run(layer, given, "cpu")
+            assert states is not None
+            wanted = [given.rate, *layer.parameters()]
+            found.append([y, states, *torch.autograd.grad(y.sum() + states.square().sum(), wanted)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
