@@ -193,6 +193,46 @@ def step(
     return y, moved
 
 
+def varying(
+    u: Tensor,
+    rate: Tensor,
+    x: Tensor,
+    Lambda: Tensor,
+    P: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt: Tensor,
+    resets: Tensor | None,
+    positions: Tensor,
+    discretization: str,
+) -> tuple[Tensor, Tensor]:
+    """Outputs (B, L, H) and states (B, P, H, N); shapes as in `s4.ops.varying`, rank at most 2."""
+    y, states = torch.empty_like(u), x.new_empty(*positions.shape, *x.shape[1:])
+    tensors = [u, rate, x, Lambda, P, B, C, D, dt, resets, positions, y, states]
+    _call("varying", u.dtype, tensors, _sizes(u, Lambda, P, positions, discretization))
+    return y, states
+
+
+def varying_backward(
+    grads: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    resets: Tensor | None,
+    positions: Tensor,
+    discretization: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of the nine inputs of `varying` from u to dt."""
+    u, _, _, Lambda, P, *_ = inputs
+    found = tuple(map(torch.empty_like, inputs))
+    tensors = [*grads, *inputs, resets, positions, *found]
+    _call("varying_backward", u.dtype, tensors, _sizes(u, Lambda, P, positions, discretization))
+    return found
+
+
+def _sizes(u: Tensor, Lambda: Tensor, P: Tensor, positions: Tensor, discretization: str) -> list[int]:
+    return [*u.shape, Lambda.shape[1] // 2, len(P), positions.shape[1], int(discretization == "zoh")]
+
+
 class Snapshot:
     """The numbers of some tensors, to compare with at every step: what that takes is made ready."""
 
