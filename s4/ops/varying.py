@@ -20,6 +20,7 @@ from s4.precision import WITHOUT_FLOAT64
 from s4.system import Recurrence, System, discretize, modes, readout, stack
 
 _RANK = 2  # of A, at most, that backends are written for
+_FUSED = ("bilinear", "zoh")  # discretisations that they are written for
 _CHUNK = 16, 256  # steps at a time of the plain definition: about sqrt(L), between these
 
 
@@ -58,7 +59,7 @@ def varying(
         return y.to(u.device), None if states is None else states.to(u.device)
     batch, L, H = u.shape
     Lambda, P, B, C, dt, discretization = system
-    shared = stack(Lambda), stack(P), stack(B)  # real: operators of complex numbers are not compiled well
+    shared = stack(Lambda), stack(P), stack(B)  # real, as a compiler knows no complex numbers
     rows, through, time = readout(C), D.double(), rate.double()
     rest = u.new_zeros(batch, H, rows.shape[-1])
     nowhere = torch.empty(batch, 0, dtype=torch.long, device=u.device)
@@ -273,9 +274,6 @@ def _checked(
 def _module(backend: str, P: Tensor, discretization: str) -> Any | None:
     module = dispatch.implementation("varying", backend, P.device)
     return module if len(P) <= _RANK and discretization in _FUSED else None
-
-
-_FUSED = ("bilinear", "zoh")  # discretisations that backends are written for
 
 
 @torch.library.custom_op("s4::varying", mutates_args=())

@@ -1,6 +1,6 @@
 // The fused CPU code: Cauchy sums (sums.h), powers of structured matrices (powers.h) and what is made of them, responses
 // (response.h) and the maps of a chunk (maps.h), the chunked scan (scan.h), the step (step.h), steps of different
-// times (varying.h).
+// times (discretize.h, varying.h).
 //
 // base.cpp, v3.cpp and v4.cpp each compile all of it for one instruction set, with vectors of S4_BYTES, to a library of
 // its own. A plain C interface on raw pointers, so that building needs neither torch nor Python and no ABI ties the
@@ -130,6 +130,7 @@ INLINE T total(V value) {
 #include "maps.h"
 #include "scan.h"
 #include "step.h"
+#include "discretize.h"
 #include "varying.h"
 
 }  // namespace
