@@ -141,23 +141,21 @@ def check_lengths(lengths: Any, batch: int, L: int, like: Tensor) -> Tensor:
     return lengths
 
 
-def check_rate(rate: Tensor, batch: int, L: int | None, like: Tensor, lengths: Tensor | None) -> Tensor:
-    """Finite numbers above 0: (batch,) without an L; with one (batch,) or (batch, L), returned as that.
+def check_rate(rate: Tensor, batch: int, L: int, like: Tensor, lengths: Tensor | None) -> Tensor:
+    """Finite numbers above 0, (batch,) or (batch, L), returned as (batch, L).
 
     Past the lengths they may be anything, and become 1.
     """
     if not rate.is_floating_point():
         raise TypeError(f"rate must be a number or a floating-point tensor, got {rate.dtype}")
     if rate.shape not in ((batch,), (batch, L)):
-        takes = f"({batch},)" if L is None else f"({batch},) or ({batch}, {L})"
+        takes = f"({batch},) or ({batch}, {L})"
         raise ValueError(f"rate must be a number or have shape {takes}, got {tuple(rate.shape)}")
     if rate.device != like.device:
         raise _elsewhere("rate", rate, like)
-    if L is not None:
-        rate = rate if rate.dim() == 2 else rate[:, None].expand(batch, L)
-        if lengths is not None:
-            past = torch.arange(L, device=rate.device) >= lengths[:, None]
-            rate = torch.where(past, 1, rate)
+    rate = rate if rate.dim() == 2 else rate[:, None].expand(batch, L)
+    if lengths is not None:
+        rate = torch.where(torch.arange(L, device=rate.device) >= lengths[:, None], 1, rate)
     if not unread(rate) and not bool(((rate > 0) & (rate < math.inf)).all()):
         raise ValueError("rate must be finite and above 0, got numbers that are not")
     return rate
