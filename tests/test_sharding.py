@@ -1,14 +1,12 @@
 """Two processes with gloo against one: the scenes of ranks.py, each of which has a test of its own."""
 
-import fcntl
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
-from processes import process
+from processes import once, process
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -25,15 +23,7 @@ SHARDED = ["root", "blocks", "layers"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the processes wrote: once for all tests here, as to start them takes longer than the scenes."""
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # which all workers share
-    found = root / "ranks"
-    with open(root / "ranks.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not found.exists():
-            found.mkdir()
-            play(found)
-    return found
+    return once(tmp_path_factory, "ranks", play)
 
 
 def play(folder: Path) -> None:

@@ -238,7 +238,7 @@ def test_resume_needs_the_same_data(tmp_path: Path, capsys: Capture) -> None:
     train.run(["digits", *TINY, "--trainer.max_steps", "2"])
     options = ["digits", *TINY, "--trainer.max_steps", "4"]
     for option, value, said in (
-        ("--data.batch_size", "8", "'batch_size': 8"),
+        ("--data.batch_size", "8", "'rows_a_step': 8"),
         ("--data.permute", "true", "'permute': True"),
         ("--data.validation", "0.2", "'validation': 0.2"),
     ):

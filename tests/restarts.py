@@ -1,0 +1,105 @@
+"""Runs of the examples on several processes that end and go on with fewer: `python restarts.py FOLDER`.
+
+Processes have the environment that torchrun gives its own. They are forked from this one, which has imported
+what each of them would take seconds to import. What they wrote is for test_distributed_training.py to read.
+"""
+
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import lightning.fabric.utilities.rank_zero as fabric_ranks
+import lightning.pytorch.utilities.rank_zero as lightning_ranks
+import matplotlib.pyplot  # noqa: F401
+import sklearn.datasets  # noqa: F401
+import train
+import trainer.cli  # noqa: F401 - what train imports when it is run
+from data import base
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+
+OPTIONS = [
+    *("digits", "--model.d_model", "8", "--model.n_layers", "1", "--model.d_state", "4"),
+    *("--model.dropout", "0", "--trainer.precision", "64-true", "--trainer.max_steps", "22"),
+    *("--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--save_every", "5"),
+    *("--trainer.enable_progress_bar", "false"),
+]
+Ends = tuple[int, int, signal.Signals]  # the rank and the step at which it gets a signal
+
+
+def run(folder: Path, arguments: list[str], world: int = 1, ends: Ends | None = None) -> list[int]:
+    """Exit codes of the ranks, or minus the signal that ended each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        if (process := os.fork()) == 0:
+            play(folder, arguments, world, rank, port, ends)
+        processes.append(process)
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+
+
+def play(folder: Path, arguments: list[str], world: int, rank: int, port: int, ends: Ends | None) -> None:
+    """What one rank does, with what it says in a file; it never returns."""
+    code = 0
+    try:
+        said = os.open(folder / f"said.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        signal.alarm(60)  # where a rank waits for another for ever
+        base.default_cache = lambda: folder / "cache"
+        if world > 1:
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            more = {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+            names = {"TORCHELASTIC_RUN_ID": "none", **ranks, **more}
+            os.environ.update({name: str(value) for name, value in names.items()})
+            fabric_ranks.rank_zero_only.rank = lightning_ranks.rank_zero_only.rank = rank
+            arguments = [*arguments, "--trainer.strategy", "ddp"]
+        if ends and ends[0] == rank:
+            end_at(*ends[1:])
+        train.run([*OPTIONS, "--trainer.devices", str(world), *arguments])
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        code = 3
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def end_at(step: int, number: signal.Signals) -> None:
+    """Get a signal at the end of this step."""
+    ended = Timer.on_train_batch_end
+
+    def on_train_batch_end(self: Timer, trainer: Trainer, *arguments: object) -> None:
+        ended(self, trainer, *arguments)
+        if trainer.global_step == step:
+            os.kill(os.getpid(), number)
+
+    Timer.on_train_batch_end = on_train_batch_end
+
+
+def main(folder: Path) -> None:
+    """One process, undisturbed. Then four, until one gets SIGTERM; two, until one is killed; and one."""
+    os.chdir(folder)
+    codes = {"whole": run(folder, ["--data.batch_size", "128", "--run_dir", "whole"])}
+    often = ["--run_dir", "often"]
+    on = [*often, "--ckpt_path", "last"]
+    ended, killed = (1, 7, signal.SIGTERM), (1, 18, signal.SIGKILL)
+    codes["four"] = run(folder, ["--data.batch_size", "32", *often], 4, ended)
+    halves = ["--data.batch_size", "32", "--trainer.accumulate_grad_batches", "2"]
+    codes["two"] = run(folder, [*halves, *on], 2, killed)
+    codes["one"] = run(folder, ["--data.batch_size", "128", *on])
+    (folder / "codes").write_text(repr(codes))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).absolute())
