@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from processes import once
 
@@ -18,6 +19,10 @@ pytest.importorskip("lightning", reason="the examples need the extra 'examples'"
 
 from data.base import Batch, Loader
 from data.storage import DataError
+from example_files import fails
+from lightning.pytorch import Trainer
+
+from s4 import param_groups
 
 SCORES = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "test/loss", "test/accuracy")
 
@@ -77,6 +82,53 @@ def test_a_run_of_four_goes_on_in_two_and_in_one(folder: Path) -> None:
     assert often.keys() <= whole.keys()
     for key, value in often.items():
         assert math.isclose(value, whole[key], rel_tol=1e-9), key
+
+
+@pytest.mark.promise(
+    "sharding and distributed training",
+    "Lightning's `ModelParallelStrategy` with `fully_shard` and `param_groups`: as one process, and its "
+    "checkpoint of two goes on in one",
+)
+def test_lightning_shards_a_model_of_ones_own(folder: Path) -> None:
+    codes = ast.literal_eval((folder / "codes").read_text())
+    assert codes["sharded"] == [0, 0], said(folder)
+    assert codes["sharded, gone on in one"] == [0], said(folder)
+    losses = [(folder / f"losses of {world}").read_text().split() for world in (2, 1)]
+    assert list(map(len, losses)) == [2, 2]
+    model = ranks.made()
+    optimizer = torch.optim.AdamW(param_groups(model, lr=0.01))
+    torch.manual_seed(1)
+    batches = ranks.inputs(8).split(4)
+    for got, u in zip(chain(*losses), [*batches, *batches], strict=True):
+        optimizer.zero_grad()
+        loss = model(u).square().mean()
+        assert math.isclose(float(got), loss.item(), rel_tol=1e-9)
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.promise(
+    "sharding and distributed training",
+    "Lightning's `fsdp` on a CPU: Lightning refuses it, where `ModelParallelStrategy` and `ddp` run",
+    supported=False,
+)
+def test_lightning_has_fsdp_on_a_gpu_only() -> None:
+    with pytest.raises(ValueError, match=r"fsdp.*GPU accelerator"):
+        Trainer(accelerator="cpu", devices=2, strategy="fsdp")
+
+
+@pytest.mark.promise(
+    "sharding and distributed training",
+    "Lightning's strategies that shard, for the recipes of the examples: refused; they train with `ddp`",
+    supported=False,
+)
+@pytest.mark.parametrize(
+    "strategy", ["fsdp", "deepspeed_stage_2", "lightning.pytorch.strategies.FSDPStrategy"]
+)
+@pytest.mark.usefixtures("own_folder")
+def test_recipes_refuse_to_be_sharded(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name = strategy.rpartition(".")[2].lower()
+    fails(capsys, 1, ["digits", "--trainer.strategy", strategy], f"trainer.strategy {name}", "ddp")
 
 
 def loader(batch_size: int, world: int, parts: int, rank: int = 0, seed: int = 0, rows: int = 301) -> Loader:
