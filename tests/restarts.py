@@ -5,6 +5,7 @@ what each of them would take seconds to import. What they wrote is for test_dist
 """
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -54,33 +55,32 @@ def run(folder: Path, arguments: list[str], world: int = 1, ends: Ends | None = 
     return forked(folder, world, one)
 
 
-def forked(folder: Path, world: int, one: Callable[[int], None]) -> list[int]:
+def forked(folder: Path, world: int, one: Callable[[int], None], said: str = "said") -> list[int]:
+    """What each rank does in a process of its own, and says in files of this name."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
     for rank in range(world):
         if (process := os.fork()) == 0:
-            play(folder, world, rank, port, one)
+            play(folder / f"{said}.{rank}", world, rank, port, one)
         processes.append(process)
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
 
-def play(folder: Path, world: int, rank: int, port: int, one: Callable[[int], None]) -> None:
+def play(said: Path, world: int, rank: int, port: int, one: Callable[[int], None]) -> None:
     """What one rank does, with what it says in a file; it never returns."""
     code = 0
     try:
-        said = os.open(folder / f"said.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
+        for stream in (1, 2):
+            os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         signal.alarm(120)  # where a rank waits for another for ever
-        base.default_cache = lambda: folder / "cache"
-        if world > 1:
-            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-            more = {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-            names = {"TORCHELASTIC_RUN_ID": "none", **ranks, **more}
-            os.environ.update({name: str(value) for name, value in names.items()})
-            fabric_ranks.rank_zero_only.rank = lightning_ranks.rank_zero_only.rank = rank
+        base.default_cache = lambda: said.parent / "cache"
+        number = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        where = {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        told = {"TORCHELASTIC_RUN_ID": "none", **number, **where}
+        os.environ.update({name: str(value) for name, value in told.items()})
+        fabric_ranks.rank_zero_only.rank = lightning_ranks.rank_zero_only.rank = rank
         one(rank)
     except SystemExit as ended:
         code = int(ended.code or 0)
@@ -153,6 +153,17 @@ def model_parallel(folder: Path, world: int, epochs: int, resume: bool) -> list[
     return forked(folder, world, one)
 
 
+def documented(folder: Path, world: int) -> list[int]:
+    """The loop of docs/distributed.md, as it stands there."""
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    loop = next(part for part in page.split("```python\n") if "destroy_process_group" in part).split("```")[0]
+
+    def one(rank: int) -> None:
+        exec(compile(loop, "docs/distributed.md", "exec"), {"__name__": "__main__"})
+
+    return forked(folder, world, one, f"documented.{world}")
+
+
 def main(folder: Path) -> None:
     """One process, undisturbed. Then four, until one gets SIGTERM; two, until one is killed; and one."""
     os.chdir(folder)
@@ -166,6 +177,12 @@ def main(folder: Path) -> None:
     codes["one"] = run(folder, ["--data.batch_size", "128", *on])
     codes["sharded"] = model_parallel(folder, 2, 1, False)
     codes["sharded, gone on in one"] = model_parallel(folder, 1, 2, True)
+    (folder / "loop").mkdir()
+    os.chdir(folder / "loop")
+    codes["documented, 2"] = documented(folder, 2)
+    for late in ("00000015", "00000020"):
+        shutil.rmtree(folder / "loop" / "checkpoints" / late)
+    codes["documented, 1"] = documented(folder, 1)
     (folder / "codes").write_text(repr(codes))
 
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +23,11 @@ from data.base import Batch, Loader
 from data.storage import DataError
 from example_files import fails
 from lightning.pytorch import Trainer
+from trainer import runs
 
 from s4 import param_groups
 
+pytestmark = pytest.mark.filterwarnings("ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning")
 SCORES = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "test/loss", "test/accuracy")
 
 
@@ -50,7 +54,7 @@ def scores(run: Path) -> dict[tuple[int, str], float]:
 
 
 def said(folder: Path) -> str:
-    return "\n".join(file.read_text()[-2000:] for file in sorted(folder.glob("said.*")))
+    return "\n".join(file.read_text()[-2000:] for file in sorted(folder.glob("*.[0-9]")))
 
 
 @pytest.mark.promise(
@@ -66,6 +70,9 @@ def test_a_signal_to_one_process_ends_all_after_one_step(folder: Path) -> None:
     assert missing <= {(6, "train/loss"), (6, "train/accuracy")}
 
 
+@pytest.mark.promise(
+    "other libraries", "Lightning with several processes and `strategy='ddp'`: as one with the whole batch"
+)
 @pytest.mark.promise(
     "sharding and distributed training",
     "a run of the examples on four processes goes on in two and in one, also where one was killed, at the "
@@ -109,6 +116,28 @@ def test_lightning_shards_a_model_of_ones_own(folder: Path) -> None:
 
 @pytest.mark.promise(
     "sharding and distributed training",
+    "the loop of docs/distributed.md: FSDP2, accumulation, distributed checkpoints of two that go on in one",
+)
+def test_the_loop_of_the_documentation(folder: Path) -> None:
+    """In float32: 20 steps enlarge a rounding of 1e-7 a hundred times at most; a step is 1% of a loss."""
+    codes = ast.literal_eval((folder / "codes").read_text())
+    assert codes["documented, 2"] == [0, 0], said(folder)
+    assert codes["documented, 1"] == [0], said(folder)
+    two, one = (dict(map(str.split, lines(folder / f"documented.{world}.0"))) for world in (2, 1))
+    assert list(map(int, two)) == list(range(20))
+    assert list(map(int, one)) == list(range(10, 20))
+    for step, loss in one.items():
+        assert math.isclose(float(loss), float(two[step]), rel_tol=1e-5), step
+    assert float(two["19"]) < 0.8 * float(two["0"])
+
+
+def lines(file: Path) -> list[str]:
+    """Those of numbers: torch may warn between them."""
+    return [line for line in file.read_text().splitlines() if line[:1].isdigit()]
+
+
+@pytest.mark.promise(
+    "sharding and distributed training",
     "Lightning's `fsdp` on a CPU: Lightning refuses it, where `ModelParallelStrategy` and `ddp` run",
     supported=False,
 )
@@ -129,6 +158,34 @@ def test_lightning_has_fsdp_on_a_gpu_only() -> None:
 def test_recipes_refuse_to_be_sharded(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
     name = strategy.rpartition(".")[2].lower()
     fails(capsys, 1, ["digits", "--trainer.strategy", strategy], f"trainer.strategy {name}", "ddp")
+
+
+def test_processes_draw_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a checkpoint has numbers for others: not those of other processes, nor of the first steps."""
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+
+    def drawn(world: int, rank: int, step: int, saved: int = 0) -> float:
+        torch.manual_seed(0)
+        last = runs.LastCheckpoint(Path(), 1)
+        if saved:
+            last.load_state_dict({"random": [runs._random_state()] * saved})
+        trainer: Any = SimpleNamespace(world_size=world, global_rank=rank, global_step=step)
+        last.on_train_start(trainer, trainer)
+        return torch.rand(()).item()
+
+    torch.manual_seed(0)
+    first = torch.rand(()).item()
+    assert drawn(1, 0, 0) == drawn(1, 0, 7, saved=1) == drawn(4, 2, 7, saved=4) == first
+    others = [
+        drawn(2, 0, 0),
+        drawn(2, 1, 0),
+        drawn(2, 0, 7, saved=4),
+        drawn(2, 1, 7, saved=4),
+        drawn(1, 0, 7, saved=4),
+    ]
+    assert len({first, *others[:-1]}) == 5
+    assert others[-1] == others[2]
+    assert drawn(2, 1, 7, saved=4) == others[3]
 
 
 def loader(batch_size: int, world: int, parts: int, rank: int = 0, seed: int = 0, rows: int = 301) -> Loader:

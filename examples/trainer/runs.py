@@ -196,6 +196,10 @@ class LastCheckpoint(Checkpoint):
         """Put the generators back to where the checkpoint found them."""
         if self._random is not None and len(self._random) == trainer.world_size:
             _set_random_state(self._random[trainer.global_rank])
+        elif self._random is not None or trainer.world_size > 1:
+            # Else all processes drop the same places, and one gone on with those it began with.
+            own = [torch.initial_seed() % 2**32, trainer.global_step, trainer.global_rank]
+            torch.manual_seed(int(np.random.SeedSequence(own).generate_state(1)[0]))
         if trainer.world_size > 1:
             # Lightning's handler broadcasts at once, in the middle of what the processes do together.
             signal.signal(signal.SIGTERM, self._tell)
