@@ -126,6 +126,15 @@ def check_state(
         raise _elsewhere(name, value, like)
 
 
+def check_integers(name: str, value: Any, *dims: str) -> None:
+    """A tensor of integers with these dimensions."""
+    if not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {got}")
+    if value.dim() != len(dims):
+        raise ValueError(f"{name} must have shape ({', '.join(dims)}), got {tuple(value.shape)}")
+
+
 def check_lengths(lengths: Any, batch: int, L: int, like: Tensor) -> Tensor:
     """`batch` integers in 0..L, returned as int64. Where numbers are `unread`, so is the range."""
     if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
