@@ -279,9 +279,9 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
-        irregular = isinstance(rate, Tensor)  # a system of its own for each sequence
-        dtype = self._check(1.0 if irregular else rate, "step")
-        if self._forward_pre_hooks or "forward" in self.__dict__ or irregular:  # `hooked`, sparing a call
+        dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, "step")
+        # `hooked`, sparing a call; or a system of its own for each sequence.
+        if self._forward_pre_hooks or "forward" in self.__dict__ or isinstance(rate, Tensor):
             check_features("u", u, self.d_model, "batch")
             check_tensor("state", state)
             y, state = self(u[:, None], state, rate=rate, return_state=True)

@@ -21,7 +21,7 @@ from s4.checks import (
     unread,
 )
 from s4.generation import Sampler, Stop, check_generation, feed_back, greedy
-from s4.padding import zero_padding
+from s4.padding import last_start, padding, zero_padding
 from s4.sharded import hooked
 from s4.state import State
 
@@ -278,12 +278,10 @@ class S4Model(nn.Module):
         """The state after the outputs x (B, L, d_model) of the last block, zero past the lengths."""
         length = torch.full(x.shape[:1], x.shape[1], device=x.device) if lengths is None else lengths
         if resets is not None:  # of the last segment alone
-            t = torch.arange(x.shape[1], device=x.device)
-            there = resets & (t < length[:, None])
-            start = torch.where(there, t, 0).amax(1)
-            x = torch.where((t >= start[:, None])[..., None], x, 0)
+            start, anew = last_start(resets, lengths)
+            x = torch.where(padding(start, x.shape[1])[..., None], x, 0)
             length = length - start
-            before = None if before is None else before.reset(there.any(1))
+            before = None if before is None else before.reset(anew)
         total = x.sum(1, dtype=layers[-1].dtype if layers else torch.promote_types(x.dtype, torch.float32))
         if before is not None:
             total, length = total + before.total, length + before.length
