@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s4 import hippo, kernel, options
+from s4 import distributed, hippo, kernel, options
 from s4.checks import (
     check_features,
     check_flag,
@@ -243,6 +243,9 @@ class S4Layer(nn.Module):
         dtype = self._check(rate, "state" if state is not None else "return_state" if return_state else "")
         check_features("u", u, self.D, "batch", "length")
         batch, L, _ = u.shape
+        run, piece = sequence, None
+        if distributed.engaged and (piece := distributed.piece(self, u, state, lengths, return_state)):
+            run, L = piece.sequence, piece.total
         if state is not None:
             check_state("state", state, (batch, self.d_model, self.d_state), self.D, dtype)
         if lengths is not None:
@@ -252,10 +255,10 @@ class S4Layer(nn.Module):
         products = dispatch.product_dtype(x) if self.mode == "scan" else dtype
         with dispatch.full_precision(u.device):
             if lengths is not None:
-                x = zero_padding(x, lengths)
+                x = zero_padding(x, lengths if piece is None else piece.own(lengths))
             options = self.mode, products, self.backend, return_state
             kept = None if self.training else self._kept
-            y, after = sequence(self._systems(rate), self.D, x, state, lengths, *options, kept)
+            y, after = run(self._systems(rate), self.D, x, state, lengths, *options, kept)
             y = y.to(u.dtype)
         return (y, after) if after is not None else y
 
@@ -276,6 +279,8 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
+        if distributed.engaged:
+            distributed.refuse("step")
         dtype = self._check(rate, "step")
         if self._forward_pre_hooks or "forward" in self.__dict__:  # `sharded.hooked`, sparing a call
             check_features("u", u, self.d_model, "batch")

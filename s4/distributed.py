@@ -1,0 +1,291 @@
+"""A sequence longer than one device: each rank of a group has a contiguous piece of it.
+
+Systems are linear: a piece runs from zero, and what the inputs of other pieces add comes by one state. With
+S_r the state that the inputs of piece r leave, L_r its length and x_r the state before it,
+
+    x_{r+1} = A^{L_r} x_r + S_r,   y_r[l] += C A^{l+1} x_r
+
+and backward in time, with Z_r = sum over j of A^j B u_r[j] and z_r the same sum over all later inputs,
+
+    z_r = A^{L_{r+1}} z_{r+1} + Z_{r+1},   y_r[l] += C_back A^{L_r - 1 - l} z_r
+
+one power less, as that direction is strict. S and Z of all ranks are gathered at once; gradients are gathered
+in the same way and go through the powers of the transposed A.
+"""
+
+import weakref
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cached_property
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s4.ops import dispatch
+from s4.ops.ranks import Handed, Ring, Sum
+from s4.ops.response import continuation, response
+from s4.ops.scan import last_state
+from s4.padding import padding, zero_padding
+from s4.sequence import sequence
+from s4.system import discretize, system
+
+engaged = False  # once a `with` was entered: what layers, blocks and models ask before anything else
+_ring: ContextVar[tuple[Ring, bool] | None] = ContextVar("s4_sequence_parallel", default=None)
+# In which groups a module ran, or in none, where activation checkpointing may run it again: with what lives
+# as long as that may happen, or True where that is not known.
+_seen: weakref.WeakKeyDictionary[nn.Module, list[tuple[Any, Ring | None]]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def sequence_parallel(group: Any) -> Iterator[None]:
+    """Inside, `S4Layer`, `S4Block` and `S4Model` take pieces of sequences, one a rank of the group.
+
+    Rank r has the r-th piece (B, L_r, ...); L_r differs as it likes, also from call to call, and may be 0.
+    All ranks make the same calls in the same order, with one batch size and the same weights. `lengths` and
+    `state` are those of whole sequences, the same on every rank. Outputs are those of the piece; pooled ones,
+    and states, are those of the whole sequence on every rank.
+
+    Gradients are those of the sum of all ranks' losses. An input has all of its gradient; a parameter, or a
+    `state` that was given, has a share on each rank, and their sum is its gradient. Every rank has to run
+    backward through the outputs of every call. That may be outside the `with`, also where activation
+    checkpointing runs a forward pass again.
+
+    Args:
+        group: a process group that this process belongs to, or a `DeviceMesh` of one dimension.
+
+    Raises:
+        ValueError: torch.distributed is not initialised, the process is not in the group, or the mesh has
+            several dimensions. TypeError: something else than a group.
+    """
+    global engaged
+    ring = _checked(group)
+    engaged = True
+    token = _ring.set((ring, dispatch.recomputing()))
+    try:
+        yield
+    finally:
+        _ring.reset(token)
+
+
+def _checked(group: Any) -> Ring:
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError("sequence_parallel needs torch.distributed.init_process_group to be called before")
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"group must be a mesh of one dimension, got {group}: take one by its name, mesh['sequence']"
+            )
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "group must be a process group that this process belongs to, such as "
+            f"torch.distributed.group.WORLD, or a DeviceMesh of one dimension, got {group!r}"
+        )
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("group must have this process as a member, but it has not")
+    return Ring(group, rank, group.size())
+
+
+def refuse(what: str) -> None:
+    """Raise ValueError inside `sequence_parallel`, for what does not take a piece of a sequence."""
+    if _ring.get() is not None:
+        raise ValueError(
+            f"{what} takes inputs one by one, not a piece of a sequence, and cannot run inside "
+            "sequence_parallel: call it outside, from a state that forward returned, the same on every rank"
+        )
+
+
+class Piece:
+    """One call of a module inside `sequence_parallel`: where its rank's piece lies in the sequence.
+
+    The lengths of the pieces are exchanged when they are first needed.
+    """
+
+    def __init__(self, ring: Ring, u: Tensor, call: str) -> None:
+        self.ring = ring
+        self._u_shape, self._device, self._call = u.shape, u.device, call
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The lengths of all pieces, in the order of ranks.
+
+        Raises:
+            ValueError: ranks that make different calls.
+        """
+        import torch.distributed as dist
+
+        group, _, size = self.ring
+        local = "cpu:" in dist.get_backend_config(group)  # then a device need not be waited for
+        device = torch.device("cpu") if local else self._device
+        call = f"{self._call}, batch size {self._u_shape[0]}"
+        own = torch.tensor([self._u_shape[1], zlib.crc32(call.encode())], device=device)
+        found = own.new_empty(size, 2)
+        dist.all_gather(list(found), own, group)
+        lengths, calls = found.t().tolist()
+        if len(set(calls)) > 1:
+            told: list[Any] = [None] * size
+            dist.all_gather_object(told, call, group)
+            lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(told))
+            raise ValueError(f"in sequence_parallel all ranks must make the same call, got{lines}")
+        return list(map(int, lengths))
+
+    @property
+    def total(self) -> int:
+        """The length of the whole sequence."""
+        return sum(self.sizes)
+
+    @property
+    def offset(self) -> int:
+        """Inputs of the ranks before."""
+        return sum(self.sizes[: self.ring.rank])
+
+    def own(self, lengths: Tensor) -> Tensor:
+        """Of the lengths (B,) of whole sequences, the part that lies in this piece."""
+        return (lengths - self.offset).clamp(0, self.sizes[self.ring.rank])
+
+    def sum(self, t: Tensor) -> Tensor:
+        """The sum over the ranks, on all of them."""
+        found: Tensor = Sum.apply(t, self.ring.group)
+        return found
+
+    def last(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """The last of all positions, (B, H) on every rank, of x (B, L_r, H) and the lengths of the whole.
+
+        Of a sequence without any the first, which is zero.
+        """
+        ends = torch.full(x.shape[:1], self.total, device=x.device) if lengths is None else lengths
+        at = (ends - 1).clamp(min=0) - self.offset
+        here = (at >= 0) & (at < x.shape[1])
+        if x.shape[1] == 0:
+            return self.sum(x.sum(1))
+        found = x[torch.arange(x.shape[0], device=x.device), at.clamp(0, x.shape[1] - 1)]
+        return self.sum(torch.where(here[:, None], found, 0))
+
+    def shared(self, t: Tensor) -> Tensor:
+        """The numbers that the first rank has, on all of them."""
+        import torch.distributed as dist
+
+        t = t.contiguous()
+        dist.broadcast(t, group=self.ring.group, group_src=0)
+        return t
+
+    def batch_norm(self, norm: nn.BatchNorm1d, x: Tensor, own: Tensor | None) -> Tensor:
+        """A batch norm of x (B, L_r, H) by the statistics of all ranks' inputs, padding left out."""
+        z = x.to(torch.promote_types(x.dtype, torch.float32))
+        inside = torch.ones_like(x[..., :1], dtype=torch.bool)
+        if own is not None:
+            inside = ~padding(own, x.shape[1])[..., None]
+        sums = torch.where(inside, z, 0).sum((0, 1), dtype=torch.float64)
+        sums = self.sum(torch.cat([sums, inside.sum()[None]]))
+        mean, n = (sums[:-1] / sums[-1]).to(z.dtype), sums[-1]
+        z = z - mean
+        squares = torch.where(inside, z, 0).square().sum((0, 1), dtype=torch.float64)
+        var = (self.sum(squares) / n).to(z.dtype)
+        if norm.training and norm.running_mean is not None and norm.running_var is not None:
+            with torch.no_grad():
+                count = norm.num_batches_tracked
+                assert count is not None
+                count += 1
+                share: Any = 1 / count if norm.momentum is None else norm.momentum
+                norm.running_mean += share * (mean - norm.running_mean)
+                norm.running_var += share * (var * (n / (n - 1)) - norm.running_var)
+        z = z * torch.rsqrt(var + norm.eps)
+        if norm.affine:
+            z = z * norm.weight + norm.bias
+        return z.to(x.dtype)
+
+    def sequence(
+        self,
+        systems: tuple[Any, ...],
+        D: Tensor,
+        u: Tensor,
+        x: Tensor | None,
+        lengths: Tensor | None,
+        mode: str,
+        products: torch.dtype,
+        backend: str,
+        return_state: bool,
+        kept: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `s4.sequence.sequence`, whose arguments these are: u is the piece, all else of the whole."""
+        own = None if lengths is None else self.own(lengths)
+        y, driven = sequence(systems, D, u, None, own, mode, products, backend, True, kept)
+        assert driven is not None
+        recurrence = discretize(system(*systems))
+        ahead = recurrence._replace(C=recurrence.C[:1])
+        parts = [driven]
+        if both := len(recurrence.C) == 2:
+            parts.append(last_state(u.flip(1), ahead, D.to(u.dtype), None, None, backend, None))
+        a, F, G, _, _ = recurrence
+        options = self._steps(lengths, u), self.total, return_state, self.ring
+        before, later, after = Handed.apply(torch.stack(parts), x, a, F, G, *options)
+        L = u.shape[1]
+        more = continuation(ahead, before, L, backend)
+        if both:
+            X = later.to(a.dtype).transpose(0, 1)
+            behind = recurrence._replace(C=recurrence.C[1:])
+            more = more + response(behind, L, u.dtype, backend, X)[0].flip(-1)
+        y = y + more.transpose(1, 2)
+        return y if own is None else zero_padding(y, own), after if return_state else None
+
+    def _steps(self, lengths: Tensor | None, u: Tensor) -> Tensor:
+        """(ranks, B): inputs of each sequence in each piece."""
+        sizes = torch.tensor(self.sizes, device=u.device)[:, None].expand(-1, u.shape[0])
+        if lengths is None:
+            return sizes
+        ends = sizes.cumsum(0)
+        return torch.minimum((lengths - ends + sizes).clamp(min=0), sizes)
+
+
+@dispatch.eager
+def piece(
+    module: nn.Module, u: Tensor, state: Any, lengths: Tensor | None, return_state: bool
+) -> Piece | None:
+    """The piece that u (B, L, ...) is in a call of a module, or None where u is a whole sequence.
+
+    All ranks have to give the same of the arguments.
+
+    Raises:
+        ValueError: inside a transform of torch, or in a backward pass that cannot tell the group.
+    """
+    ring = _where(module)
+    if ring is None or ring.size == 1:
+        return None
+    if dispatch.transformed():
+        raise ValueError("sequence_parallel does not go with torch.func, vmap or forward-mode derivatives")
+    given = {"state": state is not None, "lengths": lengths is not None, "return_state": return_state}
+    told = [f"{type(module).__name__}(...)", *(name for name, there in given.items() if there)]
+    return Piece(ring, u, ", ".join([*told, dispatch.gradients(u)]))
+
+
+def _where(module: nn.Module) -> Ring | None:
+    """The group that a module runs in: that of the `with`, or in a backward pass that of its forward pass."""
+    inside = _ring.get()
+    ring, explicit = inside if inside is not None else (None, False)
+    if explicit:  # entered in this backward pass
+        return ring
+    seen = [(alive, where) for alive, where in _seen.get(module, []) if alive is True or alive() is not None]
+    if dispatch.recomputing():
+        groups = {None if where is None else where.group for _, where in seen}
+        if len(groups) > 1:
+            raise ValueError(
+                f"a backward pass runs a checkpointed {type(module).__name__} again, which ran in several "
+                "groups, or in one and in none, and cannot tell in which now: use checkpoint(..., "
+                "use_reentrant=False, context_fn=lambda: (nullcontext(), sequence_parallel(group)))"
+            )
+        return seen[0][1] if seen else ring
+    if (alive := dispatch.recomputable(module.training)) is not None:
+        alive = weakref.ref(alive) if isinstance(alive, FunctionType) else True
+        if (alive, ring) not in seen:
+            seen.append((alive, ring))
+        _seen[module] = seen
+    return ring
