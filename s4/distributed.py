@@ -195,7 +195,7 @@ class Piece:
                 count = norm.num_batches_tracked
                 assert count is not None
                 count += 1
-                share: Any = 1 / count if norm.momentum is None else norm.momentum
+                share: Any = 1 / count.double() if norm.momentum is None else norm.momentum
                 norm.running_mean += share * (mean - norm.running_mean)
                 norm.running_var += share * (var * (n / (n - 1)) - norm.running_var)
         z = z * torch.rsqrt(var + norm.eps)
