@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from s4.ops import dispatch
-from s4.ops.ranks import Handed, Ring, Sum
+from s4.ops.ranks import Ring, Sum, Way, hand
 from s4.ops.response import continuation, response
 from s4.ops.scan import last_state
 from s4.padding import padding, zero_padding
@@ -34,6 +34,8 @@ from s4.sequence import sequence
 from s4.system import discretize, system
 
 engaged = False  # once a `with` was entered: what layers, blocks and models ask before anything else
+_open = 0  # how many are entered now
+_idle = True  # none is, and no forward pass of one may be run again
 _ring: ContextVar[tuple[Ring, bool] | None] = ContextVar("s4_sequence_parallel", default=None)
 # In which groups a module ran, or in none, where activation checkpointing may run it again: with what lives
 # as long as that may happen, or True where that is not known.
@@ -61,14 +63,16 @@ def sequence_parallel(group: Any) -> Iterator[None]:
         ValueError: torch.distributed is not initialised, the process is not in the group, or the mesh has
             several dimensions. TypeError: something else than a group.
     """
-    global engaged
+    global engaged, _open, _idle
     ring = _checked(group)
-    engaged = True
+    engaged, _open, _idle = True, _open + 1, False
     token = _ring.set((ring, dispatch.recomputing()))
     try:
         yield
     finally:
         _ring.reset(token)
+        _open -= 1
+        _idle = not (_open or any(map(_alive, list(_seen.values()))))
 
 
 def _checked(group: Any) -> Ring:
@@ -104,6 +108,27 @@ def refuse(what: str) -> None:
         )
 
 
+@dispatch.eager
+def _exchanged(ring: Ring, shape: torch.Size, device: torch.device, call: str) -> list[int]:
+    """The lengths of all ranks' pieces (B, L_r, ...), where all make the same call."""
+    import torch.distributed as dist
+
+    group, _, size = ring
+    if "cpu:" in dist.get_backend_config(group):  # then a device need not be waited for
+        device = torch.device("cpu")
+    call = f"{call}, batch size {shape[0]}"
+    own = torch.tensor([shape[1], zlib.crc32(call.encode())], device=device)
+    found = own.new_empty(size, 2)
+    dist.all_gather(list(found), own, group)
+    lengths, calls = found.t().tolist()
+    if len(set(calls)) > 1:
+        told: list[Any] = [None] * size
+        dist.all_gather_object(told, call, group)
+        lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(told))
+        raise ValueError(f"in sequence_parallel all ranks must make the same call, got{lines}")
+    return list(map(int, lengths))
+
+
 class Piece:
     """One call of a module inside `sequence_parallel`: where its rank's piece lies in the sequence.
 
@@ -121,22 +146,7 @@ class Piece:
         Raises:
             ValueError: ranks that make different calls.
         """
-        import torch.distributed as dist
-
-        group, _, size = self.ring
-        local = "cpu:" in dist.get_backend_config(group)  # then a device need not be waited for
-        device = torch.device("cpu") if local else self._device
-        call = f"{self._call}, batch size {self._u_shape[0]}"
-        own = torch.tensor([self._u_shape[1], zlib.crc32(call.encode())], device=device)
-        found = own.new_empty(size, 2)
-        dist.all_gather(list(found), own, group)
-        lengths, calls = found.t().tolist()
-        if len(set(calls)) > 1:
-            told: list[Any] = [None] * size
-            dist.all_gather_object(told, call, group)
-            lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(told))
-            raise ValueError(f"in sequence_parallel all ranks must make the same call, got{lines}")
-        return list(map(int, lengths))
+        return _exchanged(self.ring, self._u_shape, self._device, self._call)
 
     @property
     def total(self) -> int:
@@ -203,6 +213,7 @@ class Piece:
             z = z * norm.weight + norm.bias
         return z.to(x.dtype)
 
+    @dispatch.eager
     def sequence(
         self,
         systems: tuple[Any, ...],
@@ -225,17 +236,16 @@ class Piece:
         parts = [driven]
         if both := len(recurrence.C) == 2:
             parts.append(last_state(u.flip(1), ahead, D.to(u.dtype), None, None, backend, None))
-        a, F, G, _, _ = recurrence
-        options = self._steps(lengths, u), self.total, return_state, self.ring
-        before, later, after = Handed.apply(torch.stack(parts), x, a, F, G, *options)
+        way = Way(self._steps(lengths, u), self.total, self.ring.rank, return_state)
+        before, *others = hand(recurrence, torch.stack(parts), x, way, self.ring)
         L = u.shape[1]
         more = continuation(ahead, before, L, backend)
         if both:
-            X = later.to(a.dtype).transpose(0, 1)
+            X = others[0].to(recurrence.a.dtype).transpose(0, 1)
             behind = recurrence._replace(C=recurrence.C[1:])
             more = more + response(behind, L, u.dtype, backend, X)[0].flip(-1)
         y = y + more.transpose(1, 2)
-        return y if own is None else zero_padding(y, own), after if return_state else None
+        return y if own is None else zero_padding(y, own), others[-1] if return_state else None
 
     def _steps(self, lengths: Tensor | None, u: Tensor) -> Tensor:
         """(ranks, B): inputs of each sequence in each piece."""
@@ -246,7 +256,6 @@ class Piece:
         return torch.minimum((lengths - ends + sizes).clamp(min=0), sizes)
 
 
-@dispatch.eager
 def piece(
     module: nn.Module, u: Tensor, state: Any, lengths: Tensor | None, return_state: bool
 ) -> Piece | None:
@@ -257,6 +266,15 @@ def piece(
     Raises:
         ValueError: inside a transform of torch, or in a backward pass that cannot tell the group.
     """
+    if _idle and dispatch.compiling():  # in a graph that is compiled anew when this changes
+        return None
+    return _piece(module, u, state, lengths, return_state)
+
+
+@dispatch.eager
+def _piece(
+    module: nn.Module, u: Tensor, state: Any, lengths: Tensor | None, return_state: bool
+) -> Piece | None:
     ring = _where(module)
     if ring is None or ring.size == 1:
         return None
@@ -269,11 +287,12 @@ def piece(
 
 def _where(module: nn.Module) -> Ring | None:
     """The group that a module runs in: that of the `with`, or in a backward pass that of its forward pass."""
+    global _idle
     inside = _ring.get()
     ring, explicit = inside if inside is not None else (None, False)
     if explicit:  # entered in this backward pass
         return ring
-    seen = [(alive, where) for alive, where in _seen.get(module, []) if alive is True or alive() is not None]
+    seen = _alive(_seen.get(module, []))
     if dispatch.recomputing():
         groups = {None if where is None else where.group for _, where in seen}
         if len(groups) > 1:
@@ -283,9 +302,13 @@ def _where(module: nn.Module) -> Ring | None:
                 "use_reentrant=False, context_fn=lambda: (nullcontext(), sequence_parallel(group)))"
             )
         return seen[0][1] if seen else ring
-    if (alive := dispatch.recomputable(module.training)) is not None:
-        alive = weakref.ref(alive) if isinstance(alive, FunctionType) else True
-        if (alive, ring) not in seen:
-            seen.append((alive, ring))
-        _seen[module] = seen
+    if (hook := dispatch.recomputable(module.training)) is not None:
+        entry = weakref.ref(hook) if isinstance(hook, FunctionType) else True, ring
+        _seen[module] = seen if entry in seen else [*seen, entry]
+        _idle = False
     return ring
+
+
+def _alive(seen: list[tuple[Any, Ring | None]]) -> list[tuple[Any, Ring | None]]:
+    """Those that may be run again."""
+    return [(held, ring) for held, ring in seen if held is True or held() is not None]
