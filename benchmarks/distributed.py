@@ -3,11 +3,11 @@
     pip install -e ".[test]"
     python benchmarks/distributed.py [--ranks 1,2,4] [--out FILE.json]
 
-One training step, forward and backward, of a stack on one long sequence, by one process and by several on this
-machine (gloo), each with a piece. Measured are the most memory that a process took beside its start, with an
-allocator that gives back what is freed (glibc's, by MALLOC_MMAP_THRESHOLD_), the seconds of a further step,
-and the largest differences of outputs and gradients from one process, relative to the largest number; of
-float32 also from float64. Prints a table and writes JSON.
+One training step, forward and backward, of a stack on one long sequence, by one process and by several on
+this machine (gloo), each with a piece. Measured are the most memory that a process took beside its start,
+with an allocator that gives back what is freed (glibc's, by MALLOC_MMAP_THRESHOLD_), the seconds of a
+further step, and the largest differences of outputs and gradients from one process, relative to the largest
+number; of float32 also from float64. Prints a table and writes JSON.
 """
 
 import os

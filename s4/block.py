@@ -120,7 +120,7 @@ class S4Block(nn.Module):
         check_features("x", x, self.layer.d_model, "batch", "length")
         piece = None
         if distributed.engaged:
-            piece = distributed.piece(self, x, state, lengths, return_state)
+            piece = distributed.piece(self, x, state, lengths, None, return_state)
         own = None  # of lengths, what lies in x
         if lengths is not None:
             lengths = check_lengths(lengths, x.shape[0], x.shape[1] if piece is None else piece.total, x)

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from s4.ops import dispatch
-from s4.ops.ranks import Ring, Sum, Way, hand
+from s4.ops.chunks import states
+from s4.ops.ranks import FAR, Ring, Sum, Way, gathered, hand
 from s4.ops.response import continuation, response
-from s4.ops.scan import last_state
 from s4.padding import padding, zero_padding
 from s4.sequence import sequence
 from s4.system import discretize, system
@@ -135,8 +135,8 @@ class Piece:
     The lengths of the pieces are exchanged when they are first needed.
     """
 
-    def __init__(self, ring: Ring, u: Tensor, call: str) -> None:
-        self.ring = ring
+    def __init__(self, ring: Ring, u: Tensor, call: str, cut: bool) -> None:
+        self.ring, self._cut = ring, cut  # by resets, in any piece
         self._u_shape, self._device, self._call = u.shape, u.device, call
 
     @cached_property
@@ -221,43 +221,65 @@ class Piece:
         u: Tensor,
         x: Tensor | None,
         lengths: Tensor | None,
+        resets: Tensor | None,
         mode: str,
         products: torch.dtype,
         backend: str,
         return_state: bool,
         kept: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `s4.sequence.sequence`, whose arguments these are: u is the piece, all else of the whole."""
+        """As `s4.sequence.sequence`, whose arguments these are: u and resets of the piece, all else whole."""
+        batch, L, _ = u.shape
         own = None if lengths is None else self.own(lengths)
-        y, driven = sequence(systems, D, u, None, own, mode, products, backend, True, kept)
+        if resets is not None and own is not None:
+            resets = resets & ~padding(own, L)
+        y, driven = sequence(systems, D, u, None, own, resets, mode, products, backend, True, kept)
         assert driven is not None
         recurrence = discretize(system(*systems))
         ahead = recurrence._replace(C=recurrence.C[:1])
-        parts = [driven]
+        parts, counts = [driven], None if resets is None else resets.cumsum(1)
         if both := len(recurrence.C) == 2:
-            parts.append(last_state(u.flip(1), ahead, D.to(u.dtype), None, None, backend, None))
-        way = Way(self._steps(lengths, u), self.total, self.ring.rank, return_state)
+            seen = u if counts is None else torch.where((counts == 0)[..., None], u, 0)
+            last = torch.full((batch, 1), L - 1, device=u.device)
+            found = states(seen.flip(1), ahead, D.to(u.dtype), None, last, None, backend, None)
+            parts.append(found[:, 0])
+        way = Way(self._steps(lengths, counts, u), self.total, self.ring.rank, return_state)
         before, *others = hand(recurrence, torch.stack(parts), x, way, self.ring)
-        L = u.shape[1]
         more = continuation(ahead, before, L, backend)
+        if counts is not None:  # up to the first reset
+            more = torch.where((counts == 0)[:, None], more, 0)
         if both:
             X = others[0].to(recurrence.a.dtype).transpose(0, 1)
             behind = recurrence._replace(C=recurrence.C[1:])
-            more = more + response(behind, L, u.dtype, backend, X)[0].flip(-1)
+            later = response(behind, L, u.dtype, backend, X)[0].flip(-1)
+            if counts is not None:  # from the last reset on
+                later = torch.where((counts == counts[:, -1:])[:, None], later, 0)
+            more = more + later
         y = y + more.transpose(1, 2)
         return y if own is None else zero_padding(y, own), others[-1] if return_state else None
 
-    def _steps(self, lengths: Tensor | None, u: Tensor) -> Tensor:
-        """(ranks, B): inputs of each sequence in each piece."""
-        sizes = torch.tensor(self.sizes, device=u.device)[:, None].expand(-1, u.shape[0])
-        if lengths is None:
-            return sizes
-        ends = sizes.cumsum(0)
-        return torch.minimum((lengths - ends + sizes).clamp(min=0), sizes)
+    def _steps(self, lengths: Tensor | None, counts: Tensor | None, u: Tensor) -> Tensor:
+        """(ranks, B): inputs of each sequence in each piece; `FAR` more where this holds a reset.
+
+        From the lengths of whole sequences and the numbers of resets (B, L_r) in this piece so far.
+        """
+        steps = torch.tensor(self.sizes, device=u.device)[:, None].expand(-1, u.shape[0])
+        if lengths is not None:
+            ends = steps.cumsum(0)
+            steps = torch.minimum((lengths - ends + steps).clamp(min=0), steps)
+        if self._cut:
+            own = steps.new_zeros(u.shape[0]) if counts is None else (counts > 0).any(1).long()
+            steps = steps + FAR * gathered(own, self.ring)
+        return steps
 
 
 def piece(
-    module: nn.Module, u: Tensor, state: Any, lengths: Tensor | None, return_state: bool
+    module: nn.Module,
+    u: Tensor,
+    state: Any,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    return_state: bool,
 ) -> Piece | None:
     """The piece that u (B, L, ...) is in a call of a module, or None where u is a whole sequence.
 
@@ -268,21 +290,19 @@ def piece(
     """
     if _idle and dispatch.compiling():  # in a graph that is compiled anew when this changes
         return None
-    return _piece(module, u, state, lengths, return_state)
+    given = {"state": state, "lengths": lengths, "resets": resets, "return_state": return_state or None}
+    return _piece(module, u, [name for name, value in given.items() if value is not None])
 
 
 @dispatch.eager
-def _piece(
-    module: nn.Module, u: Tensor, state: Any, lengths: Tensor | None, return_state: bool
-) -> Piece | None:
+def _piece(module: nn.Module, u: Tensor, given: list[str]) -> Piece | None:
     ring = _where(module)
     if ring is None or ring.size == 1:
         return None
     if dispatch.transformed():
         raise ValueError("sequence_parallel does not go with torch.func, vmap or forward-mode derivatives")
-    given = {"state": state is not None, "lengths": lengths is not None, "return_state": return_state}
-    told = [f"{type(module).__name__}(...)", *(name for name, there in given.items() if there)]
-    return Piece(ring, u, ", ".join([*told, dispatch.gradients(u)]))
+    call = ", ".join([f"{type(module).__name__}(...)", *given, dispatch.gradients(u)])
+    return Piece(ring, u, call, "resets" in given)
 
 
 def _where(module: nn.Module) -> Ring | None:

@@ -105,7 +105,9 @@ class S4Model(nn.Module):
         """
         if not isinstance(u, Tensor) or u.dim() < 2:
             raise ValueError(f"u must be a tensor of shape (batch, length, ...), got {kind_of(u)}")
-        piece = distributed.piece(self, u, state, lengths, return_state) if distributed.engaged else None
+        piece = (
+            distributed.piece(self, u, state, lengths, None, return_state) if distributed.engaged else None
+        )
         if lengths is not None:
             L = u.shape[1] if piece is None else piece.total
             lengths = check_lengths(lengths, u.shape[0], L, u)

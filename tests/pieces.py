@@ -1,4 +1,4 @@
-"""A rank's piece of a sequence against the whole, run by the same module in one process: for ranks to call."""
+"""A rank's piece of a sequence against the whole, run by the same module in one process."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -86,6 +86,8 @@ def compare(
 
     own, mine = cut(x, pieces), leaf(state)
     torch.manual_seed(seed + rank)
+    if "resets" in options:
+        options = options | {"resets": cut(options["resets"], pieces)}
     with sequence_parallel(world()):
         found = (run or module)(own, mine, **options)
         got, last = found if options.get("return_state") else (found, None)

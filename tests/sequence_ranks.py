@@ -83,6 +83,41 @@ def both(variant: str, mode: str) -> None:
         compare(module, u, pieces, lengths=ends(pieces), rate=2.0)
 
 
+@scene("dplr", "fft", False)
+@scene("dplr", "scan", True)
+@scene("diag", "auto", False)
+@scene("diag", "fft", True)
+def reset(variant: str, mode: str, both: bool) -> None:
+    """At a piece's edges, several in a piece, none in a row or in a piece, and behind an end."""
+    module, state = layer(variant, mode, both), torch.randn(6, 3, 6, dtype=torch.float64)
+    for pieces in CUTS[:2]:
+        L = sum(pieces)
+        u, resets = inputs(6, pieces), torch.rand(6, L) < 0.15
+        resets[0], resets[1], resets[2] = False, torch.arange(L) == pieces[0], torch.arange(L) == L - 2
+        options = {} if both else {"state": state, "return_state": True}
+        compare(module, u, pieces, resets=resets, **options)
+        compare(module, u, pieces, resets=resets, lengths=ends(pieces), **options)
+
+
+@scene("dplr", False)
+@scene("diag", True)
+def poison(variant: str, both: bool) -> None:
+    """What is no number reaches nothing behind a reset and, backwards, nothing before it, on any rank."""
+    module, pieces = layer(variant, "scan", both), CUTS[0]
+    u, L = inputs(2, pieces), sum(pieces)
+    resets = torch.zeros(2, L, dtype=torch.bool)
+    resets[0, 9], resets[1, 22] = True, True
+    with torch.no_grad():
+        clean = module(u, resets=resets)
+        u[0, 3] = u[1, 23] = torch.nan
+        with sequence_parallel(world()):
+            y = module(cut(u, pieces), resets=cut(resets, pieces))
+    mask = torch.zeros(2, L, dtype=torch.bool)
+    mask[0, 9:], mask[1, :22] = True, True
+    kept = cut(mask, pieces)
+    oracle.close(y[kept], cut(clean, pieces)[kept], 1e-9)
+
+
 @scene("none", False)
 @scene("mean", False)
 @scene("last", False)
@@ -308,9 +343,18 @@ def main(folder: Path, *only: str) -> None:
     """Forks a process for each rank, which spares them imports and what a first call loads."""
     with torch.no_grad():
         layer("diag")(inputs(1, (9,)))
-    if children := [pid for rank in range(WORLD) if (pid := os.fork()) or played(rank, folder, only)]:
-        for pid in children:
-            os.waitpid(pid, 0)
+    children = []
+    for rank in range(WORLD):
+        if (pid := os.fork()) == 0:
+            try:
+                played(rank, folder, only)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+        children.append(pid)
+    for pid in children:
+        os.waitpid(pid, 0)
 
 
 def played(rank: int, folder: Path, only: tuple[str, ...]) -> None:
@@ -329,7 +373,6 @@ def played(rank: int, folder: Path, only: tuple[str, ...]) -> None:
             outcome = traceback.format_exc()
         dist.destroy_process_group()  # which ends what the others wait for, where this one failed
         (folder / f"{name}.{rank}").write_text(outcome)
-    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,15 @@ def test_pieces_of_a_bidirectional_layer(passes: Passes, scene: str) -> None:
 
 @pytest.mark.promise(
     "sharding and distributed training",
+    "`sequence_parallel` with `resets`: nothing passes one from rank to rank, be it nan",
+)
+@pytest.mark.parametrize("scene", [*names("reset"), *names("poison")])
+def test_resets_in_pieces(passes: Passes, scene: str) -> None:
+    passes(scene)
+
+
+@pytest.mark.promise(
+    "sharding and distributed training",
     "`sequence_parallel`: `S4Model` with each pooling, and its `State`: the whole's on every rank",
 )
 @pytest.mark.parametrize("scene", names("models"))

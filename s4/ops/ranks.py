@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from s4.ops import dispatch
-from s4.ops.advance import advance
+from s4.powers import Propagator
 from s4.system import Recurrence
 
 
@@ -165,6 +165,6 @@ def _moved(a: Tensor, F: Tensor, G: Tensor, x: Tensor, steps: Tensor, way: Way) 
         return x.sum(0)
     far = steps >= FAR
     x = torch.where(far[..., None, None], 0, x)
-    recurrence = Recurrence(a, F, G, a, a[None])
-    moved = advance(recurrence, x.flatten(0, 1), steps.masked_fill(far, 0).flatten(), way.most)
+    steps = steps.masked_fill(far, 0).flatten()
+    moved = Propagator(Recurrence(a, F, G, a, a[None])).advance(x.flatten(0, 1), steps, way.most)
     return moved.view_as(x).sum(0)
