@@ -110,7 +110,8 @@ class S4Block(nn.Module):
         state: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
-        rate: float = 1.0,
+        resets: Tensor | None = None,
+        rate: float | Tensor = 1.0,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Map (B, L, d_model) to the same shape; the arguments are those of `S4Layer.forward`.
@@ -120,7 +121,7 @@ class S4Block(nn.Module):
         check_features("x", x, self.layer.d_model, "batch", "length")
         piece = None
         if distributed.engaged:
-            piece = distributed.piece(self, x, state, lengths, None, return_state)
+            piece = distributed.piece(self, x, state, lengths, resets, rate, return_state)
         own = None  # of lengths, what lies in x
         if lengths is not None:
             lengths = check_lengths(lengths, x.shape[0], x.shape[1] if piece is None else piece.total, x)
@@ -133,7 +134,7 @@ class S4Block(nn.Module):
         after = None
         try:
             z = normed(self.norm, x, own, piece) if self.prenorm else x
-            z = self.layer(z, state, lengths=ends, rate=rate, return_state=return_state)
+            z = self.layer(z, state, lengths=ends, resets=resets, rate=rate, return_state=return_state)
             if return_state:
                 z, after = z
             y = self._position_wise(x, z, own, piece)
@@ -142,7 +143,7 @@ class S4Block(nn.Module):
             raise
         return y if after is None else (y, after)
 
-    def step(self, x: Tensor, state: Tensor, *, rate: float = 1.0) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, state: Tensor, *, rate: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """One step: x (B, d_model) and the layer's state to the same shapes.
 
         Equals `forward` in eval mode; in training mode dropout draws a mask a step, also when tied, and batch

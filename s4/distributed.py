@@ -103,8 +103,8 @@ def refuse(what: str) -> None:
     """Raise ValueError inside `sequence_parallel`, for what does not take a piece of a sequence."""
     if _ring.get() is not None:
         raise ValueError(
-            f"{what} takes inputs one by one, not a piece of a sequence, and cannot run inside "
-            "sequence_parallel: call it outside, from a state that forward returned, the same on every rank"
+            f"{what} takes no piece of a sequence and cannot run inside sequence_parallel: call it outside; "
+            "a state that forward returned inside is the whole sequence's on every rank"
         )
 
 
@@ -136,7 +136,7 @@ class Piece:
     """
 
     def __init__(self, ring: Ring, u: Tensor, call: str, cut: bool) -> None:
-        self.ring, self._cut = ring, cut  # by resets, in any piece
+        self.ring, self.cut = ring, cut  # by resets, in any piece
         self._u_shape, self._device, self._call = u.shape, u.device, call
 
     @cached_property
@@ -166,6 +166,14 @@ class Piece:
         """The sum over the ranks, on all of them."""
         found: Tensor = Sum.apply(t, self.ring.group)
         return found
+
+    def largest(self, t: Tensor) -> Tensor:
+        """The largest of all ranks' numbers, on all of them."""
+        import torch.distributed as dist
+
+        t = t.clone()
+        dist.all_reduce(t, dist.ReduceOp.MAX, group=self.ring.group)
+        return t
 
     def last(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """The last of all positions, (B, H) on every rank, of x (B, L_r, H) and the lengths of the whole.
@@ -267,7 +275,7 @@ class Piece:
         if lengths is not None:
             ends = steps.cumsum(0)
             steps = torch.minimum((lengths - ends + steps).clamp(min=0), steps)
-        if self._cut:
+        if self.cut:
             own = steps.new_zeros(u.shape[0]) if counts is None else (counts > 0).any(1).long()
             steps = steps + FAR * gathered(own, self.ring)
         return steps
@@ -279,6 +287,7 @@ def piece(
     state: Any,
     lengths: Tensor | None,
     resets: Tensor | None,
+    rate: float | Tensor,
     return_state: bool,
 ) -> Piece | None:
     """The piece that u (B, L, ...) is in a call of a module, or None where u is a whole sequence.
@@ -288,17 +297,21 @@ def piece(
     Raises:
         ValueError: inside a transform of torch, or in a backward pass that cannot tell the group.
     """
+    if not isinstance(u, Tensor) or u.dim() < 2:  # which its caller refuses
+        return None
     if _idle and dispatch.compiling():  # in a graph that is compiled anew when this changes
         return None
     given = {"state": state, "lengths": lengths, "resets": resets, "return_state": return_state or None}
-    return _piece(module, u, [name for name, value in given.items() if value is not None])
+    return _piece(module, u, [name for name, value in given.items() if value is not None], rate)
 
 
 @dispatch.eager
-def _piece(module: nn.Module, u: Tensor, given: list[str]) -> Piece | None:
+def _piece(module: nn.Module, u: Tensor, given: list[str], rate: float | Tensor) -> Piece | None:
     ring = _where(module)
     if ring is None or ring.size == 1:
         return None
+    if isinstance(rate, Tensor):
+        raise ValueError(f"rate must be a number inside sequence_parallel, got a tensor {tuple(rate.shape)}")
     if dispatch.transformed():
         raise ValueError("sequence_parallel does not go with torch.func, vmap or forward-mode derivatives")
     call = ", ".join([f"{type(module).__name__}(...)", *given, dispatch.gradients(u)])

@@ -128,11 +128,11 @@ def models(pooling: str, both: bool) -> None:
     pooled = pooling != "none"
     for block, pieces in (("prenorm", CUTS[0]), ("postnorm", CUTS[1])):
         model, u = build("mixed", block, pooling, both=both), inputs(6, pieces, D_IN)
+        options = {"lengths": ends(pieces), "resets": torch.rand(6, sum(pieces)) < 0.05, "pooled": pooled}
         if both:
-            compare(model, u, pieces, pooled=pooled, lengths=ends(pieces))
+            compare(model, u, pieces, **options)
         else:
-            state = incoming(model, 6)
-            compare(model, u, pieces, state, pooled=pooled, lengths=ends(pieces), return_state=True)
+            compare(model, u, pieces, incoming(model, 6), return_state=True, **options)
     tokens = torch.randint(VOCABULARY, (2, sum(CUTS[0])))
     compare(build("dplr", "final norm", pooling, tokens=True, both=both), tokens, CUTS[0], pooled=pooled)
 
@@ -333,6 +333,8 @@ def refused() -> None:
         state = module.initial_state(2) if rank == 1 else None
         refuses(ValueError, "rank 1: S4Layer.*state", lambda: module(u, state))
         refuses(ValueError, "lengths.*0..12", lambda: module(u, lengths=torch.tensor([13, 1])))
+        refuses(ValueError, "rate.*number", lambda: module(u, rate=torch.ones(2)))
+        refuses(ValueError, "states.*sequence_parallel", lambda: module.states(u, torch.zeros(2, 1).long()))
         refuses(ValueError, "torch.func", lambda: torch.func.vmap(module)(u[None]))
         x = u.clone().requires_grad_()
         grad = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)[0]
