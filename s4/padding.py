@@ -193,11 +193,11 @@ def zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
     return torch.where(past, x.new_zeros(()), x)  # half the traffic of masked_fill, which copies first
 
 
-def last_start(resets: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where the last segment of each sequence starts, (B,), and whether that is a reset, within its length."""
+def last_start(resets: Tensor, lengths: Tensor | None) -> Tensor:
+    """Where the last segment of each sequence starts, (B,), within its length."""
     t = torch.arange(resets.shape[1], device=resets.device)
     there = resets if lengths is None else resets & (t < lengths[:, None])
-    return torch.where(there, t, 0).amax(1), there.any(1)
+    return torch.where(there, t, 0).amax(1)
 
 
 def right_aligned(x: Tensor, lengths: Tensor) -> Tensor:

@@ -127,8 +127,7 @@ def last_state(
         last = torch.full_like(u[:, 0, 0], u.shape[1], dtype=torch.long) if lengths is None else lengths
         return states(u, recurrence, D, x, last[:, None] - 1, resets, backend, kept)[:, 0]
     if resets is not None:  # from zero, what lies before the last segment is as if it were not there
-        start, _ = last_start(resets, lengths)
-        u = torch.where(padding(start, u.shape[1])[..., None], u, 0)
+        u = torch.where(padding(last_start(resets, lengths), u.shape[1])[..., None], u, 0)
     u = u if lengths is None else right_aligned(u, lengths)
     _, after = scan(u, recurrence, D, x, None, backend, kept=kept)
     assert after is not None

@@ -6,7 +6,7 @@ The file that asks torch whether it exports, transforms, differentiates or casts
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ _STEPS = 32  # B L up to which steps take less time than a convolution, without 
 # Nodes over d_state^2 up to which Cauchy sums take less time than powers (benchmarks/kernels.py): on two
 # cores, where both are fused, and on an H200, where sums are and powers are not, measured to 16,384.
 _SUMS = {"cpu": 1 / 8, "cuda": 4.0}
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "ipu", "maia", "privateuseone")
 _AUTOCAST = {kind for kind in _KINDS if torch.amp.is_autocast_available(kind)}
@@ -169,9 +171,9 @@ def way(
         return "steps"
     if stateful:
         return "scan"
-    if device_type == "cpu" and resets is not None and not unread(resets):
-        if _DENSE * int(resets.sum()) > batch * L:
-            return "fft"
+    readable = device_type == "cpu" and resets is not None and not unread(resets)
+    if readable and resets is not None and _DENSE * int(resets.sum()) > batch * L:
+        return "fft"
     if local and kept:
         return "fft" if L <= 32 or max(batch, 2) * L <= _SHORT else "scan"
     if device_type != "cpu" or backend != "auto":
@@ -300,3 +302,33 @@ def pulled(plain: Callable[..., Any], inputs: Sequence[Tensor], grads: Any) -> l
 def plain_memory(t: Tensor) -> Tensor:
     """The numbers themselves, no lazy conjugation or negation, contiguous: what a backend reads as memory."""
     return t.resolve_conj().resolve_neg().contiguous()
+
+
+def eager(function: F) -> F:
+    """Mark what torch.compile leaves to Python, without the import of torch._dynamo."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
+
+def recomputing() -> bool:
+    """Inside a backward pass, in which activation checkpointing runs a forward pass again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def recomputable(training: bool) -> Callable[..., Any] | bool | None:
+    """None where a forward pass is not checkpointed: where it keeps all for its gradient, or has none.
+
+    Else a function that lives as long as it may be run again, or True where that cannot be told.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None:
+        unpack: Callable[..., Any] = hooks[1]
+        return unpack
+    return True if training and not torch.is_grad_enabled() else None
+
+
+def gradients(t: Tensor) -> str:
+    """What is recorded of a tensor."""
+    if not torch.is_grad_enabled():
+        return "no gradients"
+    return "gradients, also of the input" if t.requires_grad else "gradients"
