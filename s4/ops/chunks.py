@@ -249,7 +249,7 @@ def plain_backward(
     X, Z, driven = X.flatten(1, 2), Z.flatten(1, 2), of_driven.flatten(1, 2)
     of_inward = product(U.flatten(1, 2).mT, Z) + product(window.mT, driven)
     of_window = torch.where(inside, product(driven, inward.mT).view(H, B, P, T), 0)
-    of_U = product(Z, inward.mT).view(H, B, -1).scatter_add(2, slots, of_window.flatten(2))
+    of_U = product(Z, inward.mT).view(H, B, U.shape[2] * T).scatter_add(2, slots, of_window.flatten(2))
     of_u = scans.steps(of_U[..., : rows.shape[2]], chunks)
     return of_u, of_x, of_inward, product(X.mT, Z)
 
