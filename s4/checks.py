@@ -126,6 +126,15 @@ def check_state(
         raise _elsewhere(name, value, like)
 
 
+def check_integers(name: str, value: Any, *dims: str) -> None:
+    """A tensor of integers with these dimensions."""
+    if not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {got}")
+    if value.dim() != len(dims):
+        raise ValueError(f"{name} must have shape ({', '.join(dims)}), got {tuple(value.shape)}")
+
+
 def check_lengths(lengths: Any, batch: int, L: int, like: Tensor) -> Tensor:
     """`batch` integers in 0..L, returned as int64. Where numbers are `unread`, so is the range."""
     if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
@@ -139,3 +148,81 @@ def check_lengths(lengths: Any, batch: int, L: int, like: Tensor) -> Tensor:
     if not unread(lengths) and bool(((lengths < 0) | (lengths > L)).any()):
         raise ValueError(f"lengths must lie in 0..{L}, the length of the batch, got {lengths.tolist()}")
     return lengths
+
+
+def check_rate(rate: Tensor, batch: int, L: int, like: Tensor, lengths: Tensor | None) -> Tensor:
+    """Finite numbers above 0, (batch,) or (batch, L), returned as (batch, L).
+
+    Past the lengths they may be anything, and become 1.
+    """
+    if not rate.is_floating_point():
+        raise TypeError(f"rate must be a number or a floating-point tensor, got {rate.dtype}")
+    if rate.shape not in ((batch,), (batch, L)):
+        takes = f"({batch},) or ({batch}, {L})"
+        raise ValueError(f"rate must be a number or have shape {takes}, got {tuple(rate.shape)}")
+    if rate.device != like.device:
+        raise _elsewhere("rate", rate, like)
+    rate = rate if rate.dim() == 2 else rate[:, None].expand(batch, L)
+    if lengths is not None:
+        rate = torch.where(torch.arange(L, device=rate.device) >= lengths[:, None], 1, rate)
+    if not unread(rate) and not bool(((rate > 0) & (rate < math.inf)).all()):
+        raise ValueError("rate must be finite and above 0, got numbers that are not")
+    return rate
+
+
+def check_positions(positions: Any, batch: int, L: int, like: Tensor) -> Tensor:
+    """(batch, P) integers in -1..L-1, returned as int64."""
+    if not isinstance(positions, Tensor) or positions.dtype not in _INTEGERS:
+        got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+        raise TypeError(f"positions must be a tensor of integers, got {got}")
+    if positions.dim() != 2 or positions.shape[0] != batch:
+        raise ValueError(f"positions must have shape ({batch}, P), got {tuple(positions.shape)}")
+    if positions.device != like.device:
+        raise _elsewhere("positions", positions, like)
+    positions = positions.long()
+    if not unread(positions) and bool(((positions < -1) | (positions >= L)).any()):
+        raise ValueError(
+            f"positions must lie in -1..{L - 1}, those of the inputs, or -1 for before the first, got "
+            f"{int(positions.min())}..{int(positions.max())}"
+        )
+    return positions
+
+
+def check_resets(resets: Any, batch: int, L: int, like: Tensor) -> Tensor | None:
+    """(batch, L) booleans. None where there are no inputs, and so none that begins anew."""
+    if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
+        got = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
+        raise TypeError(f"resets must be a tensor of booleans, got {got}")
+    if resets.shape != (batch, L):
+        raise ValueError(f"resets must have shape ({batch}, {L}), got {tuple(resets.shape)}")
+    if resets.device != like.device:
+        raise _elsewhere("resets", resets, like)
+    return resets if L else None
+
+
+def check_sequence(
+    u: Any,
+    state: Any,
+    lengths: Any,
+    resets: Any,
+    rate: Any,
+    like: Tensor,
+    d_state: int,
+    dtype: torch.dtype,
+    total: int | None = None,
+) -> tuple[Tensor | None, Tensor | None, Any]:
+    """What a layer with a parameter `like` (d_model,) is given; lengths, resets and rate as it takes them.
+
+    `total` is the length of the sequence where u is a piece of one.
+    """
+    check_features("u", u, like, "batch", "length")
+    batch, L, d_model = u.shape
+    if state is not None:
+        check_state("state", state, (batch, d_model, d_state), like, dtype)
+    if lengths is not None:
+        lengths = check_lengths(lengths, batch, L if total is None else total, like)
+    if resets is not None:
+        resets = check_resets(resets, batch, L, like)
+    if isinstance(rate, Tensor):
+        rate = check_rate(rate, batch, L, like, lengths)
+    return lengths, resets, rate

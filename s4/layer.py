@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s4 import hippo, kernel, options
+from s4 import distributed, hippo, kernel, options
 from s4.checks import (
     check_features,
     check_flag,
     check_integer,
-    check_lengths,
     check_number,
     check_option,
+    check_positions,
+    check_sequence,
     check_state,
     check_tensor,
 )
@@ -22,7 +23,7 @@ from s4.ops import dispatch, step
 from s4.ops.kept import Kept
 from s4.padding import zero_padding
 from s4.precision import double
-from s4.sequence import sequence
+from s4.sequence import sequence, states_at
 from s4.sharded import fill, first_state
 from s4.system import DISCRETIZATIONS, dense, discretize, system
 
@@ -219,7 +220,8 @@ class S4Layer(nn.Module):
         state: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
-        rate: float = 1.0,
+        resets: Tensor | None = None,
+        rate: float | Tensor = 1.0,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Map a batch of sequences to one of the same shape.
@@ -229,8 +231,13 @@ class S4Layer(nn.Module):
             state: (B, H, N) to go on from, as `step` or an earlier `forward` returned it; None is zero.
             lengths: (B,) integers, the lengths of right-padded sequences. What lies past them is ignored,
                 outputs there are zero, and a sequence's state is the one at its own end.
+            resets: (B, L) booleans. At True a new sequence begins: the state is zero before that input, and
+                backwards nothing passes it either. What lies before, be it nan, reaches no output behind.
             rate: multiplies dt, the time from one input to the next: after training at 16 kHz, 0.5 for inputs
-                at 32 kHz, whose steps are half as long, and 2 for those at 8 kHz.
+                at 32 kHz, whose steps are half as long, and 2 for those at 8 kHz. Or a tensor, (B,) of a
+                number for each sequence, or (B, L) for inputs at irregular times, the step before each one:
+                dt rate[:, t] lies between inputs t-1 and t, in both directions. Every mode then is a
+                recurrence of O(N) a step, which takes several times as long as a scan.
             return_state: also return the state after the last input.
 
         Returns:
@@ -240,35 +247,34 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
-        dtype = self._check(rate, "state" if state is not None else "return_state" if return_state else "")
-        check_features("u", u, self.D, "batch", "length")
-        batch, L, _ = u.shape
-        if state is not None:
-            check_state("state", state, (batch, self.d_model, self.d_state), self.D, dtype)
-        if lengths is not None:
-            lengths = check_lengths(lengths, batch, L, self.D)
+        causal = "state" if state is not None else "return_state" if return_state else ""
+        dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, causal)
+        given = u, state, lengths, resets, rate
+        piece = distributed.piece(self, *given, return_state) if distributed.engaged else None
+        run, total = (sequence, None) if piece is None else (piece.sequence, piece.total)
+        lengths, resets, rate = check_sequence(*given, self.D, self.d_state, dtype, total)
         x = u.to(dtype)
         # What "auto" chooses for its speed alone keeps its precision.
         products = dispatch.product_dtype(x) if self.mode == "scan" else dtype
         with dispatch.full_precision(u.device):
             if lengths is not None:
-                x = zero_padding(x, lengths)
+                x = zero_padding(x, lengths if piece is None else piece.own(lengths))
             options = self.mode, products, self.backend, return_state
             kept = None if self.training else self._kept
-            y, after = sequence(self._systems(rate), self.D, x, state, lengths, *options, kept)
+            y, after = run(self._systems(rate), self.D, x, state, lengths, resets, *options, kept)
             y = y.to(u.dtype)
         return (y, after) if after is not None else y
 
-    def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0) -> tuple[Tensor, Tensor]:
+    def step(self, u: Tensor, state: Tensor, *, rate: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """One step of the recurrence; needs no call before it.
 
         Where a hook runs before `forward`, or something stands in its place, as with parameters that are
-        sharded or offloaded, a step goes there as a sequence of one.
+        sharded or offloaded, and with a tensor `rate`, a step goes there as a sequence of one.
 
         Args:
             u: inputs (B, H) of one time step, floating point.
             state: (B, H, N), from `initial_state`, `forward` or an earlier `step`.
-            rate: multiplies dt, as in `forward`.
+            rate: multiplies dt, as in `forward`; a number, or (B,) the step of time before each input.
 
         Returns:
             y (B, H) in the dtype of u, and the next state, in the dtype of the one before.
@@ -276,8 +282,10 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
-        dtype = self._check(rate, "step")
-        if self._forward_pre_hooks or "forward" in self.__dict__:  # `sharded.hooked`, sparing a call
+        if distributed.engaged:
+            distributed.refuse("step")
+        dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, "step")
+        if self._forward_pre_hooks or "forward" in self.__dict__ or isinstance(rate, Tensor):
             check_features("u", u, self.d_model, "batch")
             check_tensor("state", state)
             y, state = self(u[:, None], state, rate=rate, return_state=True)
@@ -293,6 +301,33 @@ class S4Layer(nn.Module):
             None if self.training else self._kept,
         )
         return y.to(u.dtype), state
+
+    def states(
+        self,
+        u: Tensor,
+        positions: Tensor,
+        state: Tensor | None = None,
+        *,
+        resets: Tensor | None = None,
+        rate: float | Tensor = 1.0,
+    ) -> Tensor:
+        """The states after chosen inputs of each sequence, with no N numbers held for each input.
+
+        Args:
+            u: inputs (B, L, H), as those of `forward`.
+            positions: (B, P) integers, inputs from 0 to L-1 in any order; -1 is before the first.
+            state, resets, rate: as in `forward`, with the same errors.
+
+        Returns:
+            states (B, P, H, N), each as `forward` returns it of the inputs up to there; differentiable.
+        """
+        if distributed.engaged:
+            distributed.refuse("states")
+        dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, "states")
+        _, resets, rate = check_sequence(u, state, None, resets, rate, self.D, self.d_state, dtype)
+        positions = check_positions(positions, u.shape[0], u.shape[1], self.D)
+        with dispatch.full_precision(u.device):
+            return states_at(self._systems(rate), self.D, u.to(dtype), state, positions, resets, self.backend)
 
     def initial_state(self, batch_size: int) -> Tensor:
         """The state before any input: zeros (B, H, N), plain and in place where parameters are not."""
@@ -335,21 +370,12 @@ class S4Layer(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, and with them the shapes: d_state counts real numbers a channel."""
-        parts = [
-            f"d_model={self.d_model}",
-            f"d_state={self.d_state}",
-            f"variant={self.variant!r}",
-            f"init={self.init!r}" if isinstance(self.init, str) else "init=(...)",
-            f"discretization={self.discretization!r}",
-            f"n_ssm={self.n_ssm}",
-            f"bidirectional={self.bidirectional}",
-            f"mode={self.mode!r}",
-            f"backend={self.backend!r}",
-        ]
+        names = [n for n in (*_FIXED, *_OPTIONS) if n not in ("dt_min", "dt_max")]
+        parts = [f"{n}=(...)" if isinstance(v := getattr(self, n), tuple) else f"{n}={v!r}" for n in names]
         shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters())
         return f"{', '.join(parts)}\n{shapes}"
 
-    def _systems(self, rate: float) -> tuple[Any, ...]:
+    def _systems(self, rate: float | Tensor) -> tuple[Any, ...]:
         """The arguments of `s4.system.system`."""
         P = self.P if self.variant == "dplr" else None
         return self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, P, rate, self.discretization

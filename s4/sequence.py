@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from s4 import kernel
 from s4.ops import dispatch, step
+from s4.ops.chunks import last_state, scan, states
 from s4.ops.convolve import convolve
 from s4.ops.kept import Kept, kept_at
 from s4.ops.response import continuation
-from s4.ops.scan import last_state, scan
+from s4.ops.varying import varying
 from s4.padding import zero_padding
 from s4.system import discretize, system
 
@@ -23,6 +24,7 @@ def sequence(
     u: Float[Tensor, "B L H"],
     x: Float[Tensor, "B H N"] | None,
     lengths: Int[Tensor, "B"] | None,
+    resets: Bool[Tensor, "B L"] | None,
     mode: str,
     products: torch.dtype,
     backend: str,
@@ -37,19 +39,22 @@ def sequence(
         u: inputs, zero past the lengths.
         x: the state before the first input; None is zero.
         lengths: of right-padded sequences; None where all have the length of u.
+        resets: where the state is zero before the input.
         mode: "fft", "scan" or "auto".
         products: the dtype of the factors of a scan's large products.
         backend: who computes, "auto" or one of `s4.kernel.backends()`.
         return_state: whether the state is wanted.
         kept: what keeps what parameters come to between calls, or None where they are in training.
     """
+    if isinstance(systems[6], Tensor):
+        return _irregular(systems, D, u, x, lengths, resets, backend, return_state)
     made: dict[Any, Any] | None = None
     if kept is not None and D.is_cpu:
         if dispatch.opaque() and not dispatch.exporting() and dispatch.unwatched(D):
             rate, discretization = systems[6:]
             options = discretization, mode, products, backend, return_state
             told = rate * torch.ones((), dtype=torch.float64)  # a number would be a constant of the graph
-            y, after = operator(systems[:6], D, u, x, lengths, told, *options)
+            y, after = operator(systems[:6], D, u, x, lengths, resets, told, *options)
             return y, after if return_state else None
         if dispatch.keeps(D, u, u if x is None else x):
             made = kept.of(*step.identity(systems, D, backend))
@@ -63,26 +68,76 @@ def sequence(
             made = found  # for this call: it crosses to a device without float64 once
     recurrence, after = found["recurrence"], None
     stateful = return_state or x is not None
-    way = dispatch.way(mode, backend, recurrence, batch, L, stateful, made is not None, u.device.type)
+    keeps = made is not None
+    way = dispatch.way(mode, backend, recurrence, batch, L, stateful, keeps, u.device.type, resets)
     if way == "steps":
-        y, after = step.run(recurrence, D, x, u, backend)
+        y, after = step.run(recurrence, D, x, u, backend, resets)
     elif way == "scan":
-        whole = return_state and lengths is None
-        y, after = scan(u, recurrence, D, x, products, backend, return_state=whole, kept=made)
+        whole = return_state and lengths is None and resets is None
+        y, after = scan(u, recurrence, D, x, products, backend, return_state=whole, kept=made, resets=resets)
     else:
         length, k = found.get("kernel", (None, None))
         if length != L:
             k = kernel.kernel(found["system"], recurrence, L, D.dtype, method="auto", backend=backend)
             k = k.to(u.device)
             found["kernel"] = L, k
-        y = convolve(u, k, D, None if x is None else continuation(recurrence, x, L, backend))
+        y = convolve(u, k, D, None if x is None else continuation(recurrence, x, L, backend), resets)
     if lengths is not None:
         y = zero_padding(y, lengths)
     if not return_state:
         return y, None
     if after is None or lengths is not None:
-        after = last_state(u, recurrence, D, x, lengths, backend, made)
+        after = last_state(u, recurrence, D, x, lengths, resets, backend, made)
     return y, after
+
+
+def _at_rate(systems: tuple[Any, ...], rate: float) -> tuple[Any, ...]:
+    return *systems[:6], rate, systems[7]
+
+
+def _ends(u: Tensor, lengths: Tensor | None) -> Tensor:
+    """The last position of each sequence, (B, 1); -1 of an empty one."""
+    if lengths is None:
+        return torch.full((u.shape[0], 1), u.shape[1] - 1, device=u.device)
+    return lengths[:, None] - 1
+
+
+def _irregular(
+    systems: tuple[Any, ...],
+    D: Tensor,
+    u: Tensor,
+    x: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    backend: str,
+    return_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`sequence`, with a rate (B, L) of each step: a system that varies in time, the same in every mode."""
+    ends, rate = _ends(u, lengths) if return_state else None, systems[6]
+    one = system(*_at_rate(systems, 1.0))
+    y, after = varying(one, D.to(u.dtype), u, rate, x, resets, ends, backend)
+    if lengths is not None:
+        y = zero_padding(y, lengths)
+    return y, None if after is None else after[:, 0]
+
+
+def states_at(
+    systems: tuple[Any, ...],
+    D: Float[Tensor, "H"],
+    u: Float[Tensor, "B L H"],
+    x: Float[Tensor, "B H N"] | None,
+    positions: Int[Tensor, "B P"],
+    resets: Bool[Tensor, "B L"] | None,
+    backend: str,
+) -> Float[Tensor, "B P H N"]:
+    """The states after these inputs; at -1 that before the first. Arguments as those of `sequence`."""
+    rate, D = systems[6], D.to(u.dtype)
+    if isinstance(rate, Tensor):
+        one = system(*_at_rate(systems, 1.0))
+        found = varying(one, D, u, rate, x, resets, positions, backend)[1]
+        assert found is not None
+        return found
+    return states(u, discretize(system(*systems)), D, x, positions, resets, backend, None)
 
 
 @torch.library.custom_op("s4::sequence_kept", mutates_args=())
@@ -92,6 +147,7 @@ def operator(
     u: Tensor,
     x: Tensor | None,
     lengths: Tensor | None,
+    resets: Tensor | None,
     rate: Tensor,
     discretization: str,
     mode: str,
@@ -107,7 +163,8 @@ def operator(
     dispatch.refuse_tangents()
     options = mode, products, backend, return_state
     kept = kept_at("sequence", systems[0])
-    y, after = sequence((*systems, rate.item(), discretization), D, u, x, lengths, *options, kept)
+    told = *systems, rate.item(), discretization
+    y, after = sequence(told, D, u, x, lengths, resets, *options, kept)
     return y.contiguous(), u.new_empty(0) if after is None else after.contiguous()
 
 
@@ -118,6 +175,7 @@ def _(
     u: Tensor,
     x: Tensor | None,
     lengths: Tensor | None,
+    resets: Tensor | None,
     rate: Tensor,
     discretization: str,
     mode: str,

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
 from s4.ops import dispatch, step
 from s4.precision import WITHOUT_FLOAT64
@@ -71,19 +70,18 @@ def varying(
     before = rest if x is None else x.to(u.dtype)
     at = nowhere if positions is None else positions
     y, states = run(u, time, before, *shared, rows[0], through, dt, resets, at, *options)
-    if len(rows) == 2:  # from the last input to the second
-        later, ends = u[:, 1:], None
+    if len(rows) == 2:
+        # Rolled, not cut by one: a graph has no lengths but L.
+        last = (torch.arange(L, device=u.device) == L - 1).expand(batch, L)
+        later, ends = u, last
         if resets is not None:
-            cut = resets[:, 1:]
-            later = torch.where(cut[..., None], 0, later)  # no output sees the first input of a segment
-            ends = pad(cut, (0, 1))[:, 1:].flip(1)
-        nothing = torch.zeros_like(through)
-        reverse = later.flip(1), time[:, 1:].flip(1), rest
-        seen, _ = run(*reverse, *shared, rows[1], nothing, dt, ends, nowhere, *options)
-        seen = seen.flip(1)
-        if resets is not None:
-            seen = torch.where(cut[..., None], 0, seen)
-        y = y + pad(seen, (0, 0, 0, 1))[:, :L]
+            later = torch.where(resets[..., None], 0, later)  # no output sees the first input of a segment
+            ends = last | resets.roll(-1, 1)
+        nothing, cut = torch.zeros_like(through), None if resets is None else ends.flip(1)
+        seen, _ = run(
+            later.flip(1), time.flip(1), rest, *shared, rows[1], nothing, dt, cut, nowhere, *options
+        )
+        y = y + torch.where(ends[..., None], 0, seen.flip(1).roll(-1, 1))
     return y, None if positions is None else states
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_INTERFACE = 5  # of the libraries; raised with every change of their functions, there and here
+_INTERFACE = 6  # of the libraries; raised with every change of their functions, there and here
 _LEVELS = ("base", "v3", "v4")  # instruction sets that there may be code for, each with all of those before
 _ASKED = os.environ.get("S4_LEVEL", "")  # which of them is to run; empty: the best
 _HINT = (
@@ -155,24 +155,41 @@ def maps_backward(
 
 
 def scan(
-    u: Tensor, x: Tensor, taps: Tensor, inward: Tensor, outward: Tensor, onward: Tensor, reverse: bool
+    u: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    inward: Tensor,
+    outward: Tensor,
+    onward: Tensor,
+    reverse: bool,
+    table: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs (B, L, H) and the state after the last whole chunk (H, B, N); shapes as in `s4.ops.scan`."""
     y, last = u.new_empty(u.shape), torch.empty_like(x)
     (B, L, H), (T, N) = u.shape, inward.shape[1:]
-    sizes = [H, B, L, N, T, int(reverse), *u.stride()]
-    _call("scan", u.dtype, [u, x, taps, inward, outward, onward, y, last], sizes)
+    sizes = [H, B, L, N, T, int(reverse), 0 if table is None else table.shape[2], *u.stride()]
+    _call("scan", u.dtype, [u, x, taps, inward, outward, onward, y, last, table], sizes)
     return y, last
 
 
 def scan_backward(
-    grads: tuple[Tensor, Tensor], inputs: tuple[Tensor, ...], reverse: bool
+    grads: tuple[Tensor, Tensor], inputs: tuple[Tensor, ...], reverse: bool, table: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Gradients of the six tensors that `scan` took, from those of its two outputs."""
     (u, _, _, inward, _, _), found = inputs, tuple(t.new_empty(t.shape) for t in inputs)
     (B, L, H), (T, N) = u.shape, inward.shape[1:]
-    sizes = [H, B, L, N, T, int(reverse), *u.stride(), *grads[0].stride()]
-    _call("scan_backward", u.dtype, [*inputs, *grads, *found], sizes)
+    sizes = [
+        H,
+        B,
+        L,
+        N,
+        T,
+        int(reverse),
+        0 if table is None else table.shape[2],
+        *u.stride(),
+        *grads[0].stride(),
+    ]
+    _call("scan_backward", u.dtype, [*inputs, *grads, *found, table], sizes)
     return found
 
 
