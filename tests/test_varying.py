@@ -13,6 +13,7 @@ from torch import Tensor
 import s4.kernel
 from s4 import S4Layer
 from s4.backends import cpu
+from s4.ops import varying as ops
 from s4.ops.varying import varying
 from s4.system import system
 
@@ -282,6 +283,13 @@ def test_inputs_may_lie_in_any_way(backend: str) -> None:
     )
     same = given.u[:1, :, :1].repeat(B, 1, H), given.rate[:1, :1].repeat(B, 19)
     assert torch.equal(one[0], varying(systems, layer.D, *same, backend=backend)[0])
+
+
+@pytest.mark.parametrize("case", ["rank 2, both ways", "zoh"])
+def test_the_plain_definition_in_blocks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few channels at a time, here of three and what is left: memory stays in bounds."""
+    monkeypatch.setitem(ops._STATES, "cpu", 3 * B * 16 * N + 1)
+    check(case, 37, "torch", 1e-10)
 
 
 @fused
