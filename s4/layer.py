@@ -249,11 +249,9 @@ class S4Layer(nn.Module):
         """
         causal = "state" if state is not None else "return_state" if return_state else ""
         dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, causal)
-        piece = None
-        if distributed.engaged:
-            piece = distributed.piece(self, u, state, lengths, resets, rate, return_state)
-        run, total = (sequence, None) if piece is None else (piece.sequence, piece.total)
         given = u, state, lengths, resets, rate
+        piece = distributed.piece(self, *given, return_state) if distributed.engaged else None
+        run, total = (sequence, None) if piece is None else (piece.sequence, piece.total)
         lengths, resets, rate = check_sequence(*given, self.D, self.d_state, dtype, total)
         x = u.to(dtype)
         # What "auto" chooses for its speed alone keeps its precision.
@@ -284,8 +282,6 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
-        if distributed.engaged:
-            distributed.refuse("step")
         irregular = isinstance(rate, Tensor)  # a system of its own for each sequence
         dtype = self._check(1.0 if irregular else rate, "step")
         if self._forward_pre_hooks or "forward" in self.__dict__ or irregular:  # `hooked`, sparing a call
@@ -327,8 +323,6 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
-        if distributed.engaged:
-            distributed.refuse("states")
         dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, "states")
         _, resets, rate = check_sequence(u, state, None, resets, rate, self.D, self.d_state, dtype)
         positions = check_positions(positions, u.shape[0], u.shape[1], self.D)
@@ -392,6 +386,8 @@ class S4Layer(nn.Module):
         Returns:
             the dtype of states and of sequences within.
         """
+        if distributed.engaged and causal in ("step", "states"):
+            distributed.refuse(causal)
         if (dtype := options.COMPUTED.get(self.D.dtype)) is None:
             names = ", ".join(options.DTYPES)
             raise TypeError(f"S4Layer computes with parameters of {names}, got {self.D.dtype}")
