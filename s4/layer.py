@@ -236,8 +236,8 @@ class S4Layer(nn.Module):
             rate: multiplies dt, the time from one input to the next: after training at 16 kHz, 0.5 for inputs
                 at 32 kHz, whose steps are half as long, and 2 for those at 8 kHz. Or a tensor, (B,) of a
                 number for each sequence, or (B, L) for inputs at irregular times, the step before each one:
-                dt rate[:, t] lies between inputs t-1 and t, in both directions. Of tensors every mode is
-                one recurrence in O(N) a step, which takes several times as long as a scan.
+                dt rate[:, t] lies between inputs t-1 and t, in both directions. Every mode then is a
+                recurrence of O(N) a step, which takes several times as long as a scan.
             return_state: also return the state after the last input.
 
         Returns:
@@ -282,9 +282,8 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
-        irregular = isinstance(rate, Tensor)  # a system of its own for each sequence
-        dtype = self._check(1.0 if irregular else rate, "step")
-        if self._forward_pre_hooks or "forward" in self.__dict__ or irregular:  # `hooked`, sparing a call
+        dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, "step")
+        if self._forward_pre_hooks or "forward" in self.__dict__ or isinstance(rate, Tensor):
             check_features("u", u, self.d_model, "batch")
             check_tensor("state", state)
             y, state = self(u[:, None], state, rate=rate, return_state=True)
@@ -315,13 +314,10 @@ class S4Layer(nn.Module):
         Args:
             u: inputs (B, L, H), as those of `forward`.
             positions: (B, P) integers, inputs from 0 to L-1 in any order; -1 is before the first.
-            state, resets, rate: as in `forward`.
+            state, resets, rate: as in `forward`, with the same errors.
 
         Returns:
             states (B, P, H, N), each as `forward` returns it of the inputs up to there; differentiable.
-
-        Raises:
-            ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
         dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, "states")
         _, resets, rate = check_sequence(u, state, None, resets, rate, self.D, self.d_state, dtype)

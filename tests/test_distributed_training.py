@@ -161,7 +161,7 @@ def test_recipes_refuse_to_be_sharded(strategy: str, capsys: pytest.CaptureFixtu
 
 
 def test_processes_draw_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a checkpoint has numbers for others: not those of other processes, nor of the first steps."""
+    """Also where a checkpoint is of another number of them: neither what others draw, nor the first again."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
 
     def drawn(world: int, rank: int, step: int, saved: int = 0) -> float:

@@ -1,7 +1,7 @@
 """Sequences in chunks: how long those are, outputs by a scan over them, and states after chosen inputs."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,8 +10,8 @@ from torch import Tensor
 from s4.ops import dispatch
 from s4.ops import scan as scans
 from s4.ops.maps import Maps, maps, power
-from s4.ops.segments import fitting, in_chunks
-from s4.padding import last_steps
+from s4.ops.segments import Chunks, fitting, in_chunks
+from s4.padding import last_start, last_steps, padding, right_aligned
 from s4.powers import Propagator
 from s4.precision import add_product, product
 from s4.system import Recurrence
@@ -112,6 +112,28 @@ def _length(u: Tensor, recurrence: Recurrence, backend: str, single: bool, reset
     return T if resets is None else fitting(resets, T, N)
 
 
+def last_state(
+    u: Float[Tensor, "B L H"],
+    recurrence: Recurrence,
+    D: Float[Tensor, "H"],
+    x: Float[Tensor, "B H N"] | None,
+    lengths: Int[Tensor, "B"] | None,
+    resets: Bool[Tensor, "B L"] | None,
+    backend: str,
+    kept: dict[Any, Any] | None,
+) -> Float[Tensor, "B H N"]:
+    """The state after the last input, of padded sequences their own last one, from the state x or zero."""
+    if x is not None and not (lengths is None and resets is None):
+        last = torch.full_like(u[:, 0, 0], u.shape[1], dtype=torch.long) if lengths is None else lengths
+        return states(u, recurrence, D, x, last[:, None] - 1, resets, backend, kept)[:, 0]
+    if resets is not None:  # from zero, what lies before the last segment is as if it were not there
+        u = torch.where(padding(last_start(resets, lengths), u.shape[1])[..., None], u, 0)
+    u = u if lengths is None else right_aligned(u, lengths)
+    _, after = scan(u, recurrence, D, x, None, backend, kept=kept)
+    assert after is not None
+    return after
+
+
 def states(
     u: Float[Tensor, "B L H"],
     recurrence: Recurrence,
@@ -139,6 +161,10 @@ def states(
     before = u.new_zeros(H, B, N) if x is None else x.transpose(0, 1)
     run = plain if dispatch.transformed() else operator
     found, driven, steps = run(u, before, ahead.inward, ahead.onward, positions, resets)
+    if len(recurrence.F) == 0 and recurrence.a.device == u.device and not dispatch.opaque():
+        rows = found.permute(1, 2, 0, 3).flatten(0, 1)  # diagonal powers are numbers, not matrices
+        after = Propagator(recurrence).advance(rows, steps.flatten(), T).view(B, P, H, N)
+        return after + driven.permute(1, 2, 0, 3)
     length, powers = made.get("powers", (0, []))
     if length != T:
         powers = [*_powers(recurrence, T // 2, u, backend), ahead.onward]
@@ -161,6 +187,28 @@ def _powers(recurrence: Recurrence, most: int, like: Tensor, backend: str) -> li
     return [onward.to(like.device) for onward in found]
 
 
+class _Window(NamedTuple):
+    """Where the inputs of a chunk up to each position lie.
+
+    Shapes: chunk (B, P) of each position; first (B, P), True for positions before all inputs; slots (B, P T),
+    of the last T inputs up to it; inside (B, P, T), whether those are of its chunk.
+    """
+
+    chunk: Tensor
+    first: Tensor
+    slots: Tensor
+    inside: Tensor
+
+
+def _window(positions: Tensor, chunks: Chunks | None, T: int) -> _Window:
+    slot, first = positions.clamp(min=0), positions < 0
+    if chunks is not None:
+        slot = chunks.place.gather(1, slot)
+    slots = slot[:, :, None] + torch.arange(1 - T, 1, device=slot.device)
+    inside = (slots >= slot[:, :, None] // T * T) & ~first[:, :, None]
+    return _Window(slot // T, first, slots.clamp(min=0).flatten(1), inside)
+
+
 def plain(
     u: Tensor, x: Tensor, inward: Tensor, onward: Tensor, positions: Tensor, resets: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,21 +217,41 @@ def plain(
     And how many inputs of the chunk that is, (B, P).
     """
     (H, B, N), T, P = x.shape, inward.shape[1], positions.shape[1]
-    chunks = None if resets is None or not u.shape[1] else in_chunks(resets, T)
+    chunks = in_chunks(resets, T) if resets is not None and u.shape[1] else None
     U = scans.chunked(scans.rows(u, chunks, T), T)
     X, _ = scans.states(U, x, inward, onward, None if chunks is None else chunks.fresh)
-    slot = positions.clamp(min=0)
-    if chunks is not None:
-        slot = chunks.place.gather(1, slot)
-    chunk, first = slot // T, positions < 0
+    chunk, first, slots, inside = _window(positions, chunks, T)
     found = X.gather(2, chunk[None, :, :, None].expand(H, B, P, N))
     found = torch.where(first[..., None], x[:, :, None], found)
-    source = slot[:, :, None] + torch.arange(1 - T, 1, device=u.device)
-    inside = (source >= T * chunk[:, :, None]) & ~first[:, :, None]
-    window = U.flatten(2).gather(2, source.clamp(min=0).view(1, B, P * T).expand(H, B, P * T))
-    window = torch.where(inside, window.view(H, B, P, T), 0)
-    driven = product(window.flatten(1, 2), inward).view(H, B, P, N)
-    return found, driven, torch.where(first, 0, slot % T + 1)
+    window = U.flatten(2).gather(2, slots.expand(H, *slots.shape)).view(H, B, P, T)
+    driven = product(torch.where(inside, window, 0).flatten(1, 2), inward).view(H, B, P, N)
+    return found, driven, inside.sum(2)
+
+
+def plain_backward(
+    grads: Sequence[Tensor], inputs: Sequence[Tensor], positions: Tensor, resets: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Gradients of the first four inputs of `plain`: those of the states pass the chunks the other way."""
+    (u, x, inward, onward), (of_found, of_driven) = inputs, grads
+    (H, B, N), T, P = x.shape, inward.shape[1], positions.shape[1]
+    chunks = in_chunks(resets, T) if resets is not None and u.shape[1] else None
+    fresh = None if chunks is None else chunks.fresh
+    rows = scans.rows(u, chunks, T)
+    U = scans.chunked(rows, T)
+    X, _ = scans.states(U, x, inward, onward, fresh)
+    chunk, first, slots, inside = _window(positions, chunks, T)
+    at = chunk[None, :, :, None].expand(H, B, P, N)
+    S = torch.zeros_like(X).scatter_add(2, at, torch.where(first[..., None], 0, of_found))
+    Z, of_x = scans.passed(S, torch.zeros_like(x), onward.mT, fresh, True)
+    of_x = of_x + torch.where(first[..., None], of_found, 0).sum(2)
+    slots = slots.expand(H, *slots.shape)
+    window = torch.where(inside, U.flatten(2).gather(2, slots).view(H, B, P, T), 0).flatten(1, 2)
+    X, Z, driven = X.flatten(1, 2), Z.flatten(1, 2), of_driven.flatten(1, 2)
+    of_inward = product(U.flatten(1, 2).mT, Z) + product(window.mT, driven)
+    of_window = torch.where(inside, product(driven, inward.mT).view(H, B, P, T), 0)
+    of_U = product(Z, inward.mT).view(H, B, -1).scatter_add(2, slots, of_window.flatten(2))
+    of_u = scans.steps(of_U[..., : rows.shape[2]], chunks)
+    return of_u, of_x, of_inward, product(X.mT, Z)
 
 
 @torch.library.custom_op("s4::states", mutates_args=())
@@ -201,7 +269,7 @@ def operator_backward(
 ) -> list[Tensor]:
     """Gradients of u, x, inward and onward."""
     with dispatch.full_precision(positions.device):
-        return dispatch.pulled(_of(positions, resets), inputs, tuple(grads))
+        return [t.contiguous() for t in plain_backward(grads, inputs, positions, resets)]
 
 
 def _of(positions: Tensor, resets: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:

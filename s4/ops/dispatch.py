@@ -14,6 +14,7 @@ from torch._C._functorch import is_legacy_batchedtensor, maybe_current_level
 from torch.autograd import forward_ad
 
 from s4.backends import AUTO, BACKENDS, OPERATIONS
+from s4.checks import unread
 from s4.precision import WITHOUT_FLOAT64, constant
 from s4.system import Recurrence
 
@@ -22,6 +23,7 @@ from s4.system import Recurrence
 _LEAST = {16: 1024, 32: 2048, 64: 6144, 128: 18432}
 # max(B, 2) L up to which a convolution takes less time than a scan, where kernel and maps are kept.
 _SHORT = 1024
+_DENSE = 8  # inputs a reset, below which a convolution takes less time than a scan
 _STEPS = 32  # B L up to which steps take less time than a convolution, without a state
 # Nodes over d_state^2 up to which Cauchy sums take less time than powers (benchmarks/kernels.py): on two
 # cores, where both are fused, and on an H200, where sums are and powers are not, measured to 16,384.
@@ -142,12 +144,14 @@ def way(
     stateful: bool,
     kept: bool,
     device_type: str,
+    resets: Tensor | None,
 ) -> str:
     """How a sequence on a device is processed: "fft", by convolution; "scan"; or "steps", one by one.
 
     What "auto" expects to be faster was measured on a CPU. A state that goes in or comes out is free in a
     scan and costs the convolution several times as much again. A few steps need neither. What an earlier call
-    made and kept is free. Without the fused code the maps of a chunk take several times as long.
+    made and kept is free. Without the fused code the maps of a chunk take several times as long. With a reset
+    in every eight steps chunks get too short.
 
     Where the device has no float64, states always are a scan's: its maps, made on the CPU, serve all there is
     to compute, and what a state adds to the outputs of a convolution would need that precision.
@@ -167,6 +171,9 @@ def way(
         return "steps"
     if stateful:
         return "scan"
+    readable = device_type == "cpu" and resets is not None and not unread(resets)
+    if readable and resets is not None and _DENSE * int(resets.sum()) > batch * L:
+        return "fft"
     if local and kept:
         return "fft" if L <= 32 or max(batch, 2) * L <= _SHORT else "scan"
     if device_type != "cpu" or backend != "auto":

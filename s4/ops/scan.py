@@ -43,7 +43,7 @@ def plain(
     y, last = _forward(
         rows(u, chunks, inward.shape[1]), x, taps, inward, outward, onward, _fresh(chunks), reverse, products
     )
-    return _steps(y, chunks), last
+    return steps(y, chunks), last
 
 
 def rows(u: Tensor, chunks: Chunks | None, T: int) -> Tensor:
@@ -51,7 +51,7 @@ def rows(u: Tensor, chunks: Chunks | None, T: int) -> Tensor:
     return transpose(u if chunks is None else take(u, chunks.source(T)), False).transpose(0, 1)
 
 
-def _steps(y: Tensor, chunks: Chunks | None) -> Tensor:
+def steps(y: Tensor, chunks: Chunks | None) -> Tensor:
     """The inverse."""
     steps = transpose(y.transpose(0, 1), True)
     return steps if chunks is None else take(steps, chunks.place)
@@ -73,7 +73,7 @@ def plain_backward(
     T = inputs[3].shape[1]
     tensors = rows(u, chunks, T), *others, rows(grads[0], chunks, T), grads[1]
     grad_u, *found = _blockwise(_backward, tensors, _fresh(chunks), reverse, products)
-    return _steps(grad_u, chunks), *found
+    return steps(grad_u, chunks), *found
 
 
 def _blockwise(
@@ -202,6 +202,13 @@ def states(
     S = product(U.flatten(1, 2), inward.to(U.dtype)).to(x.dtype).view(*U.shape[:3], x.shape[2])
     if extra is not None:
         S = S + pad(extra[:, :, None], (0, 0, S.shape[2] - 1, 0))
+    return passed(S, x, onward, fresh, reverse)
+
+
+def passed(
+    S: Tensor, x: Tensor, onward: Tensor, fresh: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """`states`, of what each chunk adds to the state (h, B, c, N)."""
     if fresh is None:
         return _recur(S, x, onward.contiguous(), None, reverse)
     cut = pad(fresh[:, 1:], (0, 1)) if reverse else fresh
@@ -290,7 +297,7 @@ def operator(
         return y, last
     given = rows(u, chunks, inward.shape[1]), *operands[1:]
     y, last = _blockwise(_forward, given, _fresh(chunks), reverse, products)
-    return _steps(y, chunks), last.contiguous()
+    return steps(y, chunks), last.contiguous()
 
 
 @torch.library.custom_op("s4::scan_backward", mutates_args=())
