@@ -119,9 +119,8 @@ class S4Block(nn.Module):
         Outputs past a sequence's end mean nothing.
         """
         check_features("x", x, self.layer.d_model, "batch", "length")
-        piece = None
-        if distributed.engaged:
-            piece = distributed.piece(self, x, state, lengths, resets, rate, return_state)
+        given = x, state, lengths, resets, rate
+        piece = distributed.piece(self, *given, return_state) if distributed.engaged else None
         own = None  # of lengths, what lies in x
         if lengths is not None:
             lengths = check_lengths(lengths, x.shape[0], x.shape[1] if piece is None else piece.total, x)

@@ -282,8 +282,6 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
-        if distributed.engaged:
-            distributed.refuse("step")
         dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, "step")
         if self._forward_pre_hooks or "forward" in self.__dict__ or isinstance(rate, Tensor):
             check_features("u", u, self.d_model, "batch")
@@ -321,8 +319,6 @@ class S4Layer(nn.Module):
         Returns:
             states (B, P, H, N), each as `forward` returns it of the inputs up to there; differentiable.
         """
-        if distributed.engaged:
-            distributed.refuse("states")
         dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, "states")
         _, resets, rate = check_sequence(u, state, None, resets, rate, self.D, self.d_state, dtype)
         positions = check_positions(positions, u.shape[0], u.shape[1], self.D)
@@ -386,6 +382,8 @@ class S4Layer(nn.Module):
         Returns:
             the dtype of states and of sequences within.
         """
+        if distributed.engaged and causal in ("step", "states"):
+            distributed.refuse(causal)
         if (dtype := options.COMPUTED.get(self.D.dtype)) is None:
             names = ", ".join(options.DTYPES)
             raise TypeError(f"S4Layer computes with parameters of {names}, got {self.D.dtype}")

@@ -109,9 +109,8 @@ class S4Model(nn.Module):
         """
         if not isinstance(u, Tensor) or u.dim() < 2:
             raise ValueError(f"u must be a tensor of shape (batch, length, ...), got {kind_of(u)}")
-        piece = None
-        if distributed.engaged:
-            piece = distributed.piece(self, u, state, lengths, resets, rate, return_state)
+        given = u, state, lengths, resets, rate
+        piece = distributed.piece(self, *given, return_state) if distributed.engaged else None
         if lengths is not None:
             L = u.shape[1] if piece is None else piece.total
             lengths = check_lengths(lengths, u.shape[0], L, u)

@@ -32,10 +32,13 @@ def weights(like: Tensor) -> list[Tensor]:
     return list(torch.randn(shape, generator=generator, dtype=torch.float64).to(like.dtype))
 
 
-def summed(t: Tensor | None, like: Tensor) -> Tensor:
-    t = torch.zeros_like(like) if t is None else t.clone()
-    dist.all_reduce(t)
-    return t
+def summed(shares: list[tuple[Tensor | None, Tensor]]) -> list[Tensor]:
+    """The sums over the ranks of gradients, or of zeros like the tensors beside them, by one message."""
+    parts = [torch.zeros_like(like) if grad is None else grad for grad, like in shares]
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    dist.all_reduce(flat)
+    found = flat.split([part.numel() for part in parts])
+    return [f.view_as(part) for f, part in zip(found, parts, strict=True)]
 
 
 def flat(state: Any) -> list[Tensor]:
@@ -108,12 +111,15 @@ def compare(
     if x.grad is not None:
         part = cut(x.grad, pieces)
         oracle.close(own.grad, part, tolerance * scale(x.grad, part), "gradient of the inputs")
+    names, shares, wants = [], [], []
     for (name, p), w in zip(module.named_parameters(), whole.parameters(), strict=True):
         if w.grad is not None:
-            oracle.close(summed(p.grad, p), w.grad, tolerance, f"gradient of {name}")
+            names, shares, wants = [*names, name], [*shares, (p.grad, p)], [*wants, w.grad]
         p.grad = None
     for g, w in zip(flat(mine), flat(first), strict=True):
-        oracle.close(summed(g.grad, g), w.grad, tolerance, "gradient of the state")
+        names, shares, wants = [*names, "the state"], [*shares, (g.grad, g)], [*wants, w.grad]
+    for name, g, w in zip(names, summed(shares), wants, strict=True):
+        oracle.close(g, w, tolerance, f"gradient of {name}")
     for (name, b), w in zip(module.named_buffers(), whole.buffers(), strict=True):
         if run is None or b.is_floating_point():  # a batch that is run again counts twice
             oracle.close(b, w, tolerance, name)

@@ -17,6 +17,7 @@ from typing import Any
 
 import oracle
 import torch
+import torch._dynamo  # which the first gradient of an operator imports, here once for all ranks
 import torch.distributed as dist
 from pieces import WORLD, compare, cut, world
 from refusals import refuses
@@ -59,34 +60,31 @@ def ends(pieces: Sequence[int]) -> Tensor:
 
 @scene("dplr", "fft")
 @scene("dplr", "scan")
-@scene("diag", "scan")
 @scene("diag", "auto")
 def causal(variant: str, mode: str) -> None:
     module = layer(variant, mode)
     state = torch.randn(6, 3, 6, dtype=torch.float64)
-    for pieces in CUTS:
+    for pieces in CUTS[:2]:
         u = inputs(6, pieces)
-        compare(module, u, pieces, state, return_state=True, rate=0.7)
-        compare(module, u, pieces, state, lengths=ends(pieces), return_state=True)
-    compare(module, u, pieces)
+        compare(module, u, pieces, state, lengths=ends(pieces), return_state=True, rate=0.7)
+    compare(module, u, pieces, state)
+    compare(module, inputs(2, CUTS[2]), CUTS[2], return_state=True)
 
 
 @scene("dplr", "scan")
-@scene("dplr", "auto")
+@scene("diag", "auto")
 @scene("diag", "fft")
-@scene("diag", "scan")
 def both(variant: str, mode: str) -> None:
     module = layer(variant, mode, True)
-    for pieces in CUTS:
+    for pieces in CUTS[:2]:
         u = inputs(6, pieces)
-        compare(module, u, pieces)
         compare(module, u, pieces, lengths=ends(pieces), rate=2.0)
+    compare(module, u, pieces)
 
 
 @scene("dplr", "fft", False)
 @scene("dplr", "scan", True)
 @scene("diag", "auto", False)
-@scene("diag", "fft", True)
 def reset(variant: str, mode: str, both: bool) -> None:
     """At a piece's edges, several in a piece, none in a row or in a piece, and behind an end."""
     module, state = layer(variant, mode, both), torch.randn(6, 3, 6, dtype=torch.float64)
@@ -122,7 +120,6 @@ def poison(variant: str, both: bool) -> None:
 @scene("mean", False)
 @scene("last", False)
 @scene("none", True)
-@scene("mean", True)
 def models(pooling: str, both: bool) -> None:
     """Of numbers and of tokens; the state of the stack, and its length, are the whole's."""
     pooled = pooling != "none"
@@ -146,10 +143,10 @@ def batch_norm() -> None:
             if isinstance(part, nn.BatchNorm1d):
                 part.momentum = momentum
                 nn.init.normal_(part.weight), nn.init.normal_(part.bias)
-        for pieces in CUTS[:2]:
-            u = inputs(6, pieces) + 3
-            compare(block, u, pieces)
-            compare(block, u, pieces, lengths=ends(pieces), until=ends(pieces))
+        u = inputs(6, CUTS[1]) + 3
+        compare(block, u, CUTS[1])
+        u, pieces = inputs(6, CUTS[0]) + 3, CUTS[0]
+        compare(block, u, pieces, lengths=ends(pieces), until=ends(pieces))
         compare(block.eval(), u, pieces)
     block.norm.running_mean = block.norm.running_var = None
     compare(block, u, pieces)
@@ -159,7 +156,7 @@ def batch_norm() -> None:
 def tied_dropout() -> None:
     """Ranks are seeded differently: the mask is that of the first."""
     block = S4Block(layer(), dropout=0.5, tie_dropout=True, d_ff=4).double()
-    for pieces in CUTS:
+    for pieces in CUTS[:2]:
         compare(block, inputs(6, pieces), pieces, seed=3)
 
 
