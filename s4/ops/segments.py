@@ -105,9 +105,8 @@ def in_rows(resets: Bool[Tensor, "B L"]) -> Rows:
     start = first.flatten().nonzero()[:, 0]
     length = torch.diff(start, append=start.new_full((1,), B * L))
     lengths = sorted({min(s, L) for j in range(L.bit_length() + 1) for s in (2**j, 3 << j)} | {L})
-    kind = torch.searchsorted(torch.tensor(lengths, device=resets.device), length)
-    kinds = torch.arange(len(lengths), device=resets.device)
-    counts = (kind[:, None] == kinds).sum(0).tolist()
+    kind = torch.stack([length > slots for slots in lengths]).sum(0)
+    counts = (kind[:, None] == torch.arange(len(lengths), device=resets.device)).sum(0).tolist()
     source, sizes = [], []
     for which, (slots, rows) in enumerate(zip(lengths, counts, strict=True)):
         if rows:
