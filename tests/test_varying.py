@@ -68,8 +68,9 @@ def inputs(case: str, L: int, dtype: torch.dtype = torch.float64, batch: int = B
     u = torch.randn(batch, L, H, dtype=dtype)
     rate = (3 * torch.randn(batch, L, dtype=torch.float64)).sigmoid() * 5 + 0.05
     x = torch.randn(batch, H, N, dtype=dtype) if one_way else None
-    positions = torch.randint(-1, L, (batch, 5)) if one_way else None
-    return Inputs(u, rate.to(dtype), x, torch.rand(batch, L) < 0.1, positions)
+    positions = torch.randint(-1, L, (batch, 5))
+    positions[:, 1:4] = torch.tensor([L - 1, -1, L - 1])
+    return Inputs(u, rate.to(dtype), x, torch.rand(batch, L) < 0.1, positions if one_way else None)
 
 
 def run(layer: S4Layer, given: Inputs, backend: str = "auto") -> tuple[Tensor, Tensor | None]:
