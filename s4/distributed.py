@@ -48,8 +48,8 @@ def sequence_parallel(group: Any) -> Iterator[None]:
 
     Rank r has the r-th piece (B, L_r, ...); L_r differs as it likes, also from call to call, and may be 0.
     All ranks make the same calls in the same order, with one batch size and the same weights. `lengths` and
-    `state` are those of whole sequences, the same on every rank. Outputs are those of the piece; pooled ones,
-    and states, are those of the whole sequence on every rank.
+    `state` are those of whole sequences, the same on every rank; `resets` are those of the piece; `rate` is a
+    number. Outputs are those of the piece; pooled ones, and states, are the whole sequence's on every rank.
 
     Gradients are those of the sum of all ranks' losses. An input has all of its gradient; a parameter, or a
     `state` that was given, has a share on each rank, and their sum is its gradient. Every rank has to run

@@ -5,11 +5,13 @@ A scene has a process group of its own, and its name and rank a file in the fold
 
 import copy
 import gc
+import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,7 @@ from s4 import S4Block, S4Layer
 from s4.distributed import sequence_parallel
 
 CUTS = [(5, 0, 17, 3), (0, 9, 1, 6), (8, 8, 8, 8)]
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "long"))
 SCENES: dict[str, Callable[[], None]] = {}
 
 
@@ -285,6 +288,22 @@ def in_a_mesh() -> None:
     for (name, p), w in zip(model.named_parameters(), whole.parameters(), strict=True):
         dist.all_reduce(p.grad, group=group)
         oracle.close(p.grad, w.grad, 1e-9, name)
+
+
+@scene()
+def example() -> None:
+    """What examples/long/echo.py says of a step of all and of one."""
+    import echo
+
+    rank, length = dist.get_rank(), 1003
+    model, said = echo.made(4, 8, 1, length), io.StringIO()
+    with redirect_stdout(said):
+        echo.compare(model, length, rank * length // WORLD, (rank + 1) * length // WORLD, 0.0)
+    if rank == 0:
+        first, second, last = said.getvalue().splitlines()
+        assert "step of 4 processes" in first
+        assert "step of one process" in second
+        assert max(map(float, re.findall(r"\d\.\de[-+]\d+", last))) < 1e-9
 
 
 @scene()

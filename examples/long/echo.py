@@ -7,6 +7,7 @@ what one has to say is what the one before it has heard. After training, the fir
 sequence alone: its memory, outputs and gradients stand beside those of all.
 """
 
+import copy
 import math
 import os
 import resource
@@ -92,41 +93,61 @@ def largest(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max())
 
 
-def compare(model: S4Model, length: int, start: int, stop: int, base: float) -> None:
-    """One step of all processes beside one of the first alone, which makes and holds the whole sequence."""
-    rank, ranks, seconds = dist.get_rank(), dist.get_world_size(), []
+def step(model: S4Model, length: int, start: int, stop: int) -> tuple[float, Tensor]:
+    """Seconds, and this piece's outputs; the gradients are those of the whole sequence."""
     model.zero_grad()
-    given, wanted = pair(length, start, stop, 0)
+    given, wanted = (t.to(next(model.parameters()).dtype) for t in pair(length, start, stop, 0))
     dist.barrier()
     begin = time.perf_counter()
     with sequence_parallel(dist.group.WORLD):
         y, _ = backward(model, given, wanted, length)
     sum_gradients(model)
-    seconds.append(time.perf_counter() - begin)
+    return time.perf_counter() - begin, y
+
+
+def step_alone(model: S4Model, length: int) -> tuple[float, Tensor]:
+    """The same of the whole sequence, which one process makes and holds."""
+    model.zero_grad()
+    given, wanted = (t.to(next(model.parameters()).dtype) for t in pair(length, 0, length, 0))
+    begin = time.perf_counter()
+    y, _ = backward(model, given, wanted, length)
+    return time.perf_counter() - begin, y
+
+
+def differences(model: S4Model, length: int, start: int, stop: int) -> tuple[float, float] | None:
+    """In float64, of outputs and of gradients, relative to the largest number: in the first process."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    exact = copy.deepcopy(model).double()
+    _, y = step(exact, length, start, stop)
+    if rank:
+        dist.send(y, 0)
+        return None
+    pieces = [y]
+    for source in range(1, ranks):
+        size = (source + 1) * length // ranks - source * length // ranks
+        pieces.append(y.new_empty(1, size, 1))
+        dist.recv(pieces[-1], source)
+    found = [p.grad.clone() for p in exact.parameters() if p.grad is not None]
+    _, whole = step_alone(exact, length)
+    wanted = [p.grad for p in exact.parameters() if p.grad is not None]
+    each = [largest(g, w) for g, w in zip(found, wanted, strict=True)]
+    return largest(torch.cat(pieces, 1), whole), max(each)
+
+
+def compare(model: S4Model, length: int, start: int, stop: int, base: float) -> None:
+    """One step of all processes beside one of the first process alone."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    show = Console(soft_wrap=True).print
+    seconds, _ = step(model, length, start, stop)
     memory = [torch.zeros(1) for _ in range(ranks)]
     dist.all_gather(memory, torch.tensor([megabytes() - base]))
-    sizes = [(r + 1) * length // ranks - r * length // ranks for r in range(ranks)]
-    pieces = [torch.empty(1, size, 1) for size in sizes] if rank == 0 else None
-    if pieces is not None:
-        pieces[0] = y
-        for source in range(1, ranks):
-            dist.recv(pieces[source], source)
-    else:
-        dist.send(y, 0)
-    if pieces is not None:
-        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        model.zero_grad()
-        begin = time.perf_counter()
-        whole, _ = backward(model, *pair(length, 0, length, 0), length)
-        seconds.append(time.perf_counter() - begin)
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        show = Console().print
+    if rank == 0:
         each = ", ".join(f"{float(m):.0f}" for m in memory)
-        show(f"a step of {ranks} processes: {seconds[0]:.1f} s, at most {each} MB each beside their start")
-        show(f"a step of one process: {seconds[1]:.1f} s, at most {megabytes() - base:.0f} MB")
-        errors = [largest(g, w) for g, w in zip(found, gradients, strict=True)]
-        outputs = largest(torch.cat(pieces, 1), whole)
-        show(f"largest relative difference of outputs {outputs:.1e}, of gradients {max(errors):.1e}")
+        show(f"a step of {ranks} processes: {seconds:.1f} s; the most each took: {each} MB")
+        seconds, _ = step_alone(model, length)
+        show(f"a step of one process: {seconds:.1f} s; the most it took: {megabytes() - base:.0f} MB")
+    if found := differences(model, length, start, stop):
+        show(f"in float64 outputs differ by {found[0]:.1e}, gradients by {found[1]:.1e} of the largest")
     dist.barrier()
 
 

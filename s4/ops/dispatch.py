@@ -6,6 +6,7 @@ The file that asks torch whether it exports, transforms, differentiates or casts
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
@@ -305,9 +306,15 @@ def plain_memory(t: Tensor) -> Tensor:
 
 
 def eager(function: F) -> F:
-    """Mark what torch.compile leaves to Python, without the import of torch._dynamo."""
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return function
+    """What torch.compile leaves to Python, with no import of torch._dynamo where nothing is compiled."""
+
+    @wraps(function)
+    def run(*given: Any) -> Any:
+        loaded = "torch._dynamo" in sys.modules
+        return (torch.compiler.disable(function) if loaded else function)(*given)
+
+    run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return run  # type: ignore[return-value]
 
 
 def recomputing() -> bool:
