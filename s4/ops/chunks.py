@@ -10,7 +10,7 @@ from torch import Tensor
 from s4.ops import dispatch
 from s4.ops import scan as scans
 from s4.ops.maps import Maps, maps, power
-from s4.ops.segments import fitting, in_chunks
+from s4.ops.segments import fitting
 from s4.padding import last_steps
 from s4.powers import Propagator
 from s4.precision import add_product, product
@@ -109,7 +109,9 @@ def _length(u: Tensor, recurrence: Recurrence, backend: str, single: bool, reset
     if single and dispatch.fused("maps", backend, recurrence.a.device.type):
         price = 2 if len(recurrence.F) else 1
     T = chunk_length(B, L, N, price)
-    return T if resets is None else fitting(resets, T, N)
+    if resets is None or not len(resets) or resets.is_meta or type(resets) is not Tensor:
+        return T  # also where there are shapes and no numbers
+    return fitting(resets, T, N)
 
 
 def states(
@@ -130,11 +132,14 @@ def states(
     B, _, H = u.shape
     N, P = recurrence.B.shape[-1], positions.shape[1]
     made = {} if kept is None else kept
-    T, both = made.get("maps", (0, None))
-    if both is None:
-        T = _length(u, recurrence, backend, kept is None, resets)
-        both = maps(recurrence, D, T, u.dtype, backend)
-        made["maps"] = T, both
+    T = _length(u, recurrence, backend, kept is None, None)
+    # The scan's, unless resets made its chunks so short that the states before them take memory.
+    name = "maps" if made.get("maps", (0, None))[0] >= T else "maps of states"
+    length, both = made.get(name, (0, None))
+    if both is None or length < T:
+        length, both = T, maps(recurrence, D, T, u.dtype, backend)
+        made[name] = T, both
+    T = length
     ahead: Maps = both[0]
     before = u.new_zeros(H, B, N) if x is None else x.transpose(0, 1)
     run = plain if dispatch.transformed() else operator
@@ -169,21 +174,30 @@ def plain(
     And how many inputs of the chunk that is, (B, P).
     """
     (H, B, N), T, P = x.shape, inward.shape[1], positions.shape[1]
-    chunks = None if resets is None or not u.shape[1] else in_chunks(resets, T)
-    U = scans.chunked(scans.rows(u, chunks, T), T)
-    X, _ = scans.states(U, x, inward, onward, None if chunks is None else chunks.fresh)
-    slot = positions.clamp(min=0)
-    if chunks is not None:
-        slot = chunks.place.gather(1, slot)
-    chunk, first = slot // T, positions < 0
+    U = driving = scans.chunked(scans.rows(u, None, T), T)
+    t = positions.clamp(min=0)
+    chunk, first, ends = t // T, positions < 0, None
+    since = T * chunk  # the first input of the chunk that drives the state
+    if resets is not None:
+        steps = torch.arange(U.shape[2] * T, device=u.device)
+        latest = torch.where(resets, steps[: u.shape[1]], -1).cummax(1).values  # reset up to each input
+        last = latest[:, steps[T - 1 :: T].clamp(max=u.shape[1] - 1)]  # of each chunk, if it has one
+        driving = torch.where(steps.view(-1, T) >= last[:, :, None], U, 0)
+        ends = last >= steps[::T]
+        begun = latest.gather(1, t)
+        since, kept = torch.maximum(since, begun), begun < since
+    S = product(driving.flatten(1, 2), inward).view(*U.shape[:3], N)
+    X, _ = scans.recur(S, x, onward.contiguous(), ends, False)
     found = X.gather(2, chunk[None, :, :, None].expand(H, B, P, N))
+    if resets is not None:
+        found = torch.where(kept[..., None], found, 0)
     found = torch.where(first[..., None], x[:, :, None], found)
-    source = slot[:, :, None] + torch.arange(1 - T, 1, device=u.device)
-    inside = (source >= T * chunk[:, :, None]) & ~first[:, :, None]
+    source = t[:, :, None] + torch.arange(1 - T, 1, device=u.device)
+    inside = (source >= since[:, :, None]) & ~first[:, :, None]
     window = U.flatten(2).gather(2, source.clamp(min=0).view(1, B, P * T).expand(H, B, P * T))
     window = torch.where(inside, window.view(H, B, P, T), 0)
     driven = product(window.flatten(1, 2), inward).view(H, B, P, N)
-    return found, driven, torch.where(first, 0, slot % T + 1)
+    return found, driven, torch.where(first, 0, t % T + 1)
 
 
 @torch.library.custom_op("s4::states", mutates_args=())
