@@ -128,7 +128,7 @@ class S4Block(nn.Module):
             x = zero_padding(x, own)
         # A causal layer carries nothing back from behind the ends, where all is finite. Its masks are spared
         # in training only: in eval batch norm may put large numbers there, whose rounding an FFT spreads.
-        spared = self.training and not (return_state or self.layer.bidirectional)
+        spared = self.training and not (return_state or self.layer.bidirectional or isinstance(rate, Tensor))
         ends = None if spared else lengths
         after = None
         try:

@@ -81,7 +81,9 @@ def sequence(
             k = kernel.kernel(found["system"], recurrence, L, D.dtype, method="auto", backend=backend)
             k = k.to(u.device)
             found["kernel"] = L, k
-        y = convolve(u, k, D, None if x is None else continuation(recurrence, x, L, backend), resets)
+        y = convolve(
+            u, k, D, None if x is None else continuation(recurrence, _begun(x, resets), L, backend), resets
+        )
     if lengths is not None:
         y = zero_padding(y, lengths)
     if not return_state:
@@ -93,6 +95,11 @@ def sequence(
 
 def _at_rate(systems: tuple[Any, ...], rate: float) -> tuple[Any, ...]:
     return *systems[:6], rate, systems[7]
+
+
+def _begun(x: Tensor, resets: Tensor | None) -> Tensor:
+    """The state x, 0 where the first input is a reset: were it nan, gradients of parameters would be."""
+    return x if resets is None else torch.where(resets[:, :1, None], 0, x)
 
 
 def _ends(u: Tensor, lengths: Tensor | None) -> Tensor:

@@ -202,17 +202,10 @@ def states(
     S = product(U.flatten(1, 2), inward.to(U.dtype)).to(x.dtype).view(*U.shape[:3], x.shape[2])
     if extra is not None:
         S = S + pad(extra[:, :, None], (0, 0, S.shape[2] - 1, 0))
-    return passed(S, x, onward, fresh, reverse)
-
-
-def passed(
-    S: Tensor, x: Tensor, onward: Tensor, fresh: Tensor | None, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """`states`, of what each chunk adds to the state (h, B, c, N)."""
     if fresh is None:
-        return _recur(S, x, onward.contiguous(), None, reverse)
+        return recur(S, x, onward.contiguous(), None, reverse)
     cut = pad(fresh[:, 1:], (0, 1)) if reverse else fresh
-    X, last = _recur(S, x, onward.contiguous(), cut, reverse)
+    X, last = recur(S, x, onward.contiguous(), cut, reverse)
     return _cut(X, cut), _cut(last, fresh[:, 0]) if reverse else last
 
 
@@ -221,7 +214,7 @@ def _cut(x: Tensor, cut: Tensor | None) -> Tensor:
     return x if cut is None else torch.where(cut[..., None], 0, x)
 
 
-def _recur(S: Tensor, x: Tensor, P: Tensor, cut: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+def recur(S: Tensor, x: Tensor, P: Tensor, cut: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
     """All but the last of x_{i+1} = x_i P + S_i, (h, B, c, N), and the last; reversed, x_{i-1} = x_i P + S_i.
 
     Where `cut` (B, c) is True, 0 takes the place of x_i in these. Many chunks are merged into half as many,
@@ -244,7 +237,7 @@ def _recur(S: Tensor, x: Tensor, P: Tensor, cut: Tensor | None, reverse: bool) -
     through = _cut(first, two).flatten(1, 2)
     merged = add_product(second.flatten(1, 2), through, P).view(h, B, c // 2, N)
     either = None if one is None or two is None else one | two
-    before, x = _recur(merged, x, product(P, P), either, reverse)
+    before, x = recur(merged, x, product(P, P), either, reverse)
     between = add_product(first.flatten(1, 2), _cut(before, one).flatten(1, 2), P).view_as(before)
     states = torch.stack((before, between)[::order], 3).flatten(2, 3)
     if odd:
