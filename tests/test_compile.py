@@ -144,20 +144,20 @@ def operators(variant: str) -> dict[str, tuple[Callable[..., Any], list[Tensor],
         return torch.stack(rows, -1)
 
     def moved(u: Tensor, x: Tensor, inward: Tensor, onward: Tensor) -> Tensor:
-        """Row by row, chunk by chunk of two steps, from one reset to the next."""
+        """Row by row, chunk by chunk of two steps."""
         found = []
         for b, positions_b in enumerate(positions.tolist()):
-            at = {-1: (x[:, b], torch.zeros_like(x[:, b]))}
-            before = x[:, b]
+            before, nothing = x[:, b], torch.zeros_like(x[:, b])
+            at = {-1: (before, nothing)}
             for t in range(10):
-                start = max(s for s in range(t + 1) if s == 0 or resets[b, s])
-                if resets[b, t]:
-                    before = torch.zeros_like(before)
-                odd = (t - start) % 2
-                rows = [u[b, t - odd + i, :, None] * inward[:, 1 - odd + i] for i in range(1 + odd)]
-                at[t] = before, sum(rows[1:], rows[0])
+                odd, anew = t % 2, bool(resets[b, t])
+                driven = u[b, t, :, None] * inward[:, 1]
+                if odd and not anew:
+                    driven = driven + u[b, t - 1, :, None] * inward[:, 0]
+                cut = anew or (bool(resets[b, t - 1]) and odd)
+                at[t] = nothing if cut else before, driven
                 if odd:
-                    before = torch.einsum("hn,hnm->hm", before, onward) + at[t][1]
+                    before = torch.einsum("hn,hnm->hm", at[t][0], onward) + driven
             found.append([torch.stack(part, 1) for part in zip(*(at[p] for p in positions_b), strict=True)])
         return torch.stack([torch.stack(part, 1) for part in zip(*found, strict=True)])
 

@@ -192,12 +192,16 @@ def test_gradients_in_eval_are_those_of_training(mode: str) -> None:
 
 
 def test_little_is_kept() -> None:
-    """One set of maps and one of what is left of a chunk, however many lengths there were."""
+    """One set of maps, one for segments, one of what is left of a chunk, however many lengths there were."""
     layer = S4Layer(4, 128).eval()
     with torch.no_grad():
         for L in (9, 17, 33, 65, 129, 257, 600):
-            layer(torch.randn(1, L, 4), return_state=True)
+            u = torch.randn(1, L, 4)
+            _, x = layer(u, return_state=True)
+            layer(u, x, resets=torch.arange(L)[None] % 9 == 8, return_state=True)
         kept = layer._kept.of(*s4.ops.step.identity(layer._systems(1.0), layer.D, "auto"))
-    assert set(kept) <= {"system", "recurrence", "rounded", "maps", "rest", "kernel"}
+    assert set(kept) <= {
+        *("system", "recurrence", "rounded", "maps", "maps of segments", "powers", "rest", "kernel")
+    }
     layer.double()
     assert layer._kept._entry is None

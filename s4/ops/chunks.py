@@ -63,8 +63,11 @@ def scan(
     apart = recurrence.a.device != u.device  # which has no float64: `kept` then is for this call
     made = {} if kept is None else kept
     T = _length(u, recurrence, backend, kept is None or apart, resets)
-    if (both := made.get(("maps", T))) is None:
-        both = made["maps", T] = maps(recurrence, D, T, u.dtype, backend)
+    name = "maps" if resets is None else "maps of segments"
+    length, both = made.get(name, (0, None))
+    if both is None or length != T:
+        both = maps(recurrence, D, T, u.dtype, backend)
+        made[name] = T, both
     ahead: Maps = both[0]
     behind: Maps | None = both[1]
     before = u.new_zeros(H, B, N) if x is None else x.transpose(0, 1)
@@ -152,9 +155,12 @@ def states(
     B, _, H = u.shape
     N, P = recurrence.B.shape[-1], positions.shape[1]
     made = {} if kept is None else kept
-    T = _length(u, recurrence, backend, kept is None, None)
-    if (both := made.get(("maps", T))) is None:
-        both = made["maps", T] = maps(recurrence, D, T, u.dtype, backend)
+    single = kept is None or recurrence.a.device != u.device
+    T = _length(u, recurrence, backend, single, None)
+    length, both = made.get("maps", (0, None))
+    if both is None or length != T:
+        both = maps(recurrence, D, T, u.dtype, backend)
+        made["maps"] = T, both
     ahead: Maps = both[0]
     before = u.new_zeros(H, B, N) if x is None else x.transpose(0, 1)
     run = plain if dispatch.transformed() else operator
@@ -163,8 +169,10 @@ def states(
         rows = found.permute(1, 2, 0, 3).flatten(0, 1)  # diagonal powers are numbers, not matrices
         after = Propagator(recurrence).advance(rows, steps.flatten(), T).view(B, P, H, N)
         return after + driven.permute(1, 2, 0, 3)
-    if (powers := made.get(("powers", T))) is None:
-        powers = made["powers", T] = [*_powers(recurrence, T // 2, u, backend), ahead.onward]
+    length, powers = made.get("powers", (0, []))
+    if length != T:
+        powers = [*_powers(recurrence, T // 2, u, backend), ahead.onward]
+        made["powers"] = T, powers
     after, left = found.flatten(1, 2), steps.flatten()[:, None]
     for j, onward in enumerate(powers):  # A, A^2, A^4, ..., by the bits of each number
         after = torch.where((left >> j) % 2 == 1, product(after, onward), after)
