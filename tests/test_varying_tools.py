@@ -13,7 +13,7 @@ import s4.kernel
 from s4 import S4Layer
 from s4.ops import varying as ops
 from s4.ops.varying import varying
-from s4.system import readout, stack, system
+from s4.system import System, readout, stack, system
 
 FUSED = not isinstance(s4.kernel.backends()["cpu"], str)
 fused = pytest.mark.skipif(not FUSED, reason="the C++ extension is not built")
@@ -227,3 +227,25 @@ def test_wrong_operands_raise() -> None:
     for sent in ([y[:, 1:], states], [y, states.float()]):
         with pytest.raises(ValueError, match="need gradients"):
             ops.operator_backward(sent, values, resets, positions, name, "torch")
+
+
+@fused
+def test_exponentials_have_all_digits() -> None:
+    """One step of zoh with B = u = 1, where no decay hides an error: (e^z - 1) / Lambda, and its slope."""
+    size = torch.tensor([1e-6, 1e-4, 1e-3, 1e-2, 1.0, 30.0, 1e3, 1e4], dtype=torch.float64)
+    Lambda = torch.complex(-size.clamp(max=1) / 2, size)[:, None].requires_grad_()
+    one, dt = torch.ones(8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    B_, P = torch.ones_like(Lambda).detach(), torch.zeros(0, 8, 1, dtype=torch.complex128)
+    u, where = torch.ones(1, 1, 8, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.long)
+    systems = System(Lambda, P, B_, B_[None], dt, "zoh")
+    _, states = varying(
+        systems, one, u, torch.ones(1, 1, dtype=torch.float64), positions=where, backend="cpu"
+    )
+    assert states is not None
+    want = torch.expm1(Lambda.detach()) / Lambda.detach()
+    got = torch.complex(states[0, 0, :, 0], states[0, 0, :, 1]).detach()
+    assert float(((got - want[:, 0]).abs() / want[:, 0].abs()).max()) < 1e-12
+    (slope,) = torch.autograd.grad(states[..., 0].sum(), Lambda)
+    near = slope[:3, 0]  # 1/2 + z/3 + z^2/8
+    z = Lambda.detach()[:3, 0]
+    assert float((near - (0.5 + z / 3 + z * z / 8).conj()).abs().max()) < 1e-10
