@@ -13,7 +13,7 @@ from s4.ops.maps import Maps, maps, power
 from s4.ops.segments import Chunks, fitting, in_chunks
 from s4.padding import last_start, last_steps, padding, right_aligned
 from s4.powers import Propagator
-from s4.precision import add_product, product
+from s4.precision import add_product, moved, product
 from s4.system import Recurrence
 
 _MANY = 1 << 16  # inputs a channel, for which longer chunks repay their larger maps, where those are kept
@@ -184,7 +184,7 @@ def _powers(recurrence: Recurrence, most: int, like: Tensor, backend: str) -> li
     else:
         propagator = Propagator(recurrence)
         found = [propagator.power(t).mT.to(like.dtype) for t in exponents]
-    return [onward.to(like.device) for onward in found]
+    return found if recurrence.a.device == like.device else moved(found, like.device)
 
 
 class _Window(NamedTuple):
@@ -249,7 +249,7 @@ def plain_backward(
     X, Z, driven = X.flatten(1, 2), Z.flatten(1, 2), of_driven.flatten(1, 2)
     of_inward = product(U.flatten(1, 2).mT, Z) + product(window.mT, driven)
     of_window = torch.where(inside, product(driven, inward.mT).view(H, B, P, T), 0)
-    of_U = product(Z, inward.mT).view(H, B, -1).scatter_add(2, slots, of_window.flatten(2))
+    of_U = product(Z, inward.mT).view(H, B, U.shape[2] * T).scatter_add(2, slots, of_window.flatten(2))
     of_u = scans.steps(of_U[..., : rows.shape[2]], chunks)
     return of_u, of_x, of_inward, product(X.mT, Z)
 

@@ -145,7 +145,7 @@ def way(
     stateful: bool,
     kept: bool,
     device_type: str,
-    resets: Tensor | None,
+    resets: Tensor | None = None,
 ) -> str:
     """How a sequence on a device is processed: "fft", by convolution; "scan"; or "steps", one by one.
 
