@@ -341,7 +341,18 @@ def test_generation_names_a_budget_that_is_too_small(tmp_path: Path) -> None:
 
 
 # Those that are run; `make gpu-bundle` by hand, as it downloads.
-SCRIPTS = ["accuracy", "compiled", "generation", "gpu", "gpu_bundle", "half", "kernels", "layer", "training"]
+SCRIPTS = [
+    "accuracy",
+    "compiled",
+    "distributed",
+    "generation",
+    "gpu",
+    "gpu_bundle",
+    "half",
+    "kernels",
+    "layer",
+    "training",
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

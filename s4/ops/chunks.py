@@ -194,10 +194,9 @@ def _powers(recurrence: Recurrence, most: int, like: Tensor, backend: str) -> li
 class _Chunked(NamedTuple):
     """Sequences in chunks from the first input on, whatever is reset, and where positions lie in them.
 
-    Shapes: U (H, B, c, T), the inputs; driving (B, c, T), those that the state after their chunk depends on;
-    ends (B, c), whether it does not depend on the state before; and of each position chunk (B, P), kept (B, P),
-    whether its state depends on that before its chunk, and slots and inside (B, P, T), the last T inputs up to
-    it and those of them that its state depends on.
+    Shapes: U (H, B, c, T), the inputs; driving (B, c, T), those that count for the state after their chunk;
+    ends (B, c), whether the state before does not. Of each position: chunk (B, P), its own; kept (B, P),
+    whether the state before that counts; slots and inside (B, P, T), the last T inputs, and which of them do.
     """
 
     U: Tensor
