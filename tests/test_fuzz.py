@@ -251,6 +251,8 @@ def check_gradients(
     true = grads(want, doubles, true_leaves)
     other = grads(want, [torch.randn_like(g) for g in doubles], true_leaves)
     tolerance = GRADIENTS[getattr(torch, case.dtype)]
+    if case.resets >= 0.1 and case.mode != "scan":
+        tolerance *= 10  # a kernel's sums are of all lags, and only the first few then have a gradient
     for name, a, b, c in zip(leaves, found, true, other, strict=True):
         size = torch.cat([b.flatten(), c.flatten()]).abs().amax() if b.numel() else 0.0
         bound = (tolerance + torch.finfo(a.dtype).eps) * size  # of u it may be a sum of two that were rounded
