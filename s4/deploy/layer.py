@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s4 import distributed
 from s4.checks import check_features, check_integer, check_state
 from s4.deploy.tiles import Tiles, tile
 from s4.layer import S4Layer
@@ -71,6 +72,8 @@ class FrozenLayer(nn.Module):
             ValueError, TypeError: a wrong shape or dtype, a longer sequence, lengths, resets, another rate.
         """
         self._check_rate(rate)
+        if distributed.engaged:
+            distributed.refuse("a frozen layer")
         if lengths is not None:
             raise ValueError("lengths must be None: a frozen layer takes sequences of one length")
         if resets is not None:

@@ -77,19 +77,24 @@ def plain_backward(
 
 
 def _blockwise(
-    run: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], *options: Any
+    run: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], fresh: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:
-    """`run`, on a CPU over a few channels at a time: products of one stay in cache for the next."""
-    u = tensors[0]
+    """`run`, on a CPU over a few channels at a time: products of one stay in cache for the next.
+
+    Also elsewhere, where resets make chunks so short that the states before them outnumber their inputs.
+    """
+    u, (T, N) = tensors[0], tensors[3].shape[1:]
     H = u.shape[0]
-    h = max(1, _BLOCK // max(1, u.shape[1:].numel()))
-    if u.device.type != "cpu":
-        return run(*tensors, *options)
+    h = max(1, _BLOCK // max(1, u.shape[1:].numel())) if u.device.type == "cpu" else max(1, H)
+    if fresh is not None:
+        h = min(h, max(1, 4 * H * T // N))
+    if u.device.type != "cpu" and h >= H:
+        return run(*tensors, fresh, *options)
     blocks = []
     for start in range(0, max(H, 1), h):
         u, x, taps, inward, outward, *rest = (t[start : start + h] for t in tensors)
         taps, inward, outward = map(without_denormals, (taps, inward, outward))
-        blocks.append(run(u, x, taps, inward, outward, *rest, *options))
+        blocks.append(run(u, x, taps, inward, outward, *rest, fresh, *options))
     return blocks[0] if len(blocks) == 1 else tuple(map(torch.cat, zip(*blocks, strict=True)))
 
 
