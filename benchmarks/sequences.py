@@ -208,6 +208,7 @@ def main(
     budget: PositiveFloat = 600.0,
     seconds: NonNegativeFloat = 1.0,
     threads: PositiveInt = 2,
+    part: PositiveInt = 1,
     out: Path | None = None,
     replace: bool = False,
 ) -> None:
@@ -217,12 +218,14 @@ def main(
         budget: seconds after which no further measurement starts.
         seconds: spent on one contender of one cell, between 3 and 50 runs.
         threads: of torch.
+        part: what lengths and widths are divided by, to try the script.
         out: file of results; without it ~/.cache/s4/benchmarks/sequences-cpu.json.
         replace: write over a committed result.
     """
     device, file = torch.device("cpu"), result_file("sequences", "cpu", out, replace)
     torch.set_num_threads(threads)
     shapes = {"resets": (4, 4096, 128, 64), "states": (4, 4096, 128, 64), "rates": (8, 1024, 64, 32)}
+    shapes = {what: (B, L // part, -(-H // part), N) for what, (B, L, H, N) in shapes.items()}
     sizes = [
         (what, variant, mode, backward)
         for what in shapes

@@ -23,6 +23,7 @@ import half
 import harness
 import kernels
 import layer
+import sequences
 import training
 
 # Of the original repository's models/s4/s4.py: what the benchmarks call, with the arguments they give.
@@ -351,15 +352,41 @@ SCRIPTS = [
     "half",
     "kernels",
     "layer",
+    "sequences",
     "training",
 ]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help(script: str) -> None:
-    done = run(f"benchmarks/{script}.py", "--help")
-    assert done.returncode == 0, done.stderr
-    assert "--" in done.stdout
+HELP = """
+import contextlib, io, runpy, sys
+sys.path.insert(0, "benchmarks")
+for script in sys.argv[1:]:
+    sys.argv, out = [script, "--help"], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            runpy.run_path(f"benchmarks/{script}.py", run_name="__main__")
+    except SystemExit as ended:
+        print(script, ended.code, "--" in out.getvalue())
+"""
+
+
+def test_help() -> None:
+    """Of each script, in one process, as imports take seconds."""
+    done = run("-c", HELP, *SCRIPTS)
+    assert done.stdout.splitlines() == [f"{script} 0 True" for script in SCRIPTS], done.stderr
+    assert sorted(SCRIPTS) == sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py"))
+
+
+def test_sequences(tmp_path: Path) -> None:
+    file = tmp_path / "sequences.json"
+    sequences.main(seconds=0.0, part=32, out=file)
+    found = json.loads(file.read_text())
+    assert found["complete"]
+    assert not found["failures"]
+    assert {cell["who"] for cell in found["cells"]} >= {"plain", "0.01", "rate (B, L)", "states (B, 16)"}
+    for row in found["errors"]:
+        bound = 1e-10 if row["dtype"] == "float64" else 1e-4
+        assert max(row["value"], row["gradient"]) < bound, row
 
 
 def test_what_rounding_costs() -> None:
