@@ -20,7 +20,7 @@ LEVELS = {"base": ["-DS4_BYTES=16"]}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {f"v{i}": [f"-march=x86-64-v{i}", f"-DS4_BYTES={size}"] for i, size in ((3, 32), (4, 64))}
 TESTS = ("backends", "kernel", "scan", "fuzz")  # at each instruction set
-THEIR_OWN = ("cpu", "cpu_scan", "step")  # which go through them themselves
+THEIR_OWN = ("cpu", "cpu_scan", "step", "varying")  # which go through them themselves
 LEFT_OUT = ("in_two_gigabytes", "hold_no_more")  # these measure memory, of which sanitizers take much
 OPTIONS = {
     "ASAN_OPTIONS": "halt_on_error=1:detect_leaks=0",  # Python leaks; the driver is checked for that

@@ -139,3 +139,15 @@ def check_lengths(lengths: Any, batch: int, L: int, like: Tensor) -> Tensor:
     if not unread(lengths) and bool(((lengths < 0) | (lengths > L)).any()):
         raise ValueError(f"lengths must lie in 0..{L}, the length of the batch, got {lengths.tolist()}")
     return lengths
+
+
+def check_resets(resets: Any, batch: int, L: int, like: Tensor) -> Tensor | None:
+    """(batch, L) booleans. None where there are no inputs, and so none that begins anew."""
+    if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
+        got = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
+        raise TypeError(f"resets must be a tensor of booleans, got {got}")
+    if resets.shape != (batch, L):
+        raise ValueError(f"resets must have shape ({batch}, {L}), got {tuple(resets.shape)}")
+    if resets.device != like.device:
+        raise _elsewhere("resets", resets, like)
+    return resets if L else None

@@ -15,6 +15,7 @@ from s4.checks import (
     check_lengths,
     check_number,
     check_option,
+    check_resets,
     check_state,
     check_tensor,
 )
@@ -219,6 +220,7 @@ class S4Layer(nn.Module):
         state: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
+        resets: Tensor | None = None,
         rate: float = 1.0,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -229,6 +231,8 @@ class S4Layer(nn.Module):
             state: (B, H, N) to go on from, as `step` or an earlier `forward` returned it; None is zero.
             lengths: (B,) integers, the lengths of right-padded sequences. What lies past them is ignored,
                 outputs there are zero, and a sequence's state is the one at its own end.
+            resets: (B, L) booleans. At True a new sequence begins: the state is zero before that input, and
+                backwards nothing passes it either. What lies before, be it nan, reaches no output behind.
             rate: multiplies dt, the time from one input to the next: after training at 16 kHz, 0.5 for inputs
                 at 32 kHz, whose steps are half as long, and 2 for those at 8 kHz.
             return_state: also return the state after the last input.
@@ -247,6 +251,8 @@ class S4Layer(nn.Module):
             check_state("state", state, (batch, self.d_model, self.d_state), self.D, dtype)
         if lengths is not None:
             lengths = check_lengths(lengths, batch, L, self.D)
+        if resets is not None:
+            resets = check_resets(resets, batch, L, self.D)
         x = u.to(dtype)
         # What "auto" chooses for its speed alone keeps its precision.
         products = dispatch.product_dtype(x) if self.mode == "scan" else dtype
@@ -255,7 +261,7 @@ class S4Layer(nn.Module):
                 x = zero_padding(x, lengths)
             options = self.mode, products, self.backend, return_state
             kept = None if self.training else self._kept
-            y, after = sequence(self._systems(rate), self.D, x, state, lengths, *options, kept)
+            y, after = sequence(self._systems(rate), self.D, x, state, lengths, resets, *options, kept)
             y = y.to(u.dtype)
         return (y, after) if after is not None else y
 

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from s4 import kernel
 from s4.ops import dispatch, step
+from s4.ops.chunks import scan, states
 from s4.ops.convolve import convolve
 from s4.ops.kept import Kept, kept_at
 from s4.ops.response import continuation
-from s4.ops.scan import last_state, scan
 from s4.padding import zero_padding
 from s4.system import discretize, system
 
@@ -23,6 +23,7 @@ def sequence(
     u: Float[Tensor, "B L H"],
     x: Float[Tensor, "B H N"] | None,
     lengths: Int[Tensor, "B"] | None,
+    resets: Bool[Tensor, "B L"] | None,
     mode: str,
     products: torch.dtype,
     backend: str,
@@ -37,6 +38,7 @@ def sequence(
         u: inputs, zero past the lengths.
         x: the state before the first input; None is zero.
         lengths: of right-padded sequences; None where all have the length of u.
+        resets: where the state is zero before the input.
         mode: "fft", "scan" or "auto".
         products: the dtype of the factors of a scan's large products.
         backend: who computes, "auto" or one of `s4.kernel.backends()`.
@@ -49,7 +51,7 @@ def sequence(
             rate, discretization = systems[6:]
             options = discretization, mode, products, backend, return_state
             told = rate * torch.ones((), dtype=torch.float64)  # a number would be a constant of the graph
-            y, after = operator(systems[:6], D, u, x, lengths, told, *options)
+            y, after = operator(systems[:6], D, u, x, lengths, resets, told, *options)
             return y, after if return_state else None
         if dispatch.keeps(D, u, u if x is None else x):
             made = kept.of(*step.identity(systems, D, backend))
@@ -65,23 +67,24 @@ def sequence(
     stateful = return_state or x is not None
     way = dispatch.way(mode, backend, recurrence, batch, L, stateful, made is not None, u.device.type)
     if way == "steps":
-        y, after = step.run(recurrence, D, x, u, backend)
+        y, after = step.run(recurrence, D, x, u, backend, resets)
     elif way == "scan":
-        whole = return_state and lengths is None
-        y, after = scan(u, recurrence, D, x, products, backend, return_state=whole, kept=made)
+        whole = return_state and lengths is None and resets is None
+        y, after = scan(u, recurrence, D, x, products, backend, return_state=whole, kept=made, resets=resets)
     else:
         length, k = found.get("kernel", (None, None))
         if length != L:
             k = kernel.kernel(found["system"], recurrence, L, D.dtype, method="auto", backend=backend)
             k = k.to(u.device)
             found["kernel"] = L, k
-        y = convolve(u, k, D, None if x is None else continuation(recurrence, x, L, backend))
+        y = convolve(u, k, D, None if x is None else continuation(recurrence, x, L, backend), resets)
     if lengths is not None:
         y = zero_padding(y, lengths)
     if not return_state:
         return y, None
     if after is None or lengths is not None:
-        after = last_state(u, recurrence, D, x, lengths, backend, made)
+        last = torch.full((batch,), L, device=u.device) if lengths is None else lengths
+        after = states(u, recurrence, D, x, last[:, None] - 1, resets, backend, made)[:, 0]
     return y, after
 
 
@@ -92,6 +95,7 @@ def operator(
     u: Tensor,
     x: Tensor | None,
     lengths: Tensor | None,
+    resets: Tensor | None,
     rate: Tensor,
     discretization: str,
     mode: str,
@@ -107,7 +111,8 @@ def operator(
     dispatch.refuse_tangents()
     options = mode, products, backend, return_state
     kept = kept_at("sequence", systems[0])
-    y, after = sequence((*systems, rate.item(), discretization), D, u, x, lengths, *options, kept)
+    told = *systems, rate.item(), discretization
+    y, after = sequence(told, D, u, x, lengths, resets, *options, kept)
     return y.contiguous(), u.new_empty(0) if after is None else after.contiguous()
 
 
@@ -118,6 +123,7 @@ def _(
     u: Tensor,
     x: Tensor | None,
     lengths: Tensor | None,
+    resets: Tensor | None,
     rate: Tensor,
     discretization: str,
     mode: str,

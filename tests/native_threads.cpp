@@ -57,9 +57,9 @@ void call(Entry entry, const Tensors& operands, const Tensors& results, const st
 }
 
 template <class T>
-void run(const Entry (&entries)[9]) {
-    const auto [cauchy, cauchy_backward, response, response_backward, maps, maps_backward, scan, scan_backward, step] =
-        entries;
+void run(const Entry (&entries)[11]) {
+    const auto [cauchy, cauchy_backward, response, response_backward, maps, maps_backward, scan, scan_backward, step,
+                varying, varying_backward] = entries;
     const auto doubles = tensors<double>;
     const auto numbers = tensors<T>;
     for (const int64_t nodes : {int64_t(1), H}) {  // complex numbers: two each
@@ -88,15 +88,25 @@ void run(const Entry (&entries)[9]) {
         sizes.insert(sizes.end(), {L * H, H, 1});
         call(scan_backward, inputs + numbers({B * L * H, H * B * N}), inputs, sizes);
     }
+    for (const auto [rank, hold] : {std::pair<int64_t, int64_t>{0, 0}, {0, 1}, {1, 0}, {2, 0}}) {
+        const int64_t F = rank * H * N, positions = 2;
+        const Tensors sequences[3] = {numbers({B * L * H}), doubles({B * L}), numbers({B * H * N})};
+        const Tensors inputs = sequences[0] + sequences[1] + sequences[2] + doubles({H * N, F, H * N, H * N, H, H});
+        const Tensors where{std::vector<char>(B * L), std::vector<char>(B * positions * sizeof(int64_t))};
+        const Tensors found = numbers({B * L * H, B * positions * H * N});
+        const std::vector<int64_t> sizes{B, L, H, n, rank, positions, hold};
+        call(varying, inputs + where, found, sizes);
+        call(varying_backward, found + inputs + where, inputs, sizes);
+    }
 }
 
 int main() {
     for (const auto pool : {static_cast<decltype(&pooled)>(nullptr), &pooled}) {
         s4_pool(pool);
         run<float>({s4_cauchy_c64, s4_cauchy_backward_c64, s4_response_f32, s4_response_backward_f32, s4_maps_f32,
-                    s4_maps_backward_f32, s4_scan_f32, s4_scan_backward_f32, s4_step_f32});
+                    s4_maps_backward_f32, s4_scan_f32, s4_scan_backward_f32, s4_step_f32, s4_varying_f32, s4_varying_backward_f32});
         run<double>({s4_cauchy_c128, s4_cauchy_backward_c128, s4_response_f64, s4_response_backward_f64, s4_maps_f64,
-                     s4_maps_backward_f64, s4_scan_f64, s4_scan_backward_f64, s4_step_f64});
+                     s4_maps_backward_f64, s4_scan_f64, s4_scan_backward_f64, s4_step_f64, s4_varying_f64, s4_varying_backward_f64});
     }
     std::printf("%d calls of %s, %d threads each\n", calls, s4_level(), kThreads);
 }

@@ -125,6 +125,51 @@ def forward(system: Discrete, u: Tensor, state: Tensor | None = None) -> tuple[T
     return y, x
 
 
+def varying(
+    system: Continuous,
+    method: str,
+    u: Tensor,
+    rate: Tensor,
+    state: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """With the time dt rate[b, t] before input t: y (batch, L, H), states (batch, L+1, H, N) from the first on.
+
+    The state is zero before the input at a reset, and so is, backward in time, the one of the next segment.
+    """
+    batch, L, H = u.shape
+    A, B, C, D, dt = system
+    N = B.shape[1]
+    if batch * L == 0:
+        start = torch.zeros(batch, H, N, dtype=torch.float64) if state is None else state.double()
+        return u.double(), start[:, None].expand(batch, L + 1, H, N)
+    steps = (rate.double()[..., None] * dt).reshape(-1)
+    every = [p.expand(batch, L, *p.shape).reshape(-1, *p.shape[1:]) for p in (A, B)]
+    A, B = discretise(every[0], every[1], steps, method)
+    A, B, u = A.view(batch, L, H, N, N), B.view(batch, L, H, N), u.double()
+    none = torch.zeros(H, N, dtype=torch.float64)
+    outputs, states = [], []
+    for b in range(batch):
+        x = none if state is None else state[b].double()
+        y, after = [], [x]
+        for t in range(L):
+            if resets is not None and resets[b, t]:
+                x = none
+            x = (A[b, t] @ x[..., None])[..., 0] + B[b, t] * u[b, t, :, None]
+            y.append((C[0] * x).sum(-1) + D * u[b, t])
+            after.append(x)
+        w = none
+        for t in range(L - 1, 0, -1) if len(C) == 2 else ():
+            if resets is not None and t + 1 < L and resets[b, t + 1]:
+                w = none
+            w = (A[b, t] @ w[..., None])[..., 0] + B[b, t] * u[b, t, :, None]
+            if resets is None or not resets[b, t]:
+                y[t - 1] = y[t - 1] + (C[1] * w).sum(-1)
+        outputs.append(torch.stack(y))
+        states.append(torch.stack(after))
+    return torch.stack(outputs), torch.stack(states)
+
+
 def kernel(system: Discrete, L: int) -> Tensor:
     """K_l = C A^l B, (directions, H, L), by a plain loop."""
     A, B, C, _ = system

@@ -333,7 +333,7 @@ def test_the_level_asked_for_runs() -> None:
     assert cpu.level() == (os.environ.get("S4_LEVEL") or cpu.levels()[-1])
     assert f"_native_{cpu.level()}." in library._name
     report = printed(process("import s4.info; print(s4.info.report())", S4_LEVEL="base"))
-    assert "cpu      available: cauchy, response, maps, scan, step, instruction set base" in report
+    assert "cpu      available: cauchy, response, maps, scan, step, varying, instruction set base" in report
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

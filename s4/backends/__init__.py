@@ -10,9 +10,12 @@ A backend is a module (or any object) with
     cauchy(v, z, w)                                  cauchy_backward(grad, v, z, w, need_z) -> of v, z, w
     response(a, F, G, X, C, L, dtype)                response_backward(grad, a, F, G, X, C) -> of the tensors
     maps(a, F, G, B, C, D, T, dtype) -> four maps    maps_backward(grads, inputs) -> of the six inputs
-    scan(u, x, taps, inward, outward, onward, reverse) -> y, last
-    scan_backward(grads, inputs, reverse) -> of the six inputs
+    scan(u, x, taps, inward, outward, onward, reverse, table) -> y, last
+    scan_backward(grads, inputs, reverse, table) -> of the six inputs
     step(a, F, G, B, C, D, x, u) -> y, next x        of ranks up to 2; it has no gradient
+    varying(u, rate, x, Lambda, P, B, C, D, dt, resets, positions, discretization) -> y, states
+    varying_backward(grads, inputs, resets, positions, discretization) -> of the nine inputs from u to dt
+                                                     of ranks up to 2, by "bilinear" and "zoh"
 
 Shapes and meaning are those of the plain definitions in `s4/ops/`; a, F, G, B and C are the fields of a
 `s4.system.Recurrence`.
@@ -25,7 +28,7 @@ from typing import Any
 
 from s4.backends import cpu, cuda, keops, naive, plain, triton
 
-OPERATIONS = ("cauchy", "response", "maps", "scan", "step")
+OPERATIONS = ("cauchy", "response", "maps", "scan", "step", "varying")
 BACKENDS: dict[str, ModuleType | Any] = {
     "naive": naive,
     "torch": plain,
@@ -42,4 +45,5 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "maps": {"cpu": ("cpu",)},
     "scan": {"cpu": ("cpu",)},
     "step": {"cpu": ("cpu",)},
+    "varying": {"cpu": ("cpu",)},
 }

@@ -1,11 +1,14 @@
 """Long convolutions by FFT, causal or two-sided, never circular."""
 
+from collections.abc import Iterator
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
 from s4.ops import dispatch
+from s4.ops.segments import Rows, in_rows, take
 
 
 def fft_size(n: int) -> int:
@@ -58,12 +61,19 @@ def convolve(
     k: Float[Tensor, "c H L"],
     D: Float[Tensor, "H"],
     more: Float[Tensor, "B H L"] | None = None,
+    resets: Bool[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "B L H"]:
     """Outputs of kernels k, forward and, if there is a second, backward in time, with D a tap at lag 0.
 
-    `more` is added to them: what a state before the first input gives.
+    `more` is added to them: what a state before the first input gives. At a reset a new sequence begins.
     """
     ahead = k[0] + pad(D[:, None], (0, k.shape[-1] - 1))
+    if resets is not None:
+        apart = plain_segments if dispatch.transformed() else segments
+        y = apart(u, ahead, k[1] if len(k) == 2 else None, resets)
+        if more is None:
+            return y
+        return y + torch.where((resets.cumsum(1) == 0)[:, :, None], more.transpose(1, 2), 0)
     # In a graph torch would take a batch for the stride of a sequence of one step.
     turn = transpose if dispatch.opaque() or dispatch.transformed() else Transposed.apply
     rows = turn(u, False)
@@ -155,18 +165,24 @@ def operator_backward(
     grad: Tensor, u: Tensor, ahead: Tensor, behind: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of u, ahead and behind; of none, an empty one."""
+    grads = torch.zeros_like(ahead), u.new_empty(0) if behind is None else torch.zeros_like(behind)
+    return _add_gradients(grad, u, ahead, behind, *grads).contiguous(), *grads
+
+
+def _add_gradients(
+    g: Tensor, u: Tensor, ahead: Tensor, behind: Tensor | None, grad_ahead: Tensor, grad_behind: Tensor
+) -> Tensor:
+    """The gradient of u; those of the kernels are added to what is given."""
     L = u.shape[-1]
-    grad_u, grad_k = _gradients(grad, u, _kernel(L, ahead, behind))
+    grad_u, grad_k = _gradients(g, u, _kernel(L, ahead, behind))
     assert grad_u is not None
     assert grad_k is not None
-    grad_ahead, grad_behind = torch.zeros_like(ahead), u.new_empty(0)
     n = min(L, ahead.shape[-1])
-    grad_ahead[..., :n] = grad_k[..., :n]
+    grad_ahead[..., :n] += grad_k[..., :n]
     if behind is not None:
-        grad_behind = torch.zeros_like(behind)
         n = min(max(L - 1, 0), behind.shape[-1])
-        grad_behind[..., :n] = grad_k.flip(-1)[..., :n]
-    return grad_u.contiguous(), grad_ahead, grad_behind
+        grad_behind[..., :n] += grad_k.flip(-1)[..., :n]
+    return grad_u
 
 
 @operator.register_fake
@@ -180,7 +196,7 @@ def _(grad: Tensor, u: Tensor, ahead: Tensor, behind: Tensor | None) -> tuple[Te
     return u.new_empty(u.shape), ahead.new_empty(ahead.shape), none
 
 
-def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs)
 
 
@@ -195,3 +211,77 @@ def _pull(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # type: i
 
 
 operator.register_autograd(_pull, setup_context=_save)
+
+
+def plain_segments(u: Tensor, ahead: Tensor, behind: Tensor | None, resets: Tensor) -> Tensor:
+    """Sequences (B, L, H), each segment between resets (B, L) convolved as a sequence of its own."""
+    if u.numel() == 0:
+        return u.clone()
+    layout = in_rows(resets)
+    y = [circular(x, _kernel(x.shape[-1], ahead, behind)) for x in _blocks(u, layout)]
+    return _joined(y, layout).view(u.shape)
+
+
+def _blocks(u: Tensor, layout: Rows) -> Iterator[Tensor]:
+    """The segments of (B, L, H) as (rows, H, slots), those of one size after the other."""
+    flat, start = take(u.reshape(1, -1, u.shape[-1]), layout.source[None])[0], 0
+    for rows, slots in layout.sizes:
+        block = flat[start : start + rows * slots]
+        yield transpose(block.view(rows, slots, u.shape[-1]), False)
+        start += rows * slots
+
+
+def _joined(blocks: list[Tensor], layout: Rows) -> Tensor:
+    """The inverse, (B L, H)."""
+    flat = torch.cat([transpose(block, True).flatten(0, 1) for block in blocks])
+    return take(flat[None], layout.place[None])[0]
+
+
+@torch.library.custom_op("s4::convolve_segments", mutates_args=())
+def segments(u: Tensor, ahead: Tensor, behind: Tensor | None, resets: Tensor) -> Tensor:
+    """`plain_segments`, where segments lie found inside: a graph need not know."""
+    dispatch.refuse_tangents()
+    return plain_segments(u, ahead, behind, resets)
+
+
+@torch.library.custom_op("s4::convolve_segments_backward", mutates_args=())
+def segments_backward(
+    grad: Tensor, u: Tensor, ahead: Tensor, behind: Tensor | None, resets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of u, ahead and behind; of none, an empty one."""
+    grads = torch.zeros_like(ahead), u.new_empty(0) if behind is None else torch.zeros_like(behind)
+    if u.numel() == 0:
+        return torch.zeros_like(u), *grads
+    layout = in_rows(resets)
+    pairs = zip(_blocks(grad, layout), _blocks(u, layout), strict=True)
+    grad_u = [_add_gradients(g, x, ahead, behind, *grads) for g, x in pairs]
+    return _joined(grad_u, layout).view(u.shape), *grads
+
+
+@segments.register_fake
+def _(u: Tensor, ahead: Tensor, behind: Tensor | None, resets: Tensor) -> Tensor:
+    return u.new_empty(u.shape)
+
+
+@segments_backward.register_fake
+def _(
+    grad: Tensor, u: Tensor, ahead: Tensor, behind: Tensor | None, resets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    none = u.new_empty(0) if behind is None else behind.new_empty(behind.shape)
+    return u.new_empty(u.shape), ahead.new_empty(ahead.shape), none
+
+
+def _pull_segments(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    u, ahead, behind, resets = ctx.saved_tensors
+    if dispatch.recorded(grad):
+
+        def run(*inputs: Tensor) -> Tensor:
+            return plain_segments(inputs[0], inputs[1], inputs[2] if len(inputs) == 3 else None, resets)
+
+        found = dispatch.through(run, [t for t in (u, ahead, behind) if t is not None], grad)
+        return found[0], found[1], found[2] if len(found) == 3 else None, None
+    grad_u, grad_ahead, grad_behind = segments_backward(grad, u, ahead, behind, resets)
+    return grad_u, grad_ahead, None if behind is None else grad_behind, None
+
+
+segments.register_autograd(_pull_segments, setup_context=_save)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from s4.ops import cauchy, maps, response, scan, step  # noqa: F401 - whose operators they are
+from s4.ops import cauchy, maps, response, scan, step, varying  # noqa: F401 - whose operators they are
 
 Shape = Sequence[int]
 
@@ -95,6 +95,45 @@ def of_step_kept(system: Sequence[Shape | None], D: Shape, x: Shape, *_: Any, **
     return batch * H * (_moved(N, P[0] if P else 0) + 4 * N + 2)
 
 
+def of_varying(
+    u: Shape,
+    rate: Shape,
+    x: Shape,
+    Lambda: Shape,
+    P: Shape,
+    B: Shape,
+    C: Shape,
+    D: Shape,
+    dt: Shape,
+    resets: Shape | None,
+    positions: Shape,
+    discretization: str,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Each step discretised: an exponential of a complex number, or the resolvent, with Woodbury's identity."""
+    (batch, L, H), N, r = u, Lambda[1], P[0]
+    mode = 118 if discretization == "zoh" else 29 + (10 + 8 * r + 2 * r * r if r else 0)
+    return batch * L * H * (N // 2 * mode + 2)
+
+
+def of_varying_backward(
+    grads: Sequence[Shape],
+    inputs: Sequence[Shape],
+    resets: Shape | None,
+    positions: Shape,
+    discretization: str,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Twice the states again, then the way back."""
+    (batch, L, H), N, r = inputs[0], inputs[3][1], inputs[4][0]
+    mode = 180 if discretization == "zoh" else 48 + (6 + 18 * r if r else 0)
+    u, rate, x, Lambda, P, B, C, D, dt = inputs
+    again = of_varying(u, rate, x, Lambda, P, B, C, D, dt, resets, positions, discretization)
+    return 2 * again + batch * L * H * N // 2 * mode
+
+
 _FORMULAS: dict[str, Any] = {
     "scan": of_scan,
     "scan_backward": of_scan_backward,
@@ -108,6 +147,8 @@ _FORMULAS: dict[str, Any] = {
     "cauchy_backward": of_cauchy_backward,
     "step": of_step,
     "step_kept": of_step_kept,
+    "varying": of_varying,
+    "varying_backward": of_varying_backward,
 }
 for name, formula in _FORMULAS.items():
     register_flop_formula(getattr(torch.ops.s4, name))(formula)

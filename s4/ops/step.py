@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from s4.ops import dispatch
@@ -76,7 +76,12 @@ def identity(systems: tuple[Any, ...], D: Tensor, backend: str) -> tuple[list[Te
 
 
 def run(
-    recurrence: Recurrence, D: Tensor, x: Tensor | None, u: Float[Tensor, "B L H"], backend: str
+    recurrence: Recurrence,
+    D: Tensor,
+    x: Tensor | None,
+    u: Float[Tensor, "B L H"],
+    backend: str,
+    resets: Bool[Tensor, "B L"] | None = None,
 ) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B H N"]]:
     """The outputs of a few steps, and the state after them, from the state x or zero."""
     x = u.new_zeros(u.shape[0], *recurrence.B.shape) if x is None else x
@@ -84,7 +89,9 @@ def run(
     fused = dispatch.unwatched(D) and len(recurrence.F) <= _RANK
     fused = fused and dispatch.fused("step", backend, D.device.type)
     y = []
-    for u_t in u.unbind(1):
+    for t, u_t in enumerate(u.unbind(1)):
+        if resets is not None:
+            x = torch.where(resets[:, t, None, None], 0, x)
         y_t, x = step(*recurrence, D, x, u_t, backend) if fused else plain(recurrence, D, x, u_t)
         y.append(y_t)
     return torch.stack(y, 1), x

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_INTERFACE = 4  # of the libraries; raised with every change of their functions, there and here
+_INTERFACE = 5  # of the libraries; raised with every change of their functions, there and here
 _LEVELS = ("base", "v3", "v4")  # instruction sets that there may be code for, each with all of those before
 _ASKED = os.environ.get("S4_LEVEL", "")  # which of them is to run; empty: the best
 _HINT = (
@@ -155,24 +155,31 @@ def maps_backward(
 
 
 def scan(
-    u: Tensor, x: Tensor, taps: Tensor, inward: Tensor, outward: Tensor, onward: Tensor, reverse: bool
+    u: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    inward: Tensor,
+    outward: Tensor,
+    onward: Tensor,
+    reverse: bool,
+    table: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs (B, L, H) and the state after the last whole chunk (H, B, N); shapes as in `s4.ops.scan`."""
     y, last = u.new_empty(u.shape), torch.empty_like(x)
     (B, L, H), (T, N) = u.shape, inward.shape[1:]
-    sizes = [H, B, L, N, T, int(reverse), *u.stride()]
-    _call("scan", u.dtype, [u, x, taps, inward, outward, onward, y, last], sizes)
+    sizes = [H, B, L, N, T, int(reverse), 0 if table is None else table.shape[2], *u.stride()]
+    _call("scan", u.dtype, [u, x, taps, inward, outward, onward, y, last, table], sizes)
     return y, last
 
 
 def scan_backward(
-    grads: tuple[Tensor, Tensor], inputs: tuple[Tensor, ...], reverse: bool
+    grads: tuple[Tensor, Tensor], inputs: tuple[Tensor, ...], reverse: bool, table: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Gradients of the six tensors that `scan` took, from those of its two outputs."""
     (u, _, _, inward, _, _), found = inputs, tuple(t.new_empty(t.shape) for t in inputs)
     (B, L, H), (T, N) = u.shape, inward.shape[1:]
-    sizes = [H, B, L, N, T, int(reverse), *u.stride(), *grads[0].stride()]
-    _call("scan_backward", u.dtype, [*inputs, *grads, *found], sizes)
+    sizes = [H, B, L, N, T, int(reverse), 0 if table is None else table.shape[2], *u.stride(), *grads[0].stride()]
+    _call("scan_backward", u.dtype, [*inputs, *grads, *found, table], sizes)
     return found
 
 
@@ -184,6 +191,46 @@ def step(
     batch, H, N = x.shape
     _call("step", u.dtype, [a, F, G, B, C, D, x, u, y, moved], [batch, H, N // 2, F.shape[0]])
     return y, moved
+
+
+def varying(
+    u: Tensor,
+    rate: Tensor,
+    x: Tensor,
+    Lambda: Tensor,
+    P: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt: Tensor,
+    resets: Tensor | None,
+    positions: Tensor,
+    discretization: str,
+) -> tuple[Tensor, Tensor]:
+    """Outputs (B, L, H) and states (B, P, H, N); shapes as in `s4.ops.varying`, rank at most 2."""
+    y, states = torch.empty_like(u), x.new_empty(*positions.shape, *x.shape[1:])
+    tensors = [u, rate, x, Lambda, P, B, C, D, dt, resets, positions, y, states]
+    _call("varying", u.dtype, tensors, _sizes(u, Lambda, P, positions, discretization))
+    return y, states
+
+
+def varying_backward(
+    grads: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    resets: Tensor | None,
+    positions: Tensor,
+    discretization: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of the nine inputs of `varying` from u to dt."""
+    u, _, _, Lambda, P, *_ = inputs
+    found = tuple(map(torch.empty_like, inputs))
+    tensors = [*grads, *inputs, resets, positions, *found]
+    _call("varying_backward", u.dtype, tensors, _sizes(u, Lambda, P, positions, discretization))
+    return found
+
+
+def _sizes(u: Tensor, Lambda: Tensor, P: Tensor, positions: Tensor, discretization: str) -> list[int]:
+    return [*u.shape, Lambda.shape[1] // 2, len(P), positions.shape[1], int(discretization == "zoh")]
 
 
 class Snapshot:

@@ -9,16 +9,27 @@
 // Arrays are contiguous but for u and the gradient of y: u and y (B, L, H), x and what comes out after the last whole
 // chunk (H, B, N), taps (H, 2T-1), inward and outward (H, T, N), onward (H, N, N). A task takes a few channels, that
 // fill cache lines, brings their sequences side by side, scans one after the other and brings the outputs back.
+//
+// With resets a table (3, B, chunks) says for each chunk which input is its first, how many there are, the rest being
+// zeros, and whether it is fresh: no state passes from the chunk before.
 
 template <class T>
 struct Scan {
     const T *x, *taps, *inward, *outward, *onward;
     int64_t channels, batch, length, size, width, reverse;
+    const int64_t* table = nullptr;
+    int64_t listed = 0;  // chunks of a sequence in the table
 
     // Numbers from one channel's rows to the next's: they start at other places of the caches, each at that of a line.
     int64_t apart() const { return (batch * length + 31) / 16 * 16; }
-    int64_t chunks() const { return std::max<int64_t>(1, (length + width - 1) / width); }
-    bool ragged() const { return chunks() * width > length; }
+    int64_t chunks() const { return table ? listed : std::max<int64_t>(1, (length + width - 1) / width); }
+    bool ragged() const { return !table && chunks() * width > length; }
+    // Of a chunk in the table: its first input, how many it holds, and whether states end at the border before it.
+    int64_t start(int64_t b, int64_t chunk) const { return table[b * listed + chunk]; }
+    int64_t filled(int64_t b, int64_t chunk) const { return table[(batch + b) * listed + chunk]; }
+    bool cut(int64_t b, int64_t chunk) const {
+        return table && chunk < listed && table[(2 * batch + b) * listed + chunk];
+    }
     int64_t block() const { return std::min(chunks(), std::max<int64_t>(1, 256 / std::max<int64_t>(batch, 1))); }
 };
 
@@ -149,19 +160,30 @@ int in_groups(int64_t channels, int threads, const Task& task) {
 // Chunks [first, first + count) of the rows (B, L) of a channel are rows (B count, T) as they lie: none is ragged.
 template <class T>
 bool in_rows(const Scan<T>& s, int64_t first, int64_t count) {
-    return (first + count) * s.width <= s.length && (s.batch == 1 || s.length == count * s.width);
+    return !s.table && (first + count) * s.width <= s.length && (s.batch == 1 || s.length == count * s.width);
+}
+
+// Calls run(sequence, chunk, chunks, first input, inputs) for each run of chunks whose inputs lie side by side.
+template <class T, class Run>
+void each_run(const Scan<T>& s, int64_t first, int64_t count, const Run& run) {
+    const int64_t start = first * s.width;
+    for (int64_t b = 0; b < s.batch; ++b) {
+        if (s.table)
+            for (int64_t k = first; k < first + count; ++k) run(b, k, 1, s.start(b, k), s.filled(b, k));
+        else
+            run(b, first, count, start, std::min(count * s.width, s.length - start));
+    }
 }
 
 // Those rows, copied together unless they are already, the ragged one filled up with zeros.
 template <class T>
 const T* gather(const Scan<T>& s, const T* from, int64_t first, int64_t count, T* rows) {
     if (in_rows(s, first, count)) return from + first * s.width;
-    for (int64_t b = 0; b < s.batch; ++b) {
-        const int64_t start = first * s.width, taken = std::min(count * s.width, s.length - start);
-        T* to = rows + b * count * s.width;
+    each_run(s, first, count, [&](int64_t b, int64_t chunk, int64_t chunks, int64_t start, int64_t taken) {
+        T* to = rows + (b * count + chunk - first) * s.width;
         std::copy_n(from + b * s.length + start, taken, to);
-        std::fill(to + taken, to + count * s.width, T(0));
-    }
+        std::fill(to + taken, to + chunks * s.width, T(0));
+    });
     return rows;
 }
 
@@ -174,23 +196,48 @@ T* place(const Scan<T>& s, T* to, int64_t first, int64_t count, T* rows) {
 template <class T>
 void scatter(const Scan<T>& s, const T* rows, int64_t first, int64_t count, T* to) {
     if (in_rows(s, first, count)) return;
-    for (int64_t b = 0; b < s.batch; ++b) {
-        const int64_t start = first * s.width, taken = std::min(count * s.width, s.length - start);
-        std::copy_n(rows + b * count * s.width, taken, to + b * s.length + start);
-    }
+    each_run(s, first, count, [&](int64_t b, int64_t chunk, int64_t, int64_t start, int64_t taken) {
+        std::copy_n(rows + (b * count + chunk - first) * s.width, taken, to + b * s.length + start);
+    });
 }
 
-// S (B count, N), what each chunk adds to the state, becomes the state before each; `x` (B, N) moves along.
+// S (B count, N), what each chunk from the first on adds to the state, becomes the state before each; x (B, N) moves along.
+// `space` takes three times as much. Of states that end nothing is multiplied.
 template <class T>
-void recur(const Packed<T>& onward, int64_t batch, int64_t count, bool reverse, T* S, T* x, T* next) {
-    const int64_t N = onward.columns;
+void recur(const Scan<T>& s, const Packed<T>& onward, int64_t first, int64_t count, bool reverse, T* S, T* x, T* space) {
+    const int64_t N = onward.columns, batch = s.batch;
+    T *next = space, *live = next + batch * N, *moved = live + batch * N;
     for (int64_t k = 0; k < count; ++k) {
-        const int64_t at = reverse ? count - 1 - k : k;
-        for (int64_t b = 0; b < batch; ++b) std::copy_n(S + (b * count + at) * N, N, next + b * N);
-        onward.times(batch, View<const T>{x, N, 1}, View<T>{next, N, 1}, true);
+        const int64_t at = reverse ? count - 1 - k : k, border = first + at + reverse;
+        int64_t going = 0;
+        for (int64_t b = 0; b < batch; ++b) {
+            if (s.cut(b, border))
+                std::fill_n(x + b * N, N, T(0));
+            else
+                std::copy_n(x + b * N, N, live + going++ * N);
+        }
+        if (going == batch) {
+            for (int64_t b = 0; b < batch; ++b) std::copy_n(S + (b * count + at) * N, N, next + b * N);
+            onward.times(batch, View<const T>{x, N, 1}, View<T>{next, N, 1}, true);
+        } else {
+            onward.times(going, View<const T>{live, N, 1}, View<T>{moved, N, 1}, false);
+            const T* from = moved;
+            for (int64_t b = 0; b < batch; ++b) {
+                const T* S_b = S + (b * count + at) * N;
+                if (s.cut(b, border)) {
+                    std::copy_n(S_b, N, next + b * N);
+                } else {
+                    for (int64_t j = 0; j < N; ++j) next[b * N + j] = S_b[j] + from[j];
+                    from += N;
+                }
+            }
+        }
         for (int64_t b = 0; b < batch; ++b) std::copy_n(x + b * N, N, S + (b * count + at) * N);
         std::copy_n(next, batch * N, x);
     }
+    if (reverse && first == 0)
+        for (int64_t b = 0; b < batch; ++b)
+            if (s.cut(b, 0)) std::fill_n(x + b * N, N, T(0));
 }
 
 template <class T>
@@ -205,7 +252,7 @@ void scan_of(const Scan<T>& s, int64_t h, const T* u, T* y, T* last) {
     Packed<T> inward(W, N), outward(N, W), onward(N, N), within(W, W);
     inward.fill({s.inward + h * W * N, N, 1}), outward.fill({s.outward + h * W * N, 1, N});
     onward.fill({s.onward + h * N * N, N, 1}), within.fill(toeplitz(s.taps + h * (2 * W - 1), W));
-    const Buffer<T> space(B * (block * (2 * W + N) + 2 * N));
+    const Buffer<T> space(B * (block * (2 * W + N) + 4 * N));
     T *rows = space.data, *more = rows + B * block * W, *X = more + B * block * W, *x = X + B * block * N;
     T* next = x + B * N;
     std::copy_n(s.x + h * B * N, B * N, x);
@@ -216,7 +263,7 @@ void scan_of(const Scan<T>& s, int64_t h, const T* u, T* y, T* last) {
         const T* U = gather(s, u, first, count, rows);
         T* Y = place(s, y, first, count, more);
         inward.times(B * count, View<const T>{U, W, 1}, View<T>{X, N, 1}, false);
-        recur(onward, B, count, s.reverse, X, x, next);
+        recur<T>(s, onward, first, count, s.reverse, X, x, next);
         if (ends)  // the state before a ragged chunk
             for (int64_t b = 0; b < B; ++b) std::copy_n(X + (b * count + count - 1) * N, N, x + b * N);
         within.times(B * count, View<const T>{U, W, 1}, View<T>{Y, W, 1}, false, s.reverse ? -1 : 1);
@@ -243,9 +290,9 @@ void scan_backward_of(const Scan<T>& s, int64_t h, const ScanGradients<T>& g) {
     inward.fill(in), inward_t.fill(in.transposed()), onward.fill(on), onward_t.fill(on.transposed());
     outward_t.fill({s.outward + h * W * N, N, 1});
     within_t.fill(toeplitz(s.taps + h * (2 * W - 1), W).transposed());
-    const Buffer<T> space(B * (c * N + block * (3 * W + N) + 2 * N) + W * W);
+    const Buffer<T> space(B * (c * N + block * (3 * W + N) + 4 * N) + W * W);
     T *X = space.data, *rows = X + B * c * N, *more = rows + B * block * W, *most = more + B * block * W;
-    T *Z = most + B * block * W, *x = Z + B * block * N, *next = x + B * N, *grad_within = next + B * N;
+    T *Z = most + B * block * W, *x = Z + B * block * N, *next = x + B * N, *grad_within = next + 3 * B * N;
     std::fill(grad_within, grad_within + W * W, T(0));
     T *grad_in = g.inward + h * W * N, *grad_out = g.outward + h * N * W, *grad_on = g.onward + h * N * N;
     std::fill(grad_in, grad_in + W * N, T(0)), std::fill(grad_out, grad_out + N * W, T(0));
@@ -256,7 +303,7 @@ void scan_backward_of(const Scan<T>& s, int64_t h, const ScanGradients<T>& g) {
         const int64_t count = std::min(block, c - done), first = s.reverse ? c - done - count : done;
         const T* U = gather(s, g.inputs, first, count, rows);
         inward.times(B * count, View<const T>{U, W, 1}, View<T>{X + B * first * N, N, 1}, false);
-        recur(onward, B, count, s.reverse, X + B * first * N, x, next);
+        recur<T>(s, onward, first, count, s.reverse, X + B * first * N, x, next);
     }
     const T* last = g.last + h * B * N;
     const bool ragged = s.ragged() && !s.reverse;  // what came out is the state before the last chunk, not after
@@ -271,7 +318,7 @@ void scan_backward_of(const Scan<T>& s, int64_t h, const ScanGradients<T>& g) {
         if (ragged && first + size == c)
             for (int64_t b = 0; b < B; ++b)
                 for (int64_t j = 0; j < N; ++j) Z[(b * size + size - 1) * N + j] += last[b * N + j];
-        recur(onward_t, B, size, !s.reverse, Z, x, next);  // gradients of the state after each chunk
+        recur<T>(s, onward_t, first, size, !s.reverse, Z, x, next);  // gradients of the state after each chunk
         within_t.times(B * size, View<const T>{G, W, 1}, View<T>{R, W, 1}, false, -triangle);
         inward_t.times(B * size, View<const T>{Z, N, 1}, View<T>{R, W, 1}, true);
         scatter(s, R, first, size, g.u);
@@ -293,8 +340,9 @@ void scan_backward_of(const Scan<T>& s, int64_t h, const ScanGradients<T>& g) {
 template <class T>
 int scan(Arguments in, int threads) {
     const T* u = in;
-    const Scan<T> s{in, in, in, in, in, in, in, in, in, in, in};
+    Scan<T> s{in, in, in, in, in, in, in, in, in, in, in};
     T *y = in, *last = in;
+    s.table = in, s.listed = in;
     const Sequences<const T> from{u, in, in, in};
     return in_groups(s.channels, threads, [&](int64_t first, int64_t count) {
         const Buffer<T> rows((count + 1) * s.apart());
@@ -309,10 +357,11 @@ int scan(Arguments in, int threads) {
 template <class T>
 int scan_backward(Arguments in, int threads) {
     const T* u = in;
-    const Scan<T> s{in, in, in, in, in, in, in, in, in, in, in};
+    Scan<T> s{in, in, in, in, in, in, in, in, in, in, in};
     const T *grad_y = in, *grad_last = in;
     T* grad_u = in;
     const ScanGradients<T> to{nullptr, nullptr, grad_last, nullptr, in, in, in, in, in};
+    s.table = in, s.listed = in;
     const Sequences<const T> from{u, in, in, in}, back{grad_y, in, in, in};
     return in_groups(s.channels, threads, [&](int64_t first, int64_t count) {
         const Buffer<T> rows((2 * count + 1) * s.apart());
