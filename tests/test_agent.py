@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import printed, process
 from torch import Tensor
 
 from s4 import State
@@ -19,13 +18,6 @@ sys.path.insert(0, str(FOLDER))  # as the script is started
 
 from agents import GRUAgent, S4Agent  # noqa: E402
 from maze import Maze  # noqa: E402
-
-LEARN = """
-import runpy, sys
-script, *sys.argv[1:] = sys.argv[1:]
-sys.path.insert(0, script.rpartition("/")[0])
-runpy.run_path(script, run_name="__main__")
-"""
 
 
 def played(rows: int, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -106,30 +98,23 @@ def test_acting_and_learning_give_the_same_numbers() -> None:
         state = after
 
 
-def test_run(tmp_path: Path) -> None:
-    options = [
-        "--rows",
-        "8",
-        "--chunks",
-        "2",
-        "--length",
-        "16",
-        "--shortest",
-        "1",
-        "--longest",
-        "4",
-        "--seeds",
-        "1",
-    ]
-    said = printed(process(LEARN, str(FOLDER / "learn.py"), "--out", str(tmp_path / "out"), *options))
-    assert "right turns after 1 to 4 steps" in said
+def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--rows", "8", "--chunks", "2", "--length", "16", "--seeds", "1", "--longest", "4"]
+    monkeypatch.setattr(
+        sys, "argv", ["learn.py", "--out", str(tmp_path / "out"), "--shortest", "1", *options]
+    )
+    runpy.run_path(str(FOLDER / "learn.py"), run_name="__main__")
+    assert "right turns after 1 to 4 steps" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["agents"]) == {"S4", "GRU"}
     assert len(results["curves"]["S4"][0]) == 2
     assert (tmp_path / "out" / "learning.png").stat().st_size > 1000
 
 
-def test_what_cannot_be_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_is_told(tmp_path: Path) -> None:
     learn = runpy.run_path(str(FOLDER / "learn.py"))
     with pytest.raises(SystemExit, match="--longest: must be at least --shortest=5, got 4"):
         learn["main"](shortest=5, longest=4)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"--out: cannot make the folder .*file"):
+        learn["main"](tmp_path / "file")
