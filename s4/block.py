@@ -108,7 +108,8 @@ class S4Block(nn.Module):
         state: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
-        rate: float = 1.0,
+        resets: Tensor | None = None,
+        rate: float | Tensor = 1.0,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Map (B, L, d_model) to the same shape; the arguments are those of `S4Layer.forward`.
@@ -126,7 +127,7 @@ class S4Block(nn.Module):
         after = None
         try:
             z = normed(self.norm, x, lengths) if self.prenorm else x
-            z = self.layer(z, state, lengths=ends, rate=rate, return_state=return_state)
+            z = self.layer(z, state, lengths=ends, resets=resets, rate=rate, return_state=return_state)
             if return_state:
                 z, after = z
             y = self._position_wise(x, z, lengths)
@@ -135,7 +136,7 @@ class S4Block(nn.Module):
             raise
         return y if after is None else (y, after)
 
-    def step(self, x: Tensor, state: Tensor, *, rate: float = 1.0) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, state: Tensor, *, rate: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """One step: x (B, d_model) and the layer's state to the same shapes.
 
         Equals `forward` in eval mode; in training mode dropout draws a mask a step, also when tied, and batch

@@ -141,6 +141,46 @@ def check_lengths(lengths: Any, batch: int, L: int, like: Tensor) -> Tensor:
     return lengths
 
 
+def check_rate(rate: Tensor, batch: int, L: int | None, like: Tensor, lengths: Tensor | None) -> Tensor:
+    """Finite numbers above 0: (batch,) without an L; with one (batch,) or (batch, L), returned as that.
+
+    Past the lengths they may be anything, and become 1.
+    """
+    if not rate.is_floating_point():
+        raise TypeError(f"rate must be a number or a floating-point tensor, got {rate.dtype}")
+    if rate.shape not in ((batch,), (batch, L)):
+        takes = f"({batch},)" if L is None else f"({batch},) or ({batch}, {L})"
+        raise ValueError(f"rate must be a number or have shape {takes}, got {tuple(rate.shape)}")
+    if rate.device != like.device:
+        raise _elsewhere("rate", rate, like)
+    if L is not None:
+        rate = rate if rate.dim() == 2 else rate[:, None].expand(batch, L)
+        if lengths is not None:
+            past = torch.arange(L, device=rate.device) >= lengths[:, None]
+            rate = torch.where(past, 1, rate)
+    if not unread(rate) and not bool(((rate > 0) & (rate < math.inf)).all()):
+        raise ValueError("rate must be finite and above 0, got numbers that are not")
+    return rate
+
+
+def check_positions(positions: Any, batch: int, L: int, like: Tensor) -> Tensor:
+    """(batch, P) integers in -1..L-1, returned as int64."""
+    if not isinstance(positions, Tensor) or positions.dtype not in _INTEGERS:
+        got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+        raise TypeError(f"positions must be a tensor of integers, got {got}")
+    if positions.dim() != 2 or positions.shape[0] != batch:
+        raise ValueError(f"positions must have shape ({batch}, P), got {tuple(positions.shape)}")
+    if positions.device != like.device:
+        raise _elsewhere("positions", positions, like)
+    positions = positions.long()
+    if not unread(positions) and bool(((positions < -1) | (positions >= L)).any()):
+        raise ValueError(
+            f"positions must lie in -1..{L - 1}, those of the inputs, or -1 for before the first, got "
+            f"{int(positions.min())}..{int(positions.max())}"
+        )
+    return positions
+
+
 def check_resets(resets: Any, batch: int, L: int, like: Tensor) -> Tensor | None:
     """(batch, L) booleans. None where there are no inputs, and so none that begins anew."""
     if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
@@ -151,3 +191,27 @@ def check_resets(resets: Any, batch: int, L: int, like: Tensor) -> Tensor | None
     if resets.device != like.device:
         raise _elsewhere("resets", resets, like)
     return resets if L else None
+
+
+def check_sequence(
+    u: Any,
+    state: Any,
+    lengths: Any,
+    resets: Any,
+    rate: Any,
+    like: Tensor,
+    d_state: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Any]:
+    """What a layer with a parameter `like` (d_model,) is given; lengths, resets and rate as it takes them."""
+    check_features("u", u, like, "batch", "length")
+    batch, L, d_model = u.shape
+    if state is not None:
+        check_state("state", state, (batch, d_model, d_state), like, dtype)
+    if lengths is not None:
+        lengths = check_lengths(lengths, batch, L, like)
+    if resets is not None:
+        resets = check_resets(resets, batch, L, like)
+    if isinstance(rate, Tensor):
+        rate = check_rate(rate, batch, L, like, lengths)
+    return lengths, resets, rate

@@ -12,10 +12,11 @@ from s4.checks import (
     check_features,
     check_flag,
     check_integer,
-    check_lengths,
     check_number,
     check_option,
-    check_resets,
+    check_positions,
+    check_rate,
+    check_sequence,
     check_state,
     check_tensor,
 )
@@ -23,7 +24,7 @@ from s4.ops import dispatch, step
 from s4.ops.kept import Kept
 from s4.padding import zero_padding
 from s4.precision import double
-from s4.sequence import sequence
+from s4.sequence import sequence, states_at
 from s4.sharded import fill, first_state
 from s4.system import DISCRETIZATIONS, dense, discretize, system
 
@@ -221,7 +222,7 @@ class S4Layer(nn.Module):
         *,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
-        rate: float = 1.0,
+        rate: float | Tensor = 1.0,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Map a batch of sequences to one of the same shape.
@@ -234,7 +235,10 @@ class S4Layer(nn.Module):
             resets: (B, L) booleans. At True a new sequence begins: the state is zero before that input, and
                 backwards nothing passes it either. What lies before, be it nan, reaches no output behind.
             rate: multiplies dt, the time from one input to the next: after training at 16 kHz, 0.5 for inputs
-                at 32 kHz, whose steps are half as long, and 2 for those at 8 kHz.
+                at 32 kHz, whose steps are half as long, and 2 for those at 8 kHz. Or a tensor, (B,) of a
+                number for each sequence, or (B, L) for inputs at irregular times, the step before each one:
+                dt rate[:, t] lies between inputs t-1 and t, in both directions. Of tensors every mode is
+                one recurrence in O(N) a step, which takes several times as long as a scan.
             return_state: also return the state after the last input.
 
         Returns:
@@ -244,15 +248,9 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
-        dtype = self._check(rate, "state" if state is not None else "return_state" if return_state else "")
-        check_features("u", u, self.D, "batch", "length")
-        batch, L, _ = u.shape
-        if state is not None:
-            check_state("state", state, (batch, self.d_model, self.d_state), self.D, dtype)
-        if lengths is not None:
-            lengths = check_lengths(lengths, batch, L, self.D)
-        if resets is not None:
-            resets = check_resets(resets, batch, L, self.D)
+        causal = "state" if state is not None else "return_state" if return_state else ""
+        dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, causal)
+        lengths, resets, rate = check_sequence(u, state, lengths, resets, rate, self.D, self.d_state, dtype)
         x = u.to(dtype)
         # What "auto" chooses for its speed alone keeps its precision.
         products = dispatch.product_dtype(x) if self.mode == "scan" else dtype
@@ -265,7 +263,7 @@ class S4Layer(nn.Module):
             y = y.to(u.dtype)
         return (y, after) if after is not None else y
 
-    def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0) -> tuple[Tensor, Tensor]:
+    def step(self, u: Tensor, state: Tensor, *, rate: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """One step of the recurrence; needs no call before it.
 
         Where a hook runs before `forward`, or something stands in its place, as with parameters that are
@@ -274,7 +272,7 @@ class S4Layer(nn.Module):
         Args:
             u: inputs (B, H) of one time step, floating point.
             state: (B, H, N), from `initial_state`, `forward` or an earlier `step`.
-            rate: multiplies dt, as in `forward`.
+            rate: multiplies dt, as in `forward`; a number, or (B,) the step of time before each input.
 
         Returns:
             y (B, H) in the dtype of u, and the next state, in the dtype of the one before.
@@ -282,13 +280,17 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
-        dtype = self._check(rate, "step")
+        dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, "step")
         if self._forward_pre_hooks or "forward" in self.__dict__:  # `sharded.hooked`, sparing a call
             check_features("u", u, self.d_model, "batch")
             check_tensor("state", state)
             y, state = self(u[:, None], state, rate=rate, return_state=True)
             return y[:, 0], state
         check_features("u", u, self.D, "batch")
+        if isinstance(rate, Tensor):  # a system of its own for each sequence
+            rate = check_rate(rate, u.shape[0], None, self.D, None)
+            y, state = self(u[:, None], state, rate=rate, return_state=True)
+            return y[:, 0], state
         check_state("state", state, (u.shape[0], self.d_model, self.d_state), self.D, dtype)
         y, state = step.advance(
             self._systems(rate),
@@ -299,6 +301,34 @@ class S4Layer(nn.Module):
             None if self.training else self._kept,
         )
         return y.to(u.dtype), state
+
+    def states(
+        self,
+        u: Tensor,
+        positions: Tensor,
+        state: Tensor | None = None,
+        *,
+        resets: Tensor | None = None,
+        rate: float | Tensor = 1.0,
+    ) -> Tensor:
+        """The states after chosen inputs of each sequence, with no N numbers held for each input.
+
+        Args:
+            u: inputs (B, L, H), as those of `forward`.
+            positions: (B, P) integers, inputs from 0 to L-1 in any order; -1 is before the first.
+            state, resets, rate: as in `forward`.
+
+        Returns:
+            states (B, P, H, N), each as `forward` returns it of the inputs up to there; differentiable.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
+        """
+        dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, "states")
+        _, resets, rate = check_sequence(u, state, None, resets, rate, self.D, self.d_state, dtype)
+        positions = check_positions(positions, u.shape[0], u.shape[1], self.D)
+        with dispatch.full_precision(u.device):
+            return states_at(self._systems(rate), self.D, u.to(dtype), state, positions, resets, self.backend)
 
     def initial_state(self, batch_size: int) -> Tensor:
         """The state before any input: zeros (B, H, N), plain and in place where parameters are not."""
@@ -341,21 +371,12 @@ class S4Layer(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, and with them the shapes: d_state counts real numbers a channel."""
-        parts = [
-            f"d_model={self.d_model}",
-            f"d_state={self.d_state}",
-            f"variant={self.variant!r}",
-            f"init={self.init!r}" if isinstance(self.init, str) else "init=(...)",
-            f"discretization={self.discretization!r}",
-            f"n_ssm={self.n_ssm}",
-            f"bidirectional={self.bidirectional}",
-            f"mode={self.mode!r}",
-            f"backend={self.backend!r}",
-        ]
+        names = [n for n in (*_FIXED, *_OPTIONS) if n not in ("dt_min", "dt_max")]
+        parts = [f"{n}=(...)" if isinstance(v := getattr(self, n), tuple) else f"{n}={v!r}" for n in names]
         shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters())
         return f"{', '.join(parts)}\n{shapes}"
 
-    def _systems(self, rate: float) -> tuple[Any, ...]:
+    def _systems(self, rate: float | Tensor) -> tuple[Any, ...]:
         """The arguments of `s4.system.system`."""
         P = self.P if self.variant == "dplr" else None
         return self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, P, rate, self.discretization

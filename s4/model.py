@@ -15,6 +15,7 @@ from s4.checks import (
     check_lengths,
     check_module,
     check_option,
+    check_resets,
     check_state,
     kind_of,
     unread,
@@ -82,7 +83,8 @@ class S4Model(nn.Module):
         state: State | None = None,
         *,
         lengths: Tensor | None = None,
-        rate: float = 1.0,
+        resets: Tensor | None = None,
+        rate: float | Tensor = 1.0,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, State]:
         """Outputs for a batch of sequences.
@@ -92,7 +94,9 @@ class S4Model(nn.Module):
             state: to go on from, as `step` or an earlier `forward` returned it; None is the initial state.
             lengths: (B,) integers, the lengths of right-padded sequences; what lies past them is ignored and
                 outputs there are zero.
-            rate: multiplies dt in every layer.
+            resets: (B, L) booleans. At True a new sequence begins: nothing passes from before that input to
+                behind it, or back, and pooling is of what comes behind the last.
+            rate: multiplies dt in every layer; a number, (B,) or (B, L) as in `S4Layer.forward`.
             return_state: also return the state after the last input.
 
         Returns:
@@ -105,10 +109,12 @@ class S4Model(nn.Module):
             raise ValueError(f"u must be a tensor of shape (batch, length, ...), got {kind_of(u)}")
         if lengths is not None:
             lengths = check_lengths(lengths, u.shape[0], u.shape[1], u)
-        x, layers = self._run(u, state, lengths, rate, return_state)
+        if resets is not None:
+            resets = check_resets(resets, u.shape[0], u.shape[1], u)
+        x, layers = self._run(u, state, lengths, resets, rate, return_state)
         after = None
         if return_state or self.pooling == "mean":
-            after = self._pool(x, layers, state, lengths)
+            after = self._pool(x, layers, state, lengths, resets)
         if after is not None and self.pooling == "mean":
             y = self._decoded(_mean(after).to(x.dtype))
         elif self.pooling == "last":
@@ -119,13 +125,13 @@ class S4Model(nn.Module):
                 y = zero_padding(y, lengths)
         return (y, after) if return_state and after is not None else y
 
-    def step(self, u: Tensor, state: State, *, rate: float = 1.0) -> tuple[Tensor, State]:
+    def step(self, u: Tensor, state: State, *, rate: float | Tensor = 1.0) -> tuple[Tensor, State]:
         """One time step.
 
         Args:
             u: inputs (B, ...) of one position.
             state: from `initial_state`, `forward` or an earlier `step`.
-            rate: multiplies dt in every layer.
+            rate: multiplies dt in every layer; a number, or (B,) the step of time before each input.
 
         Returns:
             outputs (B, ...): what `forward` gives at this position or, pooled, for the sequence up to here;
@@ -163,7 +169,7 @@ class S4Model(nn.Module):
         pad: float | int = 0,
         state: State | None = None,
         lengths: Tensor | None = None,
-        rate: float = 1.0,
+        rate: float | Tensor = 1.0,
     ) -> Tensor:
         """Go on from a prompt, feeding every output back as the next input. Call `eval` first.
 
@@ -181,7 +187,7 @@ class S4Model(nn.Module):
             pad: stands in the result behind the input that ended a sequence.
             state: that the prompt goes on from, as `forward` or `step` returned it.
             lengths: (B,) integers from 1, the lengths of right-padded prompts.
-            rate: multiplies dt in every layer.
+            rate: multiplies dt in every layer; a number, or (B,), one for each sequence.
 
         Returns:
             the new inputs (B, n, ...), prompt excluded; n is `steps`, or fewer if all sequences ended.
@@ -202,7 +208,7 @@ class S4Model(nn.Module):
         pad: float | int = 0,
         state: State | None = None,
         lengths: Tensor | None = None,
-        rate: float = 1.0,
+        rate: float | Tensor = 1.0,
     ) -> Iterator[Tensor]:
         """`generate`, yielding (B, ...) as it goes, until all sequences ended; each step costs the same.
 
@@ -220,8 +226,8 @@ class S4Model(nn.Module):
                 y, state = self(prompt, state, lengths=lengths, rate=rate, return_state=True)
                 y = _last(y, lengths)
             else:
-                x, layers = self._run(prompt, state, lengths, rate, True)
-                state = self._pool(x, layers, state, lengths)
+                x, layers = self._run(prompt, state, lengths, None, rate, True)
+                state = self._pool(x, layers, state, lengths, None)
                 y = self._decoded(_last(x, lengths))
         step = partial(self.step, rate=rate)
         return feed_back(step, prompt[:, 0], y, state, greedy if sample is None else sample, stop, pad)
@@ -235,7 +241,13 @@ class S4Model(nn.Module):
         return _through(self.decoder, "the input of the decoder", x)
 
     def _run(
-        self, u: Tensor, state: State | None, lengths: Tensor | None, rate: float, return_state: bool
+        self,
+        u: Tensor,
+        state: State | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        rate: float | Tensor,
+        return_state: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Outputs of the last block (B, L, d_model), zero past the lengths, and the layers' states."""
         if state is not None:
@@ -245,7 +257,7 @@ class S4Model(nn.Module):
         x, layers = self._encoded(u), []
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.layers[i]
-            x = block(x, before, lengths=lengths, rate=rate, return_state=return_state)
+            x = block(x, before, lengths=lengths, resets=resets, rate=rate, return_state=return_state)
             if return_state:
                 x, after = x
                 layers.append(after)
@@ -256,9 +268,22 @@ class S4Model(nn.Module):
         return x, tuple(layers)
 
     def _pool(
-        self, x: Tensor, layers: tuple[Tensor, ...], before: State | None, lengths: Tensor | None
+        self,
+        x: Tensor,
+        layers: tuple[Tensor, ...],
+        before: State | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
     ) -> State:
+        """The state after the outputs x (B, L, d_model) of the last block, zero past the lengths."""
         length = torch.full(x.shape[:1], x.shape[1], device=x.device) if lengths is None else lengths
+        if resets is not None:  # of the last segment alone
+            t = torch.arange(x.shape[1], device=x.device)
+            there = resets & (t < length[:, None])
+            start = torch.where(there, t, 0).amax(1)
+            x = torch.where((t >= start[:, None])[..., None], x, 0)
+            length = length - start
+            before = None if before is None else before.reset(there.any(1))
         total = x.sum(1, dtype=layers[-1].dtype if layers else torch.promote_types(x.dtype, torch.float32))
         if before is not None:
             total, length = total + before.total, length + before.length

@@ -13,6 +13,7 @@ from s4.ops.chunks import scan, states
 from s4.ops.convolve import convolve
 from s4.ops.kept import Kept, kept_at
 from s4.ops.response import continuation
+from s4.ops.varying import varying
 from s4.padding import zero_padding
 from s4.system import discretize, system
 
@@ -45,6 +46,8 @@ def sequence(
         return_state: whether the state is wanted.
         kept: what keeps what parameters come to between calls, or None where they are in training.
     """
+    if isinstance(systems[6], Tensor):
+        return _irregular(systems, D, u, x, lengths, resets, backend, return_state)
     made: dict[Any, Any] | None = None
     if kept is not None and D.is_cpu:
         if dispatch.opaque() and not dispatch.exporting() and dispatch.unwatched(D):
@@ -83,9 +86,57 @@ def sequence(
     if not return_state:
         return y, None
     if after is None or lengths is not None:
-        last = torch.full((batch,), L, device=u.device) if lengths is None else lengths
-        after = states(u, recurrence, D, x, last[:, None] - 1, resets, backend, made)[:, 0]
+        after = states(u, recurrence, D, x, _ends(u, lengths), resets, backend, made)[:, 0]
     return y, after
+
+
+def _at_rate(systems: tuple[Any, ...], rate: float) -> tuple[Any, ...]:
+    return *systems[:6], rate, systems[7]
+
+
+def _ends(u: Tensor, lengths: Tensor | None) -> Tensor:
+    """The last position of each sequence, (B, 1); -1 of an empty one."""
+    if lengths is None:
+        return torch.full((u.shape[0], 1), u.shape[1] - 1, device=u.device)
+    return lengths[:, None] - 1
+
+
+def _irregular(
+    systems: tuple[Any, ...],
+    D: Tensor,
+    u: Tensor,
+    x: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    backend: str,
+    return_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`sequence`, with a rate (B, L) of each step: a system that varies in time, the same in every mode."""
+    ends, rate = _ends(u, lengths) if return_state else None, systems[6]
+    one = system(*_at_rate(systems, 1.0))
+    y, after = varying(one, D.to(u.dtype), u, rate, x, resets, ends, backend)
+    if lengths is not None:
+        y = zero_padding(y, lengths)
+    return y, None if after is None else after[:, 0]
+
+
+def states_at(
+    systems: tuple[Any, ...],
+    D: Float[Tensor, "H"],
+    u: Float[Tensor, "B L H"],
+    x: Float[Tensor, "B H N"] | None,
+    positions: Int[Tensor, "B P"],
+    resets: Bool[Tensor, "B L"] | None,
+    backend: str,
+) -> Float[Tensor, "B P H N"]:
+    """The states after these inputs; at -1 that before the first. Arguments as those of `sequence`."""
+    rate, D = systems[6], D.to(u.dtype)
+    if isinstance(rate, Tensor):
+        one = system(*_at_rate(systems, 1.0))
+        found = varying(one, D, u, rate, x, resets, positions, backend)[1]
+        assert found is not None
+        return found
+    return states(u, discretize(system(*systems)), D, x, positions, resets, backend, None)
 
 
 @torch.library.custom_op("s4::sequence_kept", mutates_args=())

@@ -35,29 +35,33 @@ class Case(NamedTuple):
     variant: str
     bidirectional: bool
     how: str  # "training", "eval", "eval without gradients"
-    what: str  # "", "state", "lengths", "state and lengths"
+    what: str  # of "state", "lengths", "resets" and "rate", those that are in it
     backend: str
     dynamic: str  # "", "dynamic=True", "mark_dynamic"
 
 
 def cases(mode: str, whole: bool) -> list[Case]:
     """Every variant, direction and call, of which some are enough, or the whole."""
-    calls = [(False, what) for what in ("", "state", "lengths", "state and lengths")]
-    calls += [(True, what) for what in ("", "lengths")]
+    calls = [
+        (False, what) for what in ("", "state", "lengths", "state and lengths", "state, lengths, resets")
+    ]
+    calls += [(True, what) for what in ("", "lengths", "resets", "resets, rate")]
+    calls += [(False, "state, lengths, resets, rate")] if mode == "auto" else []
     found = []
     if whole:
         for variant, (both, what) in itertools.product(("dplr", "diag"), calls):
             for how, backend in (("eval without gradients", "auto"), ("training", "auto"), ("eval", "torch")):
                 found.append(Case(mode, variant, both, how, what, backend, ""))
-    for variant, what in (("dplr", "state and lengths"), ("diag", "lengths")):
+    for variant, what in (("dplr", "state, lengths, resets"), ("diag", "lengths")):
         found.append(Case(mode, variant, variant == "diag", "eval without gradients", what, "auto", ""))
     found.append(
         Case(mode, "dplr", False, "training", "" if mode == "auto" else "state and lengths", "auto", "")
     )
     found.append(Case(mode, "diag", False, "training", "state", "auto", ""))
-    found.append(Case(mode, "dplr", True, "training", "lengths", "auto", ""))
+    found.append(Case(mode, "dplr", True, "training", "lengths, resets", "auto", ""))
     found.append(Case(mode, "diag", False, "eval", "state and lengths", "torch", "mark_dynamic"))
-    found.append(Case(mode, "diag", True, "training", "", "torch", "dynamic=True"))
+    rate = ", rate" if mode == "auto" else ""
+    found.append(Case(mode, "diag", True, "training", f"resets{rate}", "torch", "dynamic=True"))
     return found
 
 
@@ -68,6 +72,10 @@ def arguments(case: Case, B: int, L: int) -> tuple[Tensor, dict[str, Any]]:
         options = {"state": torch.randn(B, D_MODEL, D_STATE), "return_state": True}
     if "lengths" in case.what:
         options["lengths"] = torch.randint(min(1, L), L + 1, (B,))
+    if "resets" in case.what:
+        options["resets"] = torch.rand(B, L) < 0.1
+    if "rate" in case.what:
+        options["rate"] = torch.rand(B, L) + 0.5
     if case.dynamic == "mark_dynamic":
         torch._dynamo.mark_dynamic(u, 1)
         for t in (u, *(t for t in options.values() if isinstance(t, Tensor))):

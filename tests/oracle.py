@@ -133,7 +133,7 @@ def varying(
     state: Tensor | None = None,
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """With the time dt rate[b, t] before input t: y (batch, L, H), states (batch, L+1, H, N) from the first on.
+    """With the time dt rate[b, t] before input t: y (batch, L, H), states (batch, L+1, H, N).
 
     The state is zero before the input at a reset, and so is, backward in time, the one of the next segment.
     """

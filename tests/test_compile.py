@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 import s4.system
 from s4 import S4Layer
-from s4.ops import advance, convolve, maps, response
+from s4.ops import chunks, convolve, maps, response
 from s4.sequence import operator as sequence_kept
 from s4.system import Recurrence, discretize, system
 
@@ -112,11 +112,18 @@ def operators(variant: str) -> dict[str, tuple[Callable[..., Any], list[Tensor],
     """Each operator that only graphs hold, what it is differentiated by, and the same by dense matrices."""
     a, F, G, B, C = system_ = list(recurrence(variant))
     D = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    u, x, k, back = (
+    u, k, back = (
         torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        for shape in ((2, 3, 10), (2, 3, 8), (3, 10), (3, 10))
+        for shape in ((2, 3, 10), (3, 10), (3, 10))
     )
-    steps, f64 = torch.tensor([0, 13]), torch.float64
+    f64 = torch.float64
+    positions = torch.tensor([[0, 9, -1, 4], [3, 3, 8, 2]])
+    resets = torch.zeros(2, 10, dtype=torch.bool)
+    resets[0, [3, 8]] = resets[1, [0, 2]] = True
+    u_, x_, inward, onward = (
+        torch.randn(shape, dtype=f64, requires_grad=True)
+        for shape in ((2, 10, 3), (3, 2, 8), (3, 2, 8), (3, 8, 8))
+    )
 
     def power(T: int) -> Callable[..., Tensor]:
         return lambda *p: maps.power(*p, T, f64, "torch")
@@ -136,10 +143,33 @@ def operators(variant: str) -> dict[str, tuple[Callable[..., Any], list[Tensor],
             column = torch.einsum("hij,hqj->hqi", dense, column)
         return torch.stack(rows, -1)
 
-    def moved(*p: Tensor) -> Tensor:
-        dense = s4.system.dense(Recurrence(*p[:3], B, C))
-        powers = torch.stack([torch.linalg.matrix_power(dense, int(n)) for n in steps])
-        return torch.einsum("bhij,bhj->bhi", powers, p[3])
+    def moved(u: Tensor, x: Tensor, inward: Tensor, onward: Tensor) -> Tensor:
+        """Row by row, chunk by chunk of two steps, from one reset to the next."""
+        found = []
+        for b, positions_b in enumerate(positions.tolist()):
+            at = {-1: (x[:, b], torch.zeros_like(x[:, b]))}
+            before = x[:, b]
+            for t in range(10):
+                start = max(s for s in range(t + 1) if s == 0 or resets[b, s])
+                if resets[b, t]:
+                    before = torch.zeros_like(before)
+                odd = (t - start) % 2
+                rows = [u[b, t - odd + i, :, None] * inward[:, 1 - odd + i] for i in range(1 + odd)]
+                at[t] = before, sum(rows[1:], rows[0])
+                if odd:
+                    before = torch.einsum("hn,hnm->hm", before, onward) + at[t][1]
+            found.append([torch.stack(part, 1) for part in zip(*(at[p] for p in positions_b), strict=True)])
+        return torch.stack([torch.stack(part, 1) for part in zip(*found, strict=True)])
+
+    def segments(u: Tensor, ahead: Tensor, behind: Tensor) -> Tensor:
+        number, rows = resets.cumsum(1), []
+        for t in range(10):
+            terms = []
+            for j in range(10):
+                tap = ahead[:, t - j] if j <= t else behind[:, j - t - 1]
+                terms.append(torch.where((number[:, j] == number[:, t])[:, None], tap * u[:, j], 0))
+            rows.append(sum(terms[1:], terms[0]))
+        return torch.stack(rows, 1)
 
     def toeplitz(u: Tensor, ahead: Tensor, behind: Tensor | None = None) -> Tensor:
         y = []
@@ -158,17 +188,25 @@ def operators(variant: str) -> dict[str, tuple[Callable[..., Any], list[Tensor],
             [a, F, G, B[:, None].detach().requires_grad_(), C],
             kernel,
         ),
-        "advance": (lambda *p: advance.operator(*p, steps, 13), [a, F, G, x], moved),
+        "states": (lambda *p: chunks.operator(*p, positions, resets)[:2], [u_, x_, inward, onward], moved),
+        "segments": (lambda *p: convolve.segments(*p, resets), [u_, k, back], segments),
         "causal": (lambda *p: convolve.operator(*p, None), [u, k], toeplitz),
         "two-sided": (convolve.operator, [u, k, back], toeplitz),
     }
 
 
 @pytest.mark.parametrize("variant", ["dplr", "diag"])
-@pytest.mark.parametrize("name", ["power of none", "power", "response", "advance", "causal", "two-sided"])
+@pytest.mark.parametrize(
+    "name", ["power of none", "power", "response", "states", "segments", "causal", "two-sided"]
+)
 def test_operators_of_graphs_are_what_they_say(name: str, variant: str) -> None:
     """In value, in every gradient, and in the gradients' own gradients, with no fused code."""
-    run, inputs, truth = operators(variant)[name]
+    made, inputs, truth = operators(variant)[name]
+
+    def run(*p: Tensor) -> Tensor:
+        found = made(*p)
+        return found if isinstance(found, Tensor) else torch.stack(found)
+
     oracle.close(run(*inputs), truth(*inputs).detach(), 1e-12)
     back = torch.randn_like(run(*inputs))
     options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
@@ -187,7 +225,7 @@ def test_operators_of_graphs_are_what_they_say(name: str, variant: str) -> None:
         oracle.close(got, true, 1e-10)
 
 
-@pytest.mark.parametrize("name", ["power", "response", "advance", "causal", "two-sided"])
+@pytest.mark.parametrize("name", ["power", "response", "states", "segments", "causal", "two-sided"])
 def test_operators_of_graphs_lose_no_tangent(name: str) -> None:
     """They raise, as torch would drop it without a word."""
     run, inputs, _ = operators("dplr")[name]
@@ -203,20 +241,25 @@ def test_the_operator_of_evaluation_loses_no_tangent() -> None:
     with forward_ad.dual_level(), torch.no_grad():
         dual = forward_ad.make_dual(u, u)
         with pytest.raises(RuntimeError, match="forward-mode"):
-            sequence_kept(given, layer.D, dual, None, None, *options)
+            sequence_kept(given, layer.D, dual, None, None, None, *options)
 
 
 @pytest.mark.parametrize("variant", ["dplr", "diag"])
 def test_operators_of_graphs_are_sound(variant: str, unchecked: None) -> None:
     """What torch.library checks: shapes of fakes, no input changed or returned, gradients that trace."""
     a, F, G, B, C = recurrence(variant)
-    D, x = torch.randn(3, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    D = torch.randn(3, dtype=torch.float64)
     u, k = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 10), (3, 10)))
     check, f64 = torch.library.opcheck, torch.float64
     for T in (0, 3):
         check(maps.power, (a, F, G, B, C, D, T, f64, "auto"))
-    check(advance.operator, (a, F, G, x, torch.tensor([0, 13]), 13))
-    check(advance.operator, (a, F, G, x, torch.tensor([0, 0]), 0))
+    resets = torch.rand(2, 10) < 0.3
+    rows, state = u.detach().mT.contiguous().requires_grad_(), torch.randn(3, 2, 8, requires_grad=True)
+    inward, onward = (torch.randn(shape, requires_grad=True) for shape in ((3, 4, 8), (3, 8, 8)))
+    for some in (None, resets):
+        check(chunks.operator, (rows, state, inward, onward, torch.tensor([[9, -1], [3, 3]]), some))
+    check(convolve.segments, (rows, k, None, resets))
+    check(convolve.segments, (rows, k, k.detach().clone().requires_grad_(), resets))
     check(convolve.operator, (u, k, None))
     check(convolve.operator, (u, k, k.detach().clone().requires_grad_()))
     check(response.operator, (a, F, G, B[:, None], C, 7, f64, "torch"))
@@ -225,6 +268,9 @@ def test_operators_of_graphs_are_sound(variant: str, unchecked: None) -> None:
     values = [None if p is None else p.detach() for p in given], layer.D.detach(), torch.randn(2, 70, 3)
     state, lengths = torch.randn(2, 3, 8), torch.tensor([70, 3])
     for mode in ("fft", "scan", "auto"):
-        for x_, rows, returns in ((None, None, False), (state, lengths, True)):
+        for x_, rows, cut, returns in (
+            (None, None, None, False),
+            (state, lengths, torch.rand(2, 70) < 0.1, True),
+        ):
             options = torch.tensor(rate).double(), discretization, mode, torch.float32, "auto", returns
-            check(sequence_kept, (*values, x_, rows, *options))
+            check(sequence_kept, (*values, x_, rows, cut, *options))

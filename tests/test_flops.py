@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import s4.kernel
 from s4 import S4Layer
-from s4.ops.scan import chunk_length
+from s4.ops.chunks import chunk_length
 
 H, N, B, L, T = 4, 16, 2, 96, 8
 fused = pytest.mark.skipif(isinstance(s4.kernel.backends()["cpu"], str), reason="C++ extension is not built")

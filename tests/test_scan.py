@@ -13,7 +13,7 @@ from torch import Tensor
 import s4.sequence
 from s4 import S4Layer, kernel
 from s4.backends import cpu
-from s4.ops import scan
+from s4.ops import chunks, scan
 
 H = 4
 
@@ -96,7 +96,7 @@ def truth(layer: S4Layer, case: Case, u: Tensor, x: Tensor | None) -> tuple[Tens
 
 def test_the_cases_meet_their_chunks() -> None:
     """What the lengths below are chosen for: less than a chunk, one, more than the loop goes over."""
-    assert scan.chunk_length(2, 1047, 16) == T
+    assert chunks.chunk_length(2, 1047, 16) == T
     assert 1047 // T >= scan._SERIAL
     assert 1047 % T
 
@@ -149,11 +149,13 @@ def test_gradients_are_those_of_the_recurrence(case: Case, L: int) -> None:
 @pytest.mark.parametrize("c", [1, 2, 3, 6, 13])
 def test_merging_chunks_is_going_over_them(c: int, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     S, x, P = torch.randn(3, 2, c, 5), torch.randn(3, 2, 5), torch.randn(3, 5, 5) / 3
-    want = scan._recur(S.double(), x.double(), P.double(), reverse)
+    want = scan._recur(S.double(), x.double(), P.double(), None, reverse)
     assert torch.equal(want[0][:, :, -1 if reverse else 0], x.double())
     for serial in (1, 2):
         monkeypatch.setattr(scan, "_SERIAL", serial)
-        for got, truth in zip(scan._recur(S.double(), x.double(), P.double(), reverse), want, strict=True):
+        for got, truth in zip(
+            scan._recur(S.double(), x.double(), P.double(), None, reverse), want, strict=True
+        ):
             oracle.close(got, truth, 1e-12)
 
 
@@ -184,7 +186,7 @@ TINY = [
 @pytest.mark.parametrize("case", TINY, ids=ids)
 def test_gradcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over three chunks, the last of them ragged; of the first and of the second derivative."""
-    monkeypatch.setattr(scan, "chunk_length", lambda *_: 2)
+    monkeypatch.setattr(chunks, "chunk_length", lambda *_: 2)
     layer = build(case)
     u, x = (t.requires_grad_() for t in inputs(case, 5, batch=1))
     names, values = zip(*layer.named_parameters(), strict=True)
@@ -445,7 +447,7 @@ def test_a_million_steps_in_two_gigabytes() -> None:
 def test_auto_takes_the_way_of_its_table(variant: str, built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long sequences of small states go by the scan, others by FFT, all to the same numbers."""
     taken: list[str] = []
-    whole = scan.scan
+    whole = chunks.scan
 
     def spy(*arguments: object, **options: object) -> object:
         taken.append("scan")

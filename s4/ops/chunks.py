@@ -62,8 +62,13 @@ def scan(
     one_graph = dispatch.opaque()
     apart = recurrence.a.device != u.device  # which has no float64: `kept` then is for this call
     made = {} if kept is None else kept
-    ahead, behind = _maps(u, recurrence, D, backend, made, kept is None or apart, resets)
-    T = ahead.inward.shape[1]
+    T = _length(u, recurrence, backend, kept is None or apart, resets)
+    length, both = made.get("maps", (0, None))
+    if both is None or length != T:
+        both = maps(recurrence, D, T, u.dtype, backend)
+        made["maps"] = T, both
+    ahead: Maps = both[0]
+    behind: Maps | None = both[1]
     before = u.new_zeros(H, B, N) if x is None else x.transpose(0, 1)
     options = products or u.dtype, backend, resets
     run = scans.plain if dispatch.transformed() else scans.operator
@@ -95,29 +100,16 @@ def scan(
     return y, add_product(driven, last, onward).transpose(0, 1)
 
 
-def _maps(
-    u: Tensor,
-    recurrence: Recurrence,
-    D: Tensor,
-    backend: str,
-    made: dict[Any, Any],
-    single: bool,
-    resets: Tensor | None,
-) -> tuple[Maps, Maps | None]:
-    """Those of chunks of a length that suits the inputs, kept in `made`; `single` is for these inputs alone."""
+def _length(u: Tensor, recurrence: Recurrence, backend: str, single: bool, resets: Tensor | None) -> int:
+    """T that suits these inputs; `single` where the maps are for them alone."""
     (B, L, _), N = u.shape, recurrence.B.shape[-1]
-    if dispatch.opaque():  # one length of chunks for all lengths, whatever is left of them
-        T = chunk_length(1, _MANY - 1, N // 2)
-    else:
-        T = chunk_length(B, L, N, dispatch.price_of_maps(recurrence, backend) if single else 0)
-        if resets is not None:
-            T = fitting(resets, T, N)
-    length, both = made.get("maps", (0, None))
-    if both is None or length != T:
-        both = maps(recurrence, D, T, u.dtype, backend)
-        made["maps"] = T, both
-    found: tuple[Maps, Maps | None] = both
-    return found
+    if dispatch.opaque():  # one for all lengths, whatever is left of them
+        return chunk_length(1, _MANY - 1, N // 2)
+    price = 0  # of maps that serve later calls, too, or are made in plain PyTorch, at the same price at any T
+    if single and dispatch.fused("maps", backend, recurrence.a.device.type):
+        price = 2 if len(recurrence.F) else 1
+    T = chunk_length(B, L, N, price)
+    return T if resets is None else fitting(resets, T, N)
 
 
 def states(
@@ -138,8 +130,12 @@ def states(
     B, _, H = u.shape
     N, P = recurrence.B.shape[-1], positions.shape[1]
     made = {} if kept is None else kept
-    ahead, _ = _maps(u, recurrence, D, backend, made, kept is None, resets)
-    T = ahead.inward.shape[1]
+    T, both = made.get("maps", (0, None))
+    if both is None:
+        T = _length(u, recurrence, backend, kept is None, resets)
+        both = maps(recurrence, D, T, u.dtype, backend)
+        made["maps"] = T, both
+    ahead: Maps = both[0]
     before = u.new_zeros(H, B, N) if x is None else x.transpose(0, 1)
     run = plain if dispatch.transformed() else operator
     found, driven, steps = run(u, before, ahead.inward, ahead.onward, positions, resets)

@@ -180,13 +180,6 @@ def _few(stateful: bool, kept: bool) -> int:
     return 4 * (1 + stateful) if kept or not torch.is_grad_enabled() else 1 + stateful
 
 
-def price_of_maps(recurrence: Recurrence, backend: str) -> int:
-    """Of maps for one call, as `s4.ops.scan.chunk_length` takes it: where code is fused, by their size."""
-    if not fused("maps", backend, recurrence.a.device.type):
-        return 0
-    return 2 if len(recurrence.F) else 1
-
-
 def takes_sums(d_state: int, nodes: int, device_type: str) -> bool:
     """Whether the kernel of a DPLR layer comes by Cauchy sums at this many nodes, not by powers.
 

@@ -40,7 +40,9 @@ def plain(
     and that after all. With resets (B, L), each segment has chunks of its own, filled up with zeros.
     """
     chunks = None if resets is None else in_chunks(resets, inward.shape[1])
-    y, last = _forward(rows(u, chunks, inward.shape[1]), x, taps, inward, outward, onward, _fresh(chunks), reverse, products)
+    y, last = _forward(
+        rows(u, chunks, inward.shape[1]), x, taps, inward, outward, onward, _fresh(chunks), reverse, products
+    )
     return _steps(y, chunks), last
 
 
@@ -216,8 +218,8 @@ def _recur(S: Tensor, x: Tensor, P: Tensor, cut: Tensor | None, reverse: bool) -
     """All but the last of x_{i+1} = x_i P + S_i, (h, B, c, N), and the last; reversed, x_{i-1} = x_i P + S_i.
 
     Where `cut` (B, c) is True, 0 takes the place of x_i in these. Many chunks are merged into half as many,
-    x_{i+2} = x_i P^2 + (S_i P + S_{i+1}), whose states are every other state; x_{i+1} then follows from x_i. In
-    reverse the later chunk of a pair is its first, and an odd one out, the last to be passed, lies at the
+    x_{i+2} = x_i P^2 + (S_i P + S_{i+1}), whose states are every other state; x_{i+1} then follows from x_i.
+    In reverse the later chunk of a pair is its first, and an odd one out, the last to be passed, lies at the
     beginning instead of at the end.
     """
     h, B, c, N = S.shape

@@ -1,8 +1,8 @@
 """Sequences with resets, laid out so that what works on whole sequences never carries across one.
 
-A segment is what lies between two resets. A scan gives each segment chunks of its own, a convolution rows of its
-own; slots that a segment does not fill hold zeros. Nothing is subtracted and nothing masked inside a product: no
-digit is lost to another segment, and its nan stays there.
+A segment goes from one reset to the next. A scan gives each segment chunks of its own, a convolution a row of
+its own; what a segment does not fill holds zeros. Nothing is subtracted, so no digit is lost to another
+segment, and no nan leaves its own.
 """
 
 from typing import NamedTuple
@@ -11,15 +11,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-
 _SINGLE = 4  # the price of an inch of a product with few rows, next to one with many
 
 
 class Chunks(NamedTuple):
     """Sequences (B, L, ...) in chunks of T slots, c for each, none with inputs of two segments.
 
-    Shapes: table (3, B, c), of each chunk its first input, how many it holds, and whether it is fresh: no state
-    passes from the chunk before, as it starts with a reset or holds nothing; place (B, L), the slot of each input.
+    Shapes: table (3, B, c), of each chunk its first input, how many it holds, and whether it is fresh: no
+    state passes from the chunk before, as it starts with a reset or holds nothing; place (B, L), the slot of
+    each input.
     """
 
     table: Tensor
@@ -115,5 +115,7 @@ def in_rows(resets: Bool[Tensor, "B L"]) -> Rows:
         sizes.append((rows, slots))
     found = torch.cat(source)
     slot = torch.arange(len(found), device=resets.device)
-    place = torch.empty(B * L + 1, dtype=torch.long, device=resets.device).scatter(0, found % (B * L + 1), slot)
+    place = torch.empty(B * L + 1, dtype=torch.long, device=resets.device).scatter(
+        0, found % (B * L + 1), slot
+    )
     return Rows(found, place[: B * L], sizes)

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
 from s4.ops import dispatch, step
 from s4.precision import WITHOUT_FLOAT64
 from s4.system import Recurrence, System, discretize, modes, readout, stack
 
 _RANK = 2  # of A, at most, that backends are written for
+_FUSED = ("bilinear", "zoh")  # discretisations that they are written for
 _CHUNK = 16, 256  # steps at a time of the plain definition: about sqrt(L), between these
 
 
@@ -59,11 +59,7 @@ def varying(
         return y.to(u.device), None if states is None else states.to(u.device)
     batch, L, H = u.shape
     Lambda, P, B, C, dt, discretization = system
-    shared = (
-        stack(Lambda),
-        stack(P),
-        stack(B),
-    )  # real: an operator that takes complex numbers is not compiled well
+    shared = stack(Lambda), stack(P), stack(B)  # real, as a compiler knows no complex numbers
     rows, through, time = readout(C), D.double(), rate.double()
     rest = u.new_zeros(batch, H, rows.shape[-1])
     nowhere = torch.empty(batch, 0, dtype=torch.long, device=u.device)
@@ -73,18 +69,17 @@ def varying(
     at = nowhere if positions is None else positions
     y, states = run(u, time, before, *shared, rows[0], through, dt, resets, at, *options)
     if len(rows) == 2:
-        later, ends = u[:, 1:], None
+        # Rolled, not cut by one: a graph has no lengths but L.
+        last = (torch.arange(L, device=u.device) == L - 1).expand(batch, L)
+        later, ends = u, last
         if resets is not None:
-            cut = resets[:, 1:]
-            later = torch.where(cut[..., None], 0, later)  # no output sees the first input of a segment
-            ends = pad(cut, (0, 1))[:, 1:].flip(1)
-        nothing = torch.zeros_like(through)
-        reverse = later.flip(1), time[:, 1:].flip(1), rest
-        seen, _ = run(*reverse, *shared, rows[1], nothing, dt, ends, nowhere, *options)
-        seen = seen.flip(1)
-        if resets is not None:
-            seen = torch.where(cut[..., None], 0, seen)
-        y = y + pad(seen, (0, 0, 0, 1))[:, :L]
+            later = torch.where(resets[..., None], 0, later)  # no output sees the first input of a segment
+            ends = last | resets.roll(-1, 1)
+        nothing, cut = torch.zeros_like(through), None if resets is None else ends.flip(1)
+        seen, _ = run(
+            later.flip(1), time.flip(1), rest, *shared, rows[1], nothing, dt, cut, nowhere, *options
+        )
+        y = y + torch.where(ends[..., None], 0, seen.flip(1).roll(-1, 1))
     return y, None if positions is None else states
 
 
@@ -279,9 +274,6 @@ def _checked(
 def _module(backend: str, P: Tensor, discretization: str) -> Any | None:
     module = dispatch.implementation("varying", backend, P.device)
     return module if len(P) <= _RANK and discretization in _FUSED else None
-
-
-_FUSED = ("bilinear", "zoh")  # discretisations that backends are written for
 
 
 @torch.library.custom_op("s4::varying", mutates_args=())

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_INTERFACE = 5  # of the libraries; raised with every change of their functions, there and here
+_INTERFACE = 6  # of the libraries; raised with every change of their functions, there and here
 _LEVELS = ("base", "v3", "v4")  # instruction sets that there may be code for, each with all of those before
 _ASKED = os.environ.get("S4_LEVEL", "")  # which of them is to run; empty: the best
 _HINT = (
@@ -178,7 +178,17 @@ def scan_backward(
     """Gradients of the six tensors that `scan` took, from those of its two outputs."""
     (u, _, _, inward, _, _), found = inputs, tuple(t.new_empty(t.shape) for t in inputs)
     (B, L, H), (T, N) = u.shape, inward.shape[1:]
-    sizes = [H, B, L, N, T, int(reverse), 0 if table is None else table.shape[2], *u.stride(), *grads[0].stride()]
+    sizes = [
+        H,
+        B,
+        L,
+        N,
+        T,
+        int(reverse),
+        0 if table is None else table.shape[2],
+        *u.stride(),
+        *grads[0].stride(),
+    ]
     _call("scan_backward", u.dtype, [*inputs, *grads, *found, table], sizes)
     return found
 

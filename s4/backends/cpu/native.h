@@ -1,6 +1,6 @@
 // The fused CPU code: Cauchy sums (sums.h), powers of structured matrices (powers.h) and what is made of them, responses
 // (response.h) and the maps of a chunk (maps.h), the chunked scan (scan.h), the step (step.h), steps of different
-// times (varying.h).
+// times (discretize.h, varying.h).
 //
 // base.cpp, v3.cpp and v4.cpp each compile all of it for one instruction set, with vectors of S4_BYTES, to a library of
 // its own. A plain C interface on raw pointers, so that building needs neither torch nor Python and no ABI ties the
@@ -130,6 +130,7 @@ INLINE T total(V value) {
 #include "maps.h"
 #include "scan.h"
 #include "step.h"
+#include "discretize.h"
 #include "varying.h"
 
 }  // namespace
@@ -163,7 +164,7 @@ ENTRY(varying_backward, float, f32)
 ENTRY(varying_backward, double, f64)
 
 // Of these functions, as __init__.py calls them.
-extern "C" int s4_interface() { return 5; }
+extern "C" int s4_interface() { return 6; }
 
 // The instruction set that this is compiled for, and the best that there is code for and this processor has.
 extern "C" const char* s4_level() { return S4_LEVEL; }
