@@ -1,6 +1,6 @@
 """S4: structured state space layers for PyTorch."""
 
-from s4 import hippo, kernel
+from s4 import hippo, kernel, padding
 from s4.block import S4Block
 from s4.generation import categorical, greedy
 from s4.layer import S4Layer
@@ -19,5 +19,6 @@ __all__ = [
     "greedy",
     "hippo",
     "kernel",
+    "padding",
     "param_groups",
 ]

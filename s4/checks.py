@@ -126,6 +126,15 @@ def check_state(
         raise _elsewhere(name, value, like)
 
 
+def check_integers(name: str, value: Any, *dims: str) -> None:
+    """A tensor of integers with these dimensions."""
+    if not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {got}")
+    if value.dim() != len(dims):
+        raise ValueError(f"{name} must have shape ({', '.join(dims)}), got {tuple(value.shape)}")
+
+
 def check_lengths(lengths: Any, batch: int, L: int, like: Tensor) -> Tensor:
     """`batch` integers in 0..L, returned as int64. Where numbers are `unread`, so is the range."""
     if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
@@ -141,23 +150,21 @@ def check_lengths(lengths: Any, batch: int, L: int, like: Tensor) -> Tensor:
     return lengths
 
 
-def check_rate(rate: Tensor, batch: int, L: int | None, like: Tensor, lengths: Tensor | None) -> Tensor:
-    """Finite numbers above 0: (batch,) without an L; with one (batch,) or (batch, L), returned as that.
+def check_rate(rate: Tensor, batch: int, L: int, like: Tensor, lengths: Tensor | None) -> Tensor:
+    """Finite numbers above 0, (batch,) or (batch, L), returned as (batch, L).
 
     Past the lengths they may be anything, and become 1.
     """
     if not rate.is_floating_point():
         raise TypeError(f"rate must be a number or a floating-point tensor, got {rate.dtype}")
     if rate.shape not in ((batch,), (batch, L)):
-        takes = f"({batch},)" if L is None else f"({batch},) or ({batch}, {L})"
+        takes = f"({batch},) or ({batch}, {L})"
         raise ValueError(f"rate must be a number or have shape {takes}, got {tuple(rate.shape)}")
     if rate.device != like.device:
         raise _elsewhere("rate", rate, like)
-    if L is not None:
-        rate = rate if rate.dim() == 2 else rate[:, None].expand(batch, L)
-        if lengths is not None:
-            past = torch.arange(L, device=rate.device) >= lengths[:, None]
-            rate = torch.where(past, 1, rate)
+    rate = rate if rate.dim() == 2 else rate[:, None].expand(batch, L)
+    if lengths is not None:
+        rate = torch.where(torch.arange(L, device=rate.device) >= lengths[:, None], 1, rate)
     if not unread(rate) and not bool(((rate > 0) & (rate < math.inf)).all()):
         raise ValueError("rate must be finite and above 0, got numbers that are not")
     return rate

@@ -15,7 +15,6 @@ from s4.checks import (
     check_number,
     check_option,
     check_positions,
-    check_rate,
     check_sequence,
     check_state,
     check_tensor,
@@ -267,7 +266,7 @@ class S4Layer(nn.Module):
         """One step of the recurrence; needs no call before it.
 
         Where a hook runs before `forward`, or something stands in its place, as with parameters that are
-        sharded or offloaded, a step goes there as a sequence of one.
+        sharded or offloaded, and with a tensor `rate`, a step goes there as a sequence of one.
 
         Args:
             u: inputs (B, H) of one time step, floating point.
@@ -280,17 +279,14 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
-        dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, "step")
-        if self._forward_pre_hooks or "forward" in self.__dict__:  # `sharded.hooked`, sparing a call
+        irregular = isinstance(rate, Tensor)  # a system of its own for each sequence
+        dtype = self._check(1.0 if irregular else rate, "step")
+        if self._forward_pre_hooks or "forward" in self.__dict__ or irregular:  # `hooked`, sparing a call
             check_features("u", u, self.d_model, "batch")
             check_tensor("state", state)
             y, state = self(u[:, None], state, rate=rate, return_state=True)
             return y[:, 0], state
         check_features("u", u, self.D, "batch")
-        if isinstance(rate, Tensor):  # a system of its own for each sequence
-            rate = check_rate(rate, u.shape[0], None, self.D, None)
-            y, state = self(u[:, None], state, rate=rate, return_state=True)
-            return y[:, 0], state
         check_state("state", state, (u.shape[0], self.d_model, self.d_state), self.D, dtype)
         y, state = step.advance(
             self._systems(rate),

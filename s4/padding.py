@@ -1,7 +1,185 @@
-"""Batches of sequences of several lengths, padded on the right."""
+"""Batches of sequences of several lengths: packed into rows with resets, or padded."""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from s4.checks import check_integer, check_integers, check_lengths, check_tensor, unread
+
+
+class Packed(NamedTuple):
+    """Sequences one behind the other in one row, as `pack` makes them.
+
+    Shapes: u (1, total, ...) inputs; resets (1, total), True at the first input of each sequence; lengths, a
+    number for each sequence, from which `unpack` takes them apart again.
+    """
+
+    u: Tensor
+    resets: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(n + 1,) int32 on the device of u: where each sequence starts, and the total."""
+        starts = accumulate(self.lengths, initial=0)
+        return torch.tensor(list(starts), dtype=torch.int32, device=self.u.device)
+
+
+def pack(sequences: Sequence[Tensor]) -> Packed:
+    """One row of several sequences, for a causal or bidirectional layer, block or model that takes resets.
+
+    `u, resets, lengths = pack(sequences)`, then `unpack(model(u, resets=resets), lengths)`: the outputs of
+    each sequence as if it were alone. No input is wasted on padding.
+
+    Args:
+        sequences: at least one, each (L_i, ...) with L_i from 0, of one dtype, device and shape behind L_i.
+
+    Returns:
+        u (1, total, ...), resets (1, total) of booleans, and the lengths L_i.
+
+    Raises:
+        TypeError, ValueError: no sequences, or some that do not go into one row.
+    """
+    if not isinstance(sequences, Sequence) or isinstance(sequences, str):
+        raise TypeError(f"sequences must be a list of tensors, got {type(sequences).__name__}")
+    if not sequences:
+        raise ValueError("sequences must hold at least one tensor, got none")
+    for i, each in enumerate(sequences):
+        check_tensor(f"sequences[{i}]", each)
+        if not each.dim():
+            raise ValueError(f"sequences[{i}] must have shape (length, ...), got ()")
+        first = sequences[0]
+        if (each.shape[1:], each.dtype, each.device) != (first.shape[1:], first.dtype, first.device):
+            got, want = _kind(each), _kind(first)
+            raise ValueError(f"sequences[{i}] must be {want}, as sequences[0] is, got {got}")
+    starts = [torch.arange(len(each), device=each.device) == 0 for each in sequences]
+    return Packed(torch.cat(list(sequences))[None], torch.cat(starts)[None], tuple(map(len, sequences)))
+
+
+def _kind(x: Tensor) -> str:
+    """What must be equal in one row, as a message says it."""
+    shape = ", ".join(map(str, ("length", *x.shape[1:])))
+    return f"({shape}) of {x.dtype} on {x.device}"
+
+
+def unpack(y: Tensor, lengths: Sequence[int] | Tensor) -> list[Tensor]:
+    """The sequences of a row, as views of it: what `pack` has put together.
+
+    Args:
+        y: (1, total, ...), such as the outputs of a model; what lies past the last sequence is left out.
+        lengths: of the sequences, (n,) integers from 0; for `cu_seqlens` they are `cu_seqlens.diff()`. Those
+            of a tensor on a GPU are waited for.
+
+    Returns:
+        n tensors (L_i, ...).
+
+    Raises:
+        TypeError, ValueError: a wrong shape or dtype, or lengths that the row does not have.
+    """
+    check_tensor("y", y)
+    if y.dim() < 2 or y.shape[0] != 1:
+        raise ValueError(f"y must have shape (1, total, ...), got {tuple(y.shape)}")
+    if isinstance(lengths, Tensor):
+        check_integers("lengths", lengths, "sequences")
+        lengths = lengths.tolist()
+    elif not isinstance(lengths, Sequence) or isinstance(lengths, str):
+        raise TypeError(f"lengths must be integers or a tensor of them, got {type(lengths).__name__}")
+    for i, length in enumerate(lengths):
+        check_integer(f"lengths[{i}]", length, 0)
+    if sum(lengths) > y.shape[1]:
+        raise ValueError(f"lengths must add up to at most {y.shape[1]}, what y has, got {sum(lengths)}")
+    return [y[0, start:end] for start, end in pairwise(accumulate(lengths, initial=0))]
+
+
+def resets_from_cu_seqlens(cu_seqlens: Tensor, L: int) -> Tensor:
+    """Resets of a packed row from where its sequences start, as FlashAttention and Mamba are told of them.
+
+    `cu_seqlens` of `flash_attn_varlen_func` (github.com/Dao-AILab/flash-attention): 0, the lengths added up
+    one by one, and so the total at the end.
+
+    Args:
+        cu_seqlens: (n + 1,) integers that begin with 0 and never fall. A sequence of no inputs has no reset.
+        L: length of the row, at least the total. Inputs past the total are padding: a reset at the first
+            of them keeps it apart, and its outputs mean nothing.
+
+    Returns:
+        (1, L) booleans, True at the first input of each sequence. The first of the row is one: a state that
+        is passed with these resets counts for nothing.
+
+    Raises:
+        TypeError, ValueError: another shape or dtype, or, where the numbers can be read, other numbers.
+    """
+    check_integer("L", L, 0)
+    check_integers("cu_seqlens", cu_seqlens, "sequences + 1")
+    if not len(cu_seqlens):
+        raise ValueError("cu_seqlens must begin with 0, got no numbers")
+    starts = cu_seqlens.long()
+    if not unread(starts):
+        wrong = (starts[:1] != 0).any() | (starts.diff() < 0).any() | (starts[-1:] > L).any()
+        if bool(wrong):
+            raise ValueError(f"cu_seqlens must rise from 0 to at most L={L}, got {cu_seqlens.tolist()}")
+    # Where the row has no more inputs a start is of none: the place behind the last takes it.
+    row = torch.zeros(L + 1, dtype=torch.bool, device=starts.device)
+    return row.index_fill(0, starts, True)[None, :L]
+
+
+def resets_from_seq_idx(seq_idx: Tensor, before: Tensor | None = None) -> Tensor:
+    """Resets of packed rows from the sequence that each input is of, as Mamba2 and causal-conv1d are told.
+
+    `seq_idx` of github.com/state-spaces/mamba and github.com/Dao-AILab/causal-conv1d: inputs that stand
+    side by side belong together where they have one number.
+
+    Args:
+        seq_idx: (B, L) integers. All below 0 are padding, which is a segment like any other: outputs there
+            mean nothing, and a state after it is not that of a sequence.
+        before: (B,) integers, the sequences that a state passed with these resets is of. Without it the first
+            inputs of all rows go on from that state.
+
+    Returns:
+        (B, L) booleans, True where the number is another than that of the input before. At the first input
+        that is where it is another than `before`; without it False, which is the same where no state is
+        passed, and where one is the next piece of a row goes on.
+
+    Raises:
+        TypeError, ValueError: another shape or dtype.
+    """
+    check_integers("seq_idx", seq_idx, "batch", "length")
+    index = seq_idx.long().clamp(min=-1)
+    if before is None:
+        first = index[:, :1]
+    else:
+        check_integers("before", before, "batch")
+        if before.shape != seq_idx.shape[:1] or before.device != seq_idx.device:
+            raise ValueError(
+                f"before must have shape ({seq_idx.shape[0]},) on {seq_idx.device}, got "
+                f"{tuple(before.shape)} on {before.device}"
+            )
+        first = before.long().clamp(min=-1)[:, None]
+    return index != torch.cat([first, index], 1)[:, : index.shape[1]]
+
+
+def left_padding(lengths: Tensor, L: int) -> Tensor:
+    """Resets of left-padded sequences, which all end at the last input.
+
+    Args:
+        lengths: (B,) integers in 0..L, what each sequence has of the L inputs.
+        L: length of the batch.
+
+    Returns:
+        (B, L) booleans, True at the first input of each sequence, L - lengths; in the row of an empty one
+        nowhere. What stands before, a state too, does not reach the sequence; a bidirectional layer cuts both
+        ways. Outputs before it mean nothing, nor does the state of an empty one.
+
+    Raises:
+        TypeError, ValueError: another shape or dtype, or, where the numbers can be read, other numbers.
+    """
+    check_integer("L", L, 0)
+    check_integers("lengths", lengths, "batch")
+    lengths = check_lengths(lengths, len(lengths), L, lengths)
+    return torch.arange(L, device=lengths.device) == L - lengths[:, None]
 
 
 def padding(lengths: Tensor, L: int) -> Tensor:

@@ -1,11 +1,15 @@
 """Programs run in processes of their own, as a user would start them."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 
 def process(program: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -25,6 +29,19 @@ def printed(running: subprocess.Popen[str]) -> str:
     assert running.returncode == 0, err[-3000:]
     assert "Traceback" not in err, err[-3000:]  # as from a handler at exit
     return out.strip()
+
+
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, play: Callable[[Path], None]) -> Path:
+    """A folder with what `play` writes into it: once for all tests of all workers."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # which all workers share
+    found = root / name
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not found.exists():
+            found.mkdir()
+            play(found)
+    return found
 
 
 def lines(script: str, *arguments: str) -> list[list[Any]]:

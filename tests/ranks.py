@@ -19,7 +19,7 @@ from stacks import build, inputs
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -207,9 +207,6 @@ def fsdp2_recomputing(rank: int, folder: Path) -> None:
     same(model, alone(sgd))
 
 
-# Half precision
-
-
 def rounded(keep: str = "-") -> tuple[S4Model, S4Model]:
     """A model, and what one process trains it to with rounded parameters, but for those named `keep`.
 
@@ -352,14 +349,37 @@ def from_meta(rank: int, folder: Path) -> None:
     assert model(batch()[0]).isfinite().all()
 
 
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, where: Path, alone: bool = False) -> None:
+    weights, state = get_state_dict(model, optimizer)
+    checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=where, no_dist=alone)
+
+
+def load(model: nn.Module, optimizer: torch.optim.Optimizer, where: Path, alone: bool = False) -> None:
+    weights, state = get_state_dict(model, optimizer)
+    found = {"model": weights, "optimizer": state}
+    checkpoint.load(found, checkpoint_id=where, no_dist=alone)
+    set_state_dict(model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+
+
 @scene()
 def saved(rank: int, folder: Path) -> None:
     """For one process to go on from: see the test."""
     model = sharded(made(), "blocks")
-    optimizer = adam(grouped(model))
+    train(model, optimizer := adam(grouped(model)), rank)
+    save(model, optimizer, folder / "checkpoint")
+
+
+@scene()
+def goes_on_in_two(rank: int, folder: Path) -> None:
+    """What one process has saved, which had the whole batch."""
+    whole, model = made(), sharded(build("mixed", "final norm").double(), "blocks")
+    train(whole, its := adam(grouped(whole)))
+    save(whole, its, folder / f"of one, {rank}", alone=True)
+    load(model, optimizer := adam(grouped(model)), folder / f"of one, {rank}")
+    same(model, whole, gradients=False)
     train(model, optimizer, rank)
-    weights, state = get_state_dict(model, optimizer)
-    checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=folder / "checkpoint")
+    train(whole, its)
+    same(model, whole)
 
 
 def main(rank: int, folder: Path) -> None:

@@ -80,7 +80,7 @@ def test_loader_state_round_trip(taken: int) -> None:
 
 def test_loader_state_of_other_data() -> None:
     state = loader().state_dict()
-    with pytest.raises(DataError, match="devices"):
+    with pytest.raises(DataError, match="rows_a_step"):
         loader(0, 2).load_state_dict(state)
 
 

@@ -1,16 +1,14 @@
 """Two processes with gloo against one: the scenes of ranks.py, each of which has a test of its own."""
 
-import fcntl
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
-from processes import process
+from processes import once, process
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
 PROGRAM = """
 import sys
@@ -25,15 +23,7 @@ SHARDED = ["root", "blocks", "layers"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the processes wrote: once for all tests here, as to start them takes longer than the scenes."""
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # which all workers share
-    found = root / "ranks"
-    with open(root / "ranks.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not found.exists():
-            found.mkdir()
-            play(found)
-    return found
+    return once(tmp_path_factory, "ranks", play)
 
 
 def play(folder: Path) -> None:
@@ -156,10 +146,7 @@ def test_a_checkpoint_of_two_goes_on_in_one(passes: Callable[[str], None], folde
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1)
-    weights, state = get_state_dict(model, optimizer)
-    saved = {"model": weights, "optimizer": state}
-    checkpoint.load(saved, checkpoint_id=folder / "checkpoint", no_dist=True)
-    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    ranks.load(model, optimizer, folder / "checkpoint", alone=True)
     want = ranks.made()
     other = ranks.adam(ranks.grouped(want))
     ranks.train(want, other)
@@ -168,6 +155,36 @@ def test_a_checkpoint_of_two_goes_on_in_one(passes: Callable[[str], None], folde
         ranks.train(each, its)
     ranks.same(model, want)
     assert {group["name"] for group in optimizer.param_groups} == {"ssm", "no_decay", "decay"}
+
+
+@pytest.mark.promise(
+    "sharding and distributed training",
+    "a `torch.distributed.checkpoint` of one process, with the optimizer's state, goes on in two with FSDP2",
+)
+def test_a_checkpoint_of_one_goes_on_in_two(passes: Callable[[str], None]) -> None:
+    passes("goes_on_in_two")
+
+
+@pytest.mark.promise(
+    "sharding and distributed training",
+    "a `torch.distributed.checkpoint` of FSDP2 made one file of `torch.save` (`dcp_to_torch_save`), and back",
+)
+def test_a_checkpoint_of_two_is_made_one_file(
+    passes: Callable[[str], None], folder: Path, tmp_path: Path
+) -> None:
+    passes("saved")
+    dcp_to_torch_save(folder / "checkpoint", tmp_path / "model.pt")
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    model, want = ranks.made(), ranks.alone(ranks.adam)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    model.load_state_dict(content["model"])
+    ranks.same(model, want, gradients=False)
+    torch_save_to_dcp(tmp_path / "model.pt", tmp_path / "back")
+    back = {"model": ranks.made().state_dict()}
+    checkpoint.load(back, checkpoint_id=tmp_path / "back", no_dist=True)
+    assert all(torch.equal(back["model"][name], weight) for name, weight in content["model"].items())
 
 
 @pytest.mark.promise(

@@ -1,4 +1,4 @@
-"""Training of the examples: exact resume, several processes, averages, accumulation, early stop."""
+"""Training of the examples: exact resume, averages, accumulation, early stop."""
 
 import csv
 import os
@@ -238,7 +238,7 @@ def test_resume_needs_the_same_data(tmp_path: Path, capsys: Capture) -> None:
     train.run(["digits", *TINY, "--trainer.max_steps", "2"])
     options = ["digits", *TINY, "--trainer.max_steps", "4"]
     for option, value, said in (
-        ("--data.batch_size", "8", "'batch_size': 8"),
+        ("--data.batch_size", "8", "'rows_a_step': 8"),
         ("--data.permute", "true", "'permute': True"),
         ("--data.validation", "0.2", "'validation': 0.2"),
     ):
@@ -282,28 +282,6 @@ except OSError:
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path])}
     assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 7
-
-
-@pytest.mark.promise(
-    "other libraries", "Lightning with two processes and `strategy='ddp'`: as one with the whole batch"
-)
-def test_two_processes_train_as_one_with_the_same_batch(tmp_path: Path) -> None:
-    options = ["digits", *TINY, "--trainer.max_steps", "3", "--model.dropout", "0"]
-    train.run([*options, "--data.batch_size", "64", "--run_dir", "one"])
-    two = [
-        "--data.batch_size",
-        "32",
-        "--trainer.devices",
-        "2",
-        "--trainer.strategy",
-        "ddp",
-        "--run_dir",
-        "two",
-    ]
-    assert in_a_process([*options, *two]).wait(120) == 0
-    one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.promise("other libraries", "Lightning's accumulation of gradients")

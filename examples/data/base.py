@@ -87,6 +87,7 @@ class Loader:
 
     Lightning calls `set_epoch` through `sampler`, and keeps `state_dict` in its checkpoints: an interrupted
     epoch goes on with the very next batch. Ranks read disjoint rows; with `drop_last` all the same number.
+    A step has `together` rows, the same ones however many ranks and parts they are divided among.
 
     Args:
         fetch: from row numbers (B,) to a batch.
@@ -94,8 +95,9 @@ class Loader:
         batch_size: rows a batch, on each rank.
         lengths: (n,) of all rows, to put rows of similar length into a batch when shuffled.
         shuffle: a new order each epoch, else the order of `rows`.
-        drop_last: leave out the rows that do not fill a batch on every rank.
+        drop_last: leave out the rows that do not fill a step.
         shift: when shuffled, move all rows of an epoch by one random number below this.
+        parts: batches on each rank whose gradients are added up to one step.
         content: what else must be equal in a run that goes on from a place in these data.
     """
 
@@ -114,11 +116,13 @@ class Loader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        parts: int = 1,
         content: dict[str, Any] | None = None,
     ) -> None:
         self.fetch, self.rows, self.lengths = fetch, rows, lengths
         self.batch_size, self.shuffle, self.drop_last, self.shift = batch_size, shuffle, drop_last, shift
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.seed, self.rank, self.world_size, self.parts = seed, rank, world_size, parts
+        self.together = batch_size * world_size * parts
         self.content = content or {}
         self.epoch = 0
         self.position = 0  # batches of this epoch already handed out
@@ -138,7 +142,7 @@ class Loader:
 
     def order(self) -> Tensor:
         """This rank's rows of the current epoch, in the order they are read."""
-        rows, together = self.rows, self.batch_size * self.world_size
+        rows = self.rows
         if self.shuffle:
             generator = np.random.default_rng([self.seed, self.epoch])
             rows = generator.permutation(rows)
@@ -146,12 +150,12 @@ class Loader:
                 rows = self._by_length(rows, generator)
             rows = rows + generator.integers(self.shift)
         if self.drop_last:
-            rows = rows[: len(rows) - len(rows) % together]
+            rows = rows[: len(rows) - len(rows) % self.together]
         return torch.from_numpy(rows[self.rank :: self.world_size].astype(np.int64))
 
     def _by_length(self, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """Batches of similar lengths: rows sorted within pools, then whole batches shuffled, a part last."""
-        together = self.batch_size * self.world_size
+        together = self.together
         pools = np.split(rows, range(self.pool * together, len(rows), self.pool * together))
         rows = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
         whole = len(rows) // together
@@ -160,7 +164,7 @@ class Loader:
 
     def __len__(self) -> int:
         if self.drop_last:
-            return len(self.rows) // (self.batch_size * self.world_size)
+            return len(self.rows) // self.together * self.parts
         return -(-len(self.rows[self.rank :: self.world_size]) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -172,30 +176,41 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the data, and what must be equal for that place to mean anything."""
-        return {"epoch": self.epoch, "position": self.position, "identity": self._identity()}
+        place = {"epoch": self.epoch, "position": self.position, "parts": self.parts}
+        return {**place, "identity": self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the place `state_dict` saved.
 
         Raises:
-            DataError: if the data, batch size, seed or number of ranks are not those of the saved run.
+            DataError: if the data, the rows of a step or the seed are not those of the saved run.
         """
-        saved, own = state["identity"], self._identity()
+        own, parts = self._identity(), state.get("parts", self.parts)
+        saved = dict(state["identity"])
+        if devices := saved.pop("devices", None):  # what was kept of it before the number could change
+            saved["rows_a_step"] = saved.pop("batch_size") * devices * parts
         if differing := [name for name in {**own, **saved} if saved.get(name) != own.get(name)]:
             was, now = ({name: side.get(name) for name in differing} for side in (saved, own))
             raise DataError(
                 f"cannot resume at the same batch: the checkpoint was written with {was}, "
-                f"this run has {now}; use the same data, data options, seed and number of devices"
+                f"this run has {now}; use the same data, data options and seed, and "
+                "the same product of data.batch_size, devices and trainer.accumulate_grad_batches"
             )
-        self.epoch, self.position, self._start = state["epoch"], state["position"], state["position"]
+        steps, rest = divmod(state["position"], parts)
+        if rest and parts != self.parts:
+            raise DataError(
+                f"the checkpoint is {rest} of {parts} batches into a step: go on with "
+                f"trainer.accumulate_grad_batches={parts}, got {self.parts}"
+            )
+        self.epoch, self.position = state["epoch"], steps * self.parts + rest
+        self._start = self.position
 
     def _identity(self) -> dict[str, Any]:
         return {
             **self.content,
             "rows": len(self.rows),
-            "batch_size": self.batch_size,
+            "rows_a_step": self.together,
             "seed": self.seed,
-            "devices": self.world_size,
         }
 
 
@@ -294,11 +309,14 @@ class SequenceData(pl.LightningDataModule):
         self.tensors = {split: self._open(split) for split in self.splits}
         self.parts = self.partition()
         devices = self.trainer.world_size if self.trainer else 1
+        batches = self._batches_a_step()
         number = len(self.parts["train"][1])
-        if stage == "fit" and number < self.batch_size * devices:
+        if stage == "fit" and number < self.batch_size * devices * batches:
             raise DataError(
                 f"{self._name()} has {number} training sequences, fewer than one batch of "
                 f"data.batch_size={self.batch_size} on {devices} device{'s' * (devices > 1)}"
+                + f", {batches} times a step"
+                * (batches > 1)
             )
         if not len(self.parts["val"][1]):
             raise DataError(f"{self._name()} has no sequences for validation beside {number} for training")
@@ -359,8 +377,12 @@ class SequenceData(pl.LightningDataModule):
             seed=self.seed,
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
+            parts=self._batches_a_step() if training else 1,
             content={**self.content(), **self.options(), "digest": self.tensors[split]["digest"]},
         )
+
+    def _batches_a_step(self) -> int:
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
 
     def _name(self) -> str:
         return str(self.content().get("dataset", type(self).__name__))

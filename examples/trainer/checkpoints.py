@@ -59,6 +59,19 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     return content
 
 
+def divide_steps(checkpoint: dict[str, Any], parts: int) -> None:
+    """Count the batches that a checkpoint is behind as if each step were made of `parts` of them.
+
+    A run that goes on with other `trainer.accumulate_grad_batches` is at the same step, but at another batch.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    place = next(iter(loop["state_dict"].get("combined_loader", [])), {})
+    saved = place.get("parts", parts)
+    for counts in (loop["epoch_loop.batch_progress"][span] for span in ("total", "current")):
+        moved = counts["ready"] // saved * parts + counts["ready"] % saved - counts["ready"]
+        counts.update({name: count + moved for name, count in counts.items()})
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files through `atomic_save` and `load_checkpoint`."""
 

@@ -188,6 +188,11 @@ class ExampleCLI(LightningCLI):
                 "trainer.precision 16-true: AdamW squares gradients, which float16 has no such small numbers "
                 "for; use 16-mixed or bf16-true"
             )
+        if (strategy := _strategy(config["strategy"])).startswith(("fsdp", "modelparallel", "deepspeed")):
+            raise ConfigError(
+                f"trainer.strategy {strategy}: the examples keep weights and optimizers whole, and train "
+                "with auto or ddp; docs/distributed.md tells how a model of one's own is sharded"
+            )
         for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
             if (value := config[name]) is not None and not isinstance(value, str) and value <= 0:
                 raise ConfigError(f"trainer.{name} must be above 0, got {value}")
@@ -359,6 +364,12 @@ def _said_by_lightning(error: Exception) -> str:
         return f"the checkpoint does not fit this program: {type(error).__name__}, {first_line(error)}"
     refused = isinstance(error, ValueError) and frames[-1].f_globals["__name__"].startswith("lightning.")
     return first_line(error).strip() if refused else ""
+
+
+def _strategy(value: Any) -> str:
+    """The name of a strategy, or that of its class."""
+    name = value if isinstance(value, str) else getattr(value, "class_path", type(value).__name__)
+    return str(name).rpartition(".")[2].lower()
 
 
 def _listed(value: Any) -> list[Any]:

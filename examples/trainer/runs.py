@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import re
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
-from trainer.checkpoints import CheckpointError, ConfigError
+from trainer.checkpoints import CheckpointError, ConfigError, divide_steps
 
 CONFIG = "config.yaml"
 
@@ -180,7 +181,8 @@ def read_metrics(file: Path) -> list[dict[str, str]]:
 class LastCheckpoint(Checkpoint):
     """`last.ckpt` every `every_n_steps`, after the first step of each epoch, and when the run ends.
 
-    It also carries the state of the random number generators, so that a resumed run draws the same numbers.
+    It also carries the state of the random number generators, so that a resumed run of as many processes
+    draws the same numbers. A signal to end that reaches one process ends all of them after the same step.
     """
 
     def __init__(self, folder: Path, every_n_steps: int) -> None:
@@ -188,11 +190,19 @@ class LastCheckpoint(Checkpoint):
         self._random: list[dict[str, Any]] | None = None
         self._stepped = self._epoch_ended = self._after_validation = False
         self._saved = -1  # the step of the last save
+        self._told_to_end = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the generators back to where the checkpoint found them."""
         if self._random is not None and len(self._random) == trainer.world_size:
             _set_random_state(self._random[trainer.global_rank])
+        elif self._random is not None or trainer.world_size > 1:
+            # Else all processes drop the same places, and one gone on with those it began with.
+            own = [torch.initial_seed() % 2**32, trainer.global_step, trainer.global_rank]
+            torch.manual_seed(int(np.random.SeedSequence(own).generate_state(1)[0]))
+        if trainer.world_size > 1:
+            # Lightning's handler broadcasts at once, in the middle of what the processes do together.
+            signal.signal(signal.SIGTERM, self._tell)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -205,13 +215,13 @@ class LastCheckpoint(Checkpoint):
         parts, step = trainer.accumulate_grad_batches, trainer.global_step
         self._epoch_ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         self._stepped = (batch_idx + 1) % parts == 0 and not self._epoch_ended
-        terminated = trainer.received_sigterm and trainer.world_size == 1  # else not all know of it yet
+        terminated = self._stepped and self._terminated(trainer)
         ends = trainer.should_stop or terminated or step == trainer.max_steps
         if self._stepped and (ends or batch_idx + 1 == parts or step % self.every_n_steps == 0):
             self._after_validation = not ends and _validates(trainer, batch_idx)
             if not self._after_validation:
                 self._save(trainer)
-        if terminated and self._stepped:
+        if terminated:
             raise SIGTERMException  # at once; Lightning waits for the end of the epoch
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -235,6 +245,12 @@ class LastCheckpoint(Checkpoint):
             message = f"interrupted at step {trainer.global_step}; --ckpt_path last goes on from {self.file}"
             Console(stderr=True, highlight=False, soft_wrap=True).print(message)
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Find the place of a run whose steps were made of more or fewer batches."""
+        divide_steps(checkpoint, trainer.accumulate_grad_batches)
+
     def state_dict(self) -> dict[str, Any]:
         """The generators of every rank."""
         state = _random_state()
@@ -247,6 +263,17 @@ class LastCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until training starts."""
         self._random = state_dict["random"]
+
+    def _tell(self, number: int, frame: object) -> None:
+        self._told_to_end = True
+
+    def _terminated(self, trainer: pl.Trainer) -> bool:
+        """Whether this process, or any other at this step, was told to end."""
+        if trainer.world_size == 1:
+            return trainer.received_sigterm
+        told = torch.tensor(self._told_to_end, dtype=torch.int32, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+        return bool(told)
 
     def _save(self, trainer: pl.Trainer) -> None:
         self._saved = trainer.global_step

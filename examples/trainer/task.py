@@ -168,6 +168,7 @@ class SequenceTask(pl.LightningModule):
             self.model.compile()
         self.scores = nn.ModuleDict({stage: self._new_scores() for stage in ("val", *spec.tests)})
         self._step_began = 0.0
+        self._step_scores = torch.zeros(0)
 
     @property
     def adaptive(self) -> AdaptiveEmbedding | None:
@@ -200,9 +201,11 @@ class SequenceTask(pl.LightningModule):
         """The loss of one batch."""
         y = self(batch)
         loss = self._loss(y, batch.targets)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(y))
+        scores = {"train/loss": loss.detach()}
         if self.spec.kind != "value" and self.adaptive is None:
-            self.log("train/accuracy", (y.argmax(-1) == batch.targets).float().mean(), batch_size=len(y))
+            scores["train/accuracy"] = (y.argmax(-1) == batch.targets).float().mean()
+        for name, score in self._of_step(scores, batch_idx).items():
+            self.log(name, score, prog_bar=name == "train/loss", batch_size=len(y))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -244,6 +247,8 @@ class SequenceTask(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another model, by name."""
+        if self.trainer.precision == "64-true":
+            self.double()  # Lightning does it after it has put the weights here, which would be rounded
         saved = {name: tuple(getattr(x, "shape", ())) for name, x in checkpoint["state_dict"].items()}
         own = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
         if differing := [name for name in {**own, **saved} if saved.get(name) != own.get(name)]:
@@ -280,6 +285,18 @@ class SequenceTask(pl.LightningModule):
         if self.spec.kind == "value":
             return nn.functional.mse_loss(y, targets.to(y.dtype))
         return nn.functional.cross_entropy(y.flatten(0, -2), targets.flatten())
+
+    def _of_step(self, scores: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Means over the batches of a step so far, and over all processes at its last."""
+        parts = self.trainer.accumulate_grad_batches
+        part = batch_idx % parts
+        values = torch.stack([_at_least_float32(score) for score in scores.values()])
+        self._step_scores = values if part == 0 else self._step_scores + values
+        mean = self._step_scores / (part + 1)
+        if part + 1 == parts and self.trainer.world_size > 1:
+            torch.distributed.all_reduce(mean)
+            mean = mean / self.trainer.world_size
+        return dict(zip(scores, mean, strict=True))
 
     def _new_scores(self) -> nn.ModuleDict:
         scores: dict[str, Metric] = {"loss": MeanMetric()}

@@ -111,11 +111,7 @@ def of_varying(
     *_: Any,
     **__: Any,
 ) -> int:
-<<<<<<< HEAD
-    """Each step discretised: a complex exponential, or the resolvent, with Woodbury's identity."""
-=======
     """Each step discretised: by exponentials of complex numbers, or by Woodbury's identity."""
->>>>>>> irregular
     (batch, L, H), N, r = u, Lambda[1], P[0]
     mode = 118 if discretization == "zoh" else 29 + (10 + 8 * r + 2 * r * r if r else 0)
     return batch * L * H * (N // 2 * mode + 2)
