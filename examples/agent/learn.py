@@ -130,7 +130,7 @@ def main(
     out: Path = Path("runs/agent"),
     shortest: NonNegativeInt = 100,
     longest: NonNegativeInt = 400,
-    chunks: PositiveInt = 400,
+    chunks: PositiveInt = 300,
     length: PositiveInt = 64,
     rows: PositiveInt = 128,
     seeds: PositiveInt = 3,
