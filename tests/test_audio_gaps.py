@@ -1,5 +1,6 @@
 """Spoken words with samples missing: what is left and what is told of the gaps; runs of the recipe."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,12 @@ import torch
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
+import train
 from data import audio
-from data.base import Batch, padded
+from data.base import Batch, Spec, padded
+from example_files import TINY, fails, step_losses
 from recordings import digits_in, opened
+from trainer.task import SequenceTask
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),
@@ -74,3 +78,35 @@ def test_half_of_the_samples(tmp_path: Path) -> None:
     assert ragged.rate.shape == ragged.inputs.shape[:2]
     assert torch.equal(ragged.rate[:, : known.rate.shape[1]], known.rate)
     assert (ragged.rate[:, known.rate.shape[1] :] == 1).all()
+
+
+def test_gaps_reach_the_model() -> None:
+    """With zero-order hold an input after a gap of g steps is one that was held for g steps."""
+    options = {"variant": "diag", "pooling": "last", "dt_min": 0.1, "dt_max": 1.0}
+    task = SequenceTask(Spec("label", 1, 5), d_model=4, n_layers=1, d_state=4, **options).double()
+    whole = Batch(torch.randn(3, 40, 1).double(), torch.zeros(3), torch.tensor([40, 7, 33]))
+    batch = padded(audio.drop(whole, torch.rand(3, 40) < 0.5), tokens=False)
+    assert isinstance(batch.rate, torch.Tensor)
+    assert batch.lengths is not None
+    got = task(batch)
+    for row, number in enumerate(batch.lengths.tolist()):
+        gaps = batch.rate[row, :number].long()
+        assert gaps.max() > 1
+        held = batch.inputs[row, :number].repeat_interleave(gaps, 0)
+        assert (got[row] - task.model(held[None])[0]).abs().max() < 1e-9
+    assert (got - task(batch._replace(rate=2.0))).abs().max() > 1e-2
+
+
+def test_recipe_runs_told_and_untold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, _ = digits_in(tmp_path)
+    options = ["irregular", *TINY, "--data.path", str(path), "--data.batch_size", "4"]
+    options += ["--trainer.max_steps", "2"]
+    train.run([*options, "--run_dir", "told"])
+    train.run([*options, "--run_dir", "untold", "--data.tell_gaps", "false"])
+    told, untold = (step_losses(tmp_path / name) for name in ("told", "untold"))
+    assert len(told) == len(untold) == 2
+    assert told[0] != untold[0]  # of the same samples by the same weights
+    results = json.loads((tmp_path / "told" / "results.json").read_text())
+    assert {"test accuracy", "test_half_rate accuracy"} <= set(results)
+    again = ["test", *options[:-2], "--data.tell_gaps", "false", "--ckpt_path", "told/last.ckpt"]
+    fails(capsys, 1, again, "'tell_gaps': True", "'tell_gaps': False")
