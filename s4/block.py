@@ -4,6 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from s4 import distributed
 from s4.checks import (
     check_features,
     check_flag,
@@ -14,6 +15,7 @@ from s4.checks import (
     check_option,
     check_tensor,
 )
+from s4.distributed import Piece
 from s4.layer import S4Layer
 from s4.ops import dispatch
 from s4.padding import padding, zero_padding
@@ -117,20 +119,24 @@ class S4Block(nn.Module):
         Outputs past a sequence's end mean nothing.
         """
         check_features("x", x, self.layer.d_model, "batch", "length")
+        given = x, state, lengths, resets, rate
+        piece = distributed.piece(self, *given, return_state) if distributed.engaged else None
+        own = None  # of lengths, what lies in x
         if lengths is not None:
-            lengths = check_lengths(lengths, x.shape[0], x.shape[1], x)
-            x = zero_padding(x, lengths)
+            lengths = check_lengths(lengths, x.shape[0], x.shape[1] if piece is None else piece.total, x)
+            own = lengths if piece is None else piece.own(lengths)
+            x = zero_padding(x, own)
         # A causal layer carries nothing back from behind the ends, where all is finite. Its masks are spared
         # in training only: in eval batch norm may put large numbers there, whose rounding an FFT spreads.
-        spared = self.training and not (return_state or self.layer.bidirectional)
+        spared = self.training and not (return_state or self.layer.bidirectional or isinstance(rate, Tensor))
         ends = None if spared else lengths
         after = None
         try:
-            z = normed(self.norm, x, lengths) if self.prenorm else x
+            z = normed(self.norm, x, own, piece) if self.prenorm else x
             z = self.layer(z, state, lengths=ends, resets=resets, rate=rate, return_state=return_state)
             if return_state:
                 z, after = z
-            y = self._position_wise(x, z, lengths)
+            y = self._position_wise(x, z, own, piece)
         except RuntimeError as error:
             check_kind("x", x, self._position_wise_parameters(), error)
             raise
@@ -143,6 +149,8 @@ class S4Block(nn.Module):
         norm takes its statistics over the batch alone.
         """
         check_features("x", x, self.layer.d_model, "batch")
+        if distributed.engaged:
+            distributed.refuse("step")
         if hooked(self):
             check_tensor("state", state)
             y, state = self(x[:, None], state, rate=rate, return_state=True)
@@ -160,20 +168,24 @@ class S4Block(nn.Module):
         state = first_state(self, self.layer.D, batch_size)
         return self.layer.initial_state(batch_size) if state is None else state
 
-    def _position_wise(self, x: Tensor, z: Tensor, lengths: Tensor | None) -> Tensor:
+    def _position_wise(
+        self, x: Tensor, z: Tensor, lengths: Tensor | None, piece: Piece | None = None
+    ) -> Tensor:
         """What follows the S4 layer, from the block's input and the layer's output (B, L, d_model)."""
-        x = x + self.mixer(self._activate(z))
+        x = x + self.mixer(self._activate(z, piece))
         if not self.prenorm:
-            x = normed(self.norm, x, lengths)
+            x = normed(self.norm, x, lengths, piece)
         if self.feed_forward is None:
             return x
         norm, up, down = self.feed_forward["norm"], self.feed_forward["up"], self.feed_forward["down"]
-        x = x + down(self._activate(up(normed(norm, x, lengths) if self.prenorm else x)))
-        return x if self.prenorm else normed(norm, x, lengths)
+        x = x + down(self._activate(up(normed(norm, x, lengths, piece) if self.prenorm else x), piece))
+        return x if self.prenorm else normed(norm, x, lengths, piece)
 
-    def _activate(self, z: Tensor) -> Tensor:
+    def _activate(self, z: Tensor, piece: Piece | None) -> Tensor:
         z = self.activation(z)
         if isinstance(self.dropout, nn.Dropout1d):
+            if piece is not None and self.training:
+                return z * piece.shared(self.dropout(z.new_ones(z.shape[0], z.shape[2], 1))).mT
             return rearrange(self.dropout(rearrange(z, "b l h -> b h l")), "b h l -> b l h")
         out: Tensor = self.dropout(z)
         return out
@@ -182,11 +194,13 @@ class S4Block(nn.Module):
         return [p for name, p in self.named_parameters() if not name.startswith("layer.")]
 
 
-def normed(norm: nn.Module, x: Tensor, lengths: Tensor | None) -> Tensor:
+def normed(norm: nn.Module, x: Tensor, lengths: Tensor | None, piece: Piece | None = None) -> Tensor:
     """A norm of x (B, L, d_model) at each position; padding does not enter the statistics of a batch norm."""
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm):  # also SyncBatchNorm
         out: Tensor = norm(x)
         return out
+    if piece is not None and isinstance(norm, nn.BatchNorm1d) and (norm.training or norm.running_var is None):
+        return piece.batch_norm(norm, x, lengths)
     flat = x.flatten(0, 1)
     if lengths is None or not norm.training:
         all_of_it: Tensor = norm(flat)

@@ -209,14 +209,18 @@ def check_sequence(
     like: Tensor,
     d_state: int,
     dtype: torch.dtype,
+    total: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Any]:
-    """What a layer with a parameter `like` (d_model,) is given; lengths, resets and rate as it takes them."""
+    """What a layer with a parameter `like` (d_model,) is given; lengths, resets and rate as it takes them.
+
+    `total` is the length of the sequence where u is a piece of one.
+    """
     check_features("u", u, like, "batch", "length")
     batch, L, d_model = u.shape
     if state is not None:
         check_state("state", state, (batch, d_model, d_state), like, dtype)
     if lengths is not None:
-        lengths = check_lengths(lengths, batch, L, like)
+        lengths = check_lengths(lengths, batch, L if total is None else total, like)
     if resets is not None:
         resets = check_resets(resets, batch, L, like)
     if isinstance(rate, Tensor):

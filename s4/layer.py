@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s4 import hippo, kernel, options
+from s4 import distributed, hippo, kernel, options
 from s4.checks import (
     check_features,
     check_flag,
@@ -236,8 +236,8 @@ class S4Layer(nn.Module):
             rate: multiplies dt, the time from one input to the next: after training at 16 kHz, 0.5 for inputs
                 at 32 kHz, whose steps are half as long, and 2 for those at 8 kHz. Or a tensor, (B,) of a
                 number for each sequence, or (B, L) for inputs at irregular times, the step before each one:
-                dt rate[:, t] lies between inputs t-1 and t, in both directions. Of tensors every mode is
-                one recurrence in O(N) a step, which takes several times as long as a scan.
+                dt rate[:, t] lies between inputs t-1 and t, in both directions. Every mode then is a
+                recurrence of O(N) a step, which takes several times as long as a scan.
             return_state: also return the state after the last input.
 
         Returns:
@@ -249,16 +249,19 @@ class S4Layer(nn.Module):
         """
         causal = "state" if state is not None else "return_state" if return_state else ""
         dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, causal)
-        lengths, resets, rate = check_sequence(u, state, lengths, resets, rate, self.D, self.d_state, dtype)
+        given = u, state, lengths, resets, rate
+        piece = distributed.piece(self, *given, return_state) if distributed.engaged else None
+        run, total = (sequence, None) if piece is None else (piece.sequence, piece.total)
+        lengths, resets, rate = check_sequence(*given, self.D, self.d_state, dtype, total)
         x = u.to(dtype)
         # What "auto" chooses for its speed alone keeps its precision.
         products = dispatch.product_dtype(x) if self.mode == "scan" else dtype
         with dispatch.full_precision(u.device):
             if lengths is not None:
-                x = zero_padding(x, lengths)
+                x = zero_padding(x, lengths if piece is None else piece.own(lengths))
             options = self.mode, products, self.backend, return_state
             kept = None if self.training else self._kept
-            y, after = sequence(self._systems(rate), self.D, x, state, lengths, resets, *options, kept)
+            y, after = run(self._systems(rate), self.D, x, state, lengths, resets, *options, kept)
             y = y.to(u.dtype)
         return (y, after) if after is not None else y
 
@@ -279,9 +282,8 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
-        irregular = isinstance(rate, Tensor)  # a system of its own for each sequence
-        dtype = self._check(1.0 if irregular else rate, "step")
-        if self._forward_pre_hooks or "forward" in self.__dict__ or irregular:  # `hooked`, sparing a call
+        dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, "step")
+        if self._forward_pre_hooks or "forward" in self.__dict__ or isinstance(rate, Tensor):
             check_features("u", u, self.d_model, "batch")
             check_tensor("state", state)
             y, state = self(u[:, None], state, rate=rate, return_state=True)
@@ -312,13 +314,10 @@ class S4Layer(nn.Module):
         Args:
             u: inputs (B, L, H), as those of `forward`.
             positions: (B, P) integers, inputs from 0 to L-1 in any order; -1 is before the first.
-            state, resets, rate: as in `forward`.
+            state, resets, rate: as in `forward`, with the same errors.
 
         Returns:
             states (B, P, H, N), each as `forward` returns it of the inputs up to there; differentiable.
-
-        Raises:
-            ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
         dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, "states")
         _, resets, rate = check_sequence(u, state, None, resets, rate, self.D, self.d_state, dtype)
@@ -383,6 +382,8 @@ class S4Layer(nn.Module):
         Returns:
             the dtype of states and of sequences within.
         """
+        if distributed.engaged and causal in ("step", "states"):
+            distributed.refuse(causal)
         if (dtype := options.COMPUTED.get(self.D.dtype)) is None:
             names = ", ".join(options.DTYPES)
             raise TypeError(f"S4Layer computes with parameters of {names}, got {self.D.dtype}")

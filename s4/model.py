@@ -7,6 +7,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from s4 import distributed
 from s4.block import S4Block, normed
 from s4.checks import (
     check_features,
@@ -20,6 +21,7 @@ from s4.checks import (
     kind_of,
     unread,
 )
+from s4.distributed import Piece
 from s4.generation import Sampler, Stop, check_generation, feed_back, greedy
 from s4.padding import zero_padding
 from s4.sharded import hooked
@@ -107,22 +109,26 @@ class S4Model(nn.Module):
         """
         if not isinstance(u, Tensor) or u.dim() < 2:
             raise ValueError(f"u must be a tensor of shape (batch, length, ...), got {kind_of(u)}")
+        given = u, state, lengths, resets, rate
+        piece = distributed.piece(self, *given, return_state) if distributed.engaged else None
         if lengths is not None:
-            lengths = check_lengths(lengths, u.shape[0], u.shape[1], u)
+            L = u.shape[1] if piece is None else piece.total
+            lengths = check_lengths(lengths, u.shape[0], L, u)
         if resets is not None:
-            resets = check_resets(resets, u.shape[0], u.shape[1], u)
-        x, layers = self._run(u, state, lengths, resets, rate, return_state)
+            found = check_resets(resets, u.shape[0], u.shape[1], u)
+            resets = found if piece is None else resets  # given on all ranks, or on none
+        x, layers = self._run(u, state, lengths, resets, rate, return_state, piece)
         after = None
         if return_state or self.pooling == "mean":
-            after = self._pool(x, layers, state, lengths, resets)
+            after = self._pool(x, layers, state, lengths, resets, piece)
         if after is not None and self.pooling == "mean":
             y = self._decoded(_mean(after).to(x.dtype))
         elif self.pooling == "last":
-            y = self._decoded(_last(x, lengths))
+            y = self._decoded(_last(x, lengths) if piece is None else piece.last(x, lengths))
         else:
             y = self._decoded(x)
             if lengths is not None:
-                y = zero_padding(y, lengths)
+                y = zero_padding(y, lengths if piece is None else piece.own(lengths))
         return (y, after) if return_state and after is not None else y
 
     def step(self, u: Tensor, state: State, *, rate: float | Tensor = 1.0) -> tuple[Tensor, State]:
@@ -140,6 +146,8 @@ class S4Model(nn.Module):
         if not isinstance(u, Tensor) or u.dim() < 1:
             raise ValueError(f"u must be a tensor of shape (batch, ...), got {kind_of(u)}")
         self._check_state(state, u.shape[0])
+        if distributed.engaged:
+            distributed.refuse("step")
         if hooked(self):
             y, after = self(u[:, None], state, rate=rate, return_state=True)
             return y[:, 0] if self.pooling == "none" else y, after
@@ -214,6 +222,8 @@ class S4Model(nn.Module):
 
         The prompt is run at the call, which raises what there is to raise; later inputs wait for `next`.
         """
+        if distributed.engaged:
+            distributed.refuse("generation")
         if self.pooling != "none":
             raise ValueError(f"generation needs a model with pooling='none', got {self.pooling!r}")
         check_generation(prompt, sample, stop, pad)
@@ -248,12 +258,14 @@ class S4Model(nn.Module):
         resets: Tensor | None,
         rate: float | Tensor,
         return_state: bool,
+        piece: Piece | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Outputs of the last block (B, L, d_model), zero past the lengths, and the layers' states."""
         if state is not None:
             self._check_state(state, u.shape[0])
-        if lengths is not None:
-            u = zero_padding(u, lengths)
+        own = lengths if piece is None or lengths is None else piece.own(lengths)
+        if own is not None:
+            u = zero_padding(u, own)
         x, layers = self._encoded(u), []
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.layers[i]
@@ -262,9 +274,9 @@ class S4Model(nn.Module):
                 x, after = x
                 layers.append(after)
         if self.norm is not None:
-            x = normed(self.norm, x, lengths)
-        if lengths is not None:
-            x = zero_padding(x, lengths)
+            x = normed(self.norm, x, own, piece)
+        if own is not None:
+            x = zero_padding(x, own)
         return x, tuple(layers)
 
     def _pool(
@@ -274,17 +286,25 @@ class S4Model(nn.Module):
         before: State | None,
         lengths: Tensor | None,
         resets: Tensor | None,
+        piece: Piece | None = None,
     ) -> State:
         """The state after the outputs x (B, L, d_model) of the last block, zero past the lengths."""
-        length = torch.full(x.shape[:1], x.shape[1], device=x.device) if lengths is None else lengths
-        if resets is not None:  # of the last segment alone
-            t = torch.arange(x.shape[1], device=x.device)
-            there = resets & (t < length[:, None])
-            start = torch.where(there, t, 0).amax(1)
+        L, offset = (x.shape[1], 0) if piece is None else (piece.total, piece.offset)
+        length = torch.full(x.shape[:1], L, device=x.device) if lengths is None else lengths
+        if resets is not None or (piece is not None and piece.cut):  # of the last segment alone
+            t = offset + torch.arange(x.shape[1], device=x.device)
+            last = torch.full_like(length, -1)
+            if resets is not None and x.shape[1]:
+                last = torch.where(resets & (t < length[:, None]), t, -1).amax(1)
+            if piece is not None:
+                last = piece.largest(last)
+            start = last.clamp(min=0)
             x = torch.where((t >= start[:, None])[..., None], x, 0)
             length = length - start
-            before = None if before is None else before.reset(there.any(1))
+            before = None if before is None else before.reset(last >= 0)
         total = x.sum(1, dtype=layers[-1].dtype if layers else torch.promote_types(x.dtype, torch.float32))
+        if piece is not None:
+            total = piece.sum(total)
         if before is not None:
             total, length = total + before.total, length + before.length
         return State(layers, total, length)

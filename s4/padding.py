@@ -193,6 +193,13 @@ def zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
     return torch.where(past, x.new_zeros(()), x)  # half the traffic of masked_fill, which copies first
 
 
+def last_start(resets: Tensor, lengths: Tensor | None) -> Tensor:
+    """Where the last segment of each sequence starts, (B,), within its length."""
+    t = torch.arange(resets.shape[1], device=resets.device)
+    there = resets if lengths is None else resets & (t < lengths[:, None])
+    return torch.where(there, t, 0).amax(1)
+
+
 def right_aligned(x: Tensor, lengths: Tensor) -> Tensor:
     """Right-padded x (B, L, H), each sequence moved to the right, so that all end with their last input."""
     L = x.shape[1]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from s4 import kernel
 from s4.ops import dispatch, step
-from s4.ops.chunks import scan, states
+from s4.ops.chunks import last_state, scan, states
 from s4.ops.convolve import convolve
 from s4.ops.kept import Kept, kept_at
 from s4.ops.response import continuation
@@ -68,7 +68,8 @@ def sequence(
             made = found  # for this call: it crosses to a device without float64 once
     recurrence, after = found["recurrence"], None
     stateful = return_state or x is not None
-    way = dispatch.way(mode, backend, recurrence, batch, L, stateful, made is not None, u.device.type)
+    keeps = made is not None
+    way = dispatch.way(mode, backend, recurrence, batch, L, stateful, keeps, u.device.type, resets)
     if way == "steps":
         y, after = step.run(recurrence, D, x, u, backend, resets)
     elif way == "scan":
@@ -80,18 +81,25 @@ def sequence(
             k = kernel.kernel(found["system"], recurrence, L, D.dtype, method="auto", backend=backend)
             k = k.to(u.device)
             found["kernel"] = L, k
-        y = convolve(u, k, D, None if x is None else continuation(recurrence, x, L, backend), resets)
+        y = convolve(
+            u, k, D, None if x is None else continuation(recurrence, _begun(x, resets), L, backend), resets
+        )
     if lengths is not None:
         y = zero_padding(y, lengths)
     if not return_state:
         return y, None
     if after is None or lengths is not None:
-        after = states(u, recurrence, D, x, _ends(u, lengths), resets, backend, made)[:, 0]
+        after = last_state(u, recurrence, D, x, lengths, resets, backend, made)
     return y, after
 
 
 def _at_rate(systems: tuple[Any, ...], rate: float) -> tuple[Any, ...]:
     return *systems[:6], rate, systems[7]
+
+
+def _begun(x: Tensor, resets: Tensor | None) -> Tensor:
+    """The state x, 0 where the first input is a reset: were it nan, gradients of parameters would be."""
+    return x if resets is None else torch.where(resets[:, :1, None], 0, x)
 
 
 def _ends(u: Tensor, lengths: Tensor | None) -> Tensor:

@@ -273,11 +273,12 @@ def test_parts_of_bidirectional_layers(part: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.promise(
-    "s4.deploy", "lengths of padded sequences, another rate than that frozen", supported=False
+    "s4.deploy", "lengths of padded sequences, resets, another rate than that frozen", supported=False
 )
 def test_lengths_and_rate_of_a_frozen_layer() -> None:
     frozen, u = freeze(layer_of("dplr"), 10).module, torch.zeros(2, 10, 4).double()
     refuses(ValueError, "lengths must be None", lambda: frozen(u, lengths=torch.tensor([3, 10])))
+    refuses(ValueError, "resets must be None", lambda: frozen(u, resets=torch.ones(2, 10) > 0))
     refuses(ValueError, "rate is frozen at 1.0, got 2.0: freeze", lambda: frozen(u, rate=2.0))
     refuses(
         ValueError,

@@ -1,15 +1,15 @@
 """Random layers and inputs, against the recurrence that scipy makes of the raw parameters.
 
 Each case is one layer (variant, initialisation, what training may have made of it), one input (shape,
-strides, dtype, scale, lengths, state, rate) and one way through it (whole, in chunks, step by step; mode,
-backend, gradients or not). Outputs, states, kernels, matrices and the gradients of everything are compared.
+strides, dtype, scale, lengths, resets, state, rates) and one way through it (whole, in chunks, step by step;
+mode, backend, gradients or not). Outputs, states, kernels, matrices and the gradients of everything are
+compared; each output to the size of its own segment.
 
 FUZZ=10000 (make fuzz) tries that many random cases; without it the same few hundred each time. What fails is
 shrunk and printed as `Case(...)`: `check(Case(...))` runs it again.
 """
 
 import os
-from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -18,9 +18,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from fuzzing import RATES, Case, Inputs, Truth, by_scipy, close, truth
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
-from scipy.signal import cont2discrete
 from torch import Tensor
 
 import s4.kernel
@@ -38,34 +38,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-6}
 # Of the largest gradient: products of two such sums, summed over time and batch; what cancels in them is not
 # in their size.
 GRADIENTS = {torch.float64: 1e-9, torch.float32: 1e-4}
-
-
-class Case(NamedTuple):
-    """All that a case is made of; numbers come from the seed."""
-
-    variant: str
-    dtype: str
-    seed: int
-    init: str
-    discretization: str
-    d_state: int
-    H: int
-    n_ssm: int
-    bidirectional: bool
-    parameters: str  # of the initialisation, somewhat trained, or anything
-    mode: str
-    backend: str
-    training: bool
-    gradients: bool
-    batch: int
-    L: int
-    rate: float
-    way: str  # whole, chunks, steps
-    state: bool
-    lengths: bool
-    layout: str
-    input_dtype: str
-    scale: int  # a power of ten
 
 
 @st.composite
@@ -99,9 +71,13 @@ def cases(draw: st.DrawFn, variant: str, dtype: str) -> Case:
         batch=choice([1, 2, 3, 1, 2, 3, 4, 5, 0]),
         L=usual if way == "steps" else choice([usual, longer]),
         rate=choice([1.0, 0.25, 0.7, 2.0, 4.0]),
+        times=choice(["number", "number", "rows", "steps"]),
         way=way,
         state=not both and some(),
         lengths=way == "whole" and some(),
+        resets=choice([-1, -1, 0.0, 0.01, 0.1, 0.5, 1.0]),
+        loud=input_dtype not in ("float16", "bfloat16") and some(),
+        positions=choice([0, 0, 1, 3]),
         layout=choice(["plain", "channels first", "batch last", "sliced", "expanded", "negated"]),
         input_dtype=input_dtype,
         scale=0 if input_dtype == "float16" else choice([0, 0, -20, -3, 10]),
@@ -174,7 +150,10 @@ class Problem(NamedTuple):
     u: Tensor
     x: Tensor | None
     lengths: Tensor | None
-    grads: tuple[Tensor, Tensor]
+    resets: Tensor | None
+    which: Tensor  # (B, L), of the rates
+    positions: Tensor
+    grads: tuple[Tensor, Tensor, Tensor]
 
 
 def problem(case: Case) -> Problem:
@@ -186,117 +165,48 @@ def problem(case: Case) -> Problem:
     lengths = torch.randint(0, L + 1, (batch,)) if case.lengths else None
     if lengths is not None and batch:
         lengths[0] = L if case.seed % 2 else 0
+    resets = torch.rand(batch, L) < case.resets
+    if case.loud and case.layout != "expanded":  # of one number for all
+        with torch.no_grad():
+            u *= torch.where(resets.cumsum(1) % 3 == 1, 1e6, 1.0)[..., None].to(input_dtype)
+    rows, count = torch.randint(0, 3, (batch, L)), case.positions * (not case.bidirectional)
+    which = {"number": 0 * rows, "rows": rows[:, :1].expand(batch, L), "steps": rows}[case.times]
+    positions = torch.randint(-1, max(L, 1) if L else 0, (batch, count))
+    given = resets.mT.contiguous().mT if case.resets >= 0 else None
     g = laid_out(torch.randn(batch, L, H).to(input_dtype), case.layout)
-    return Problem(u, x, lengths, (g, torch.randn(batch, H, N).to(dtype)))
+    more = (torch.randn(batch, *shape, H, N).to(dtype) for shape in ((), (count,)))
+    return Problem(u, x, lengths, given, which, positions, (g, *more))  # type: ignore[arg-type]
 
 
-def run(case: Case, layer: S4Layer, given: Problem) -> tuple[Tensor, Tensor | None]:
-    """Outputs, and the last state of a causal layer, in one of three ways."""
-    u, x, lengths, _ = given
+def run(case: Case, layer: S4Layer, given: Problem, rate: Any) -> list[Tensor]:
+    """Outputs, of a causal layer the last state, in one of three ways, and states in between."""
+    u, x, lengths, resets, *_ = given
+    whole: dict[str, Any] = {"lengths": lengths, "resets": resets, "rate": rate}
     if case.bidirectional:
-        return layer(u, lengths=lengths, rate=case.rate), None
+        return [layer(u, **whole)]
+    between = []
+    if case.positions and lengths is None:
+        between = [layer.states(u, given.positions, x, resets=resets, rate=rate)]
     if case.way == "whole":
         if case.seed % 3 == 0:  # and a call without a state returned is the same
-            y = layer(u, x, lengths=lengths, rate=case.rate)
-            return y, layer(u, x, lengths=lengths, rate=case.rate, return_state=True)[1]
-        return layer(u, x, lengths=lengths, rate=case.rate, return_state=True)
+            return [layer(u, x, **whole), layer(u, x, **whole, return_state=True)[1], *between]
+        return [*layer(u, x, **whole, return_state=True), *between]
     x = layer.initial_state(case.batch) if x is None else x
     y = [u[:, :0]]
     if case.way == "steps":
-        for u_t in u.unbind(1):
-            y_t, x = layer.step(u_t, x, rate=case.rate)
+        for t, u_t in enumerate(u.unbind(1)):
+            if resets is not None:
+                x = torch.where(resets[:, t, None, None], 0, x)
+            y_t, x = layer.step(u_t, x, rate=rate[:, t] if case.times == "steps" else rate)
             y.append(y_t[:, None])
     else:
         cuts = sorted({0, case.seed % (case.L + 1), case.seed // 1000 % (case.L + 1), case.L})
         for start, end in pairwise(cuts):
-            piece, x = layer(u[:, start:end], x, rate=case.rate, return_state=True)
+            here = None if resets is None else resets[:, start:end]
+            time = rate[:, start:end] if case.times == "steps" else rate
+            piece, x = layer(u[:, start:end], x, resets=here, rate=time, return_state=True)
             y.append(piece)
-    return torch.cat(y, 1), x
-
-
-def by_scipy(case: Case, p: dict[str, np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A (N, N) and B (N,) of each channel, of the modes and their conjugates, as they act on (Re x, Im x)."""
-    n = case.d_state // 2
-    for h in range(case.H):
-        s = h // (case.H // case.n_ssm)
-        half = -np.exp(p["log_A_real"][s]) + 1j * p["A_imag"][s]
-        A = np.diag(np.concatenate([half, half.conj()]))
-        for P in p.get("P", np.zeros((0, case.n_ssm, n, 2)))[:, s] @ [1, 1j]:
-            column = np.concatenate([P, P.conj()])
-            A = A - np.outer(column, column.conj())
-        B = p["B"][s] @ [1, 1j]
-        scale = abs(A).max() / abs(B).max()  # an exponential's digits are those of its largest number
-        system = A, scale * np.concatenate([B, B.conj()])[:, None], np.zeros((1, 2 * n)), np.zeros((1, 1))
-        A, B, *_ = cont2discrete(system, np.exp(p["log_dt"][h]) * case.rate, case.discretization)
-        own, other = A[:n, :n], A[:n, n:]  # of x, and of its conjugate
-        re, im = own + other, own - other
-        yield (
-            np.block([[re.real, -im.imag], [re.imag, im.real]]),
-            np.concatenate([B[:n].real, B[:n].imag])[:, 0] / scale,
-        )
-
-
-def states(A: Tensor, Bu: Tensor, x: Tensor) -> Tensor:
-    """x, A x + Bu_0, ...: (H, N, N), (L, H, N, B), (H, N, B) -> (L + 1, H, N, B)."""
-    found = [x]
-    for Bu_t in Bu:
-        found.append(torch.baddbmm(Bu_t, A, found[-1]))
-    return torch.stack(found)
-
-
-class Truth(NamedTuple):
-    """Outputs (B, L, H), the last state (B, H, N), K (c, H, L); the sizes of the terms these add up."""
-
-    y: Tensor
-    state: Tensor
-    K: Tensor
-    K_size: Tensor
-    y_size: Tensor
-    state_size: Tensor
-
-
-def truth(case: Case, system: oracle.Discrete, u: Tensor, x: Tensor | None, lengths: Tensor | None) -> Truth:
-    """A loop over time in float64; the second row of C sees the inputs strictly after its own."""
-    A, B, C, D = system
-    batch, L, H = u.shape
-    ends = torch.full((batch,), L) if lengths is None else lengths
-    inside = torch.arange(L) < ends[:, None]
-    u = torch.where(inside[..., None], u, 0.0)
-    x = torch.zeros(batch, H, case.d_state, dtype=torch.float64) if x is None else x
-    drive = torch.einsum("hn,blh->lhnb", B, u)
-    X = states(A, drive, x.permute(1, 2, 0)).permute(3, 0, 1, 2)
-    y = (C[0] * X[:, 1:]).sum(-1) + D * u
-    if case.bidirectional:
-        back = states(A, drive.flip(0), torch.zeros_like(x.permute(1, 2, 0))).permute(3, 0, 1, 2)
-        y = y + (C[1] * back.flip(1)[:, 1:]).sum(-1)
-    with torch.no_grad():
-        impulse = torch.zeros(L, H, case.d_state, 1, dtype=torch.float64)
-        impulse[:1] = B[..., None]
-        V = states(A, impulse, torch.zeros_like(B)[..., None])[1:, ..., 0]
-        K = torch.einsum("chn,lhn->chl", C, V)
-        K_size = torch.einsum("chn,lhn->chl", C.abs(), V.abs())
-        largest = u.abs().amax(1) if L else u.new_zeros(batch, H)
-        read = (C.abs().sum(0) * X.abs()).sum(-1).amax(1)
-        y_size = (K.abs().sum((0, 2)) + D.abs()) * largest + read
-        state_size = V.norm(dim=-1).sum(0) * largest + X.norm(dim=-1).amax(1)
-    last = X[torch.arange(batch), ends]
-    return Truth(
-        torch.where(inside[..., None], y, 0.0), last, K, K_size, y_size[:, None], state_size[..., None]
-    )
-
-
-def close(got: Tensor, want: Tensor, bound: Tensor | float, what: str) -> None:
-    """|got - want| <= bound everywhere, beside what rounding to the dtype of `got` may cost; finite."""
-    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-    kind = torch.finfo(got.dtype)
-    error = (got.detach().double() - want).abs()
-    excess = error - bound - kind.eps * want.abs() - kind.tiny
-    if not bool((excess <= 0).all()):
-        worst = excess.nan_to_num(torch.inf).argmax()
-        numbers = [
-            float(t.expand_as(error).flatten()[worst]) for t in (got.detach(), want, torch.as_tensor(bound))
-        ]
-        raise AssertionError("{}: got {:.6e}, expected {:.6e} within {:.1e}".format(what, *numbers))
+    return [torch.cat(y, 1), x, *between]
 
 
 def check_systems(case: Case, layer: S4Layer, system: oracle.Discrete, want: Truth) -> None:
@@ -347,6 +257,19 @@ def check_gradients(
         close(a, b, bound, f"gradient of {name}")
 
 
+def rate_of(case: Case, given: Problem, times: Tensor) -> float | Tensor:
+    """As the layer takes it; past the lengths it may be anything."""
+    if case.times == "number":
+        return case.rate
+    if case.times == "rows" and case.L:
+        return times[given.which[:, 0]]
+    if case.times == "rows":
+        return times[:1].expand(case.batch)
+    rate = times[given.which]
+    past = False if given.lengths is None else torch.arange(case.L) >= given.lengths[:, None]
+    return torch.where(torch.as_tensor(past), torch.nan, rate)
+
+
 def check(case: Case) -> None:
     """One case, all that can be compared."""
     layer = build(case)
@@ -355,6 +278,9 @@ def check(case: Case) -> None:
     leaves: dict[str, Tensor] = {**dict(layer.named_parameters()), "u": given.u}
     if given.x is not None:
         leaves["x"] = given.x
+    if case.times != "number":
+        leaves["times"] = case.rate * torch.tensor(RATES, dtype=dtype)
+        case = case._replace(rate=float(leaves["times"][0]))  # as it was rounded
     true_leaves = {name: t.detach().to(dtype).double().clone() for name, t in leaves.items()}
     for t in (*leaves.values(), *true_leaves.values()):
         t.requires_grad_(case.gradients)
@@ -362,23 +288,31 @@ def check(case: Case) -> None:
         with torch.no_grad():  # what lies past the end is ignored, whatever it is
             given.u[torch.arange(case.L) >= given.lengths[:, None]] = torch.nan
     before = [t.detach().clone() for t in leaves.values()]
-    system = oracle.discrete(true_leaves, case.discretization, case.rate)
-    want = truth(case, system, true_leaves["u"], true_leaves.get("x"), given.lengths)
+    rates = [case.rate] if case.times == "number" else true_leaves["times"].unbind()
+    systems = [oracle.discrete(true_leaves, case.discretization, rate) for rate in rates]  # type: ignore[arg-type]
+    ends = torch.full((case.batch,), case.L) if given.lengths is None else given.lengths
+    none = torch.zeros(case.batch, case.L, dtype=torch.bool)
+    resets = none if given.resets is None else given.resets
+    want = truth(systems, Inputs(true_leaves["u"], true_leaves.get("x"), ends, resets, given.which))
     with torch.no_grad():
-        check_systems(case, layer, system, want)
+        check_systems(case, layer, systems[0], want)
     with torch.set_grad_enabled(case.gradients):
-        y, state = run(case, layer, given)
-    assert y.dtype == given.u.dtype
+        got = run(case, layer, given, rate_of(case, given, leaves.get("times", ends)))
+    assert got[0].dtype == given.u.dtype
     for name, a, b in zip(leaves, leaves.values(), before, strict=True):
         assert torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)), f"{name} was changed"
     tolerance = TOLERANCE[dtype] + carried(case, dtype)
-    close(y, want.y, tolerance * want.y_size, "output")
-    if state is not None:
-        assert state.dtype == dtype
-        close(state, want.state, tolerance * want.state_size, "state")
+    rows = torch.arange(case.batch)
+    inside = torch.arange(case.L) < ends[:, None]
+    wanted = [torch.where(inside[..., None], want.y, 0.0)]
+    close(got[0], wanted[0], tolerance * want.y_size, "output")
+    for what, at, x in zip(("state", "states"), (ends[:, None], given.positions + 1), got[1:], strict=False):
+        assert x.dtype == dtype
+        wanted.append(want.states[rows[:, None], at].view(x.shape))
+        size = want.state_size[rows[:, None], at].view(*x.shape[:-1], 1)
+        close(x, wanted[-1], tolerance * size, what)
     if case.gradients:
-        outputs = (y,) if state is None else (y, state)
-        check_gradients(case, leaves, outputs, (want.y, want.state)[: len(outputs)], true_leaves, given)
+        check_gradients(case, leaves, tuple(got), tuple(wanted), true_leaves, given)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -529,6 +529,7 @@ def test_public_names() -> None:
         "greedy",
         "hippo",
         "kernel",
+        "padding",
         "param_groups",
     ]
     assert sorted(s4.__all__) == names

@@ -4,6 +4,7 @@ Nobody has run this on an MPS of Apple's. What is proven: the library asks such 
 refuses, for no operation that this torch has not written for it, and for few copies.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import oracle
@@ -78,8 +79,8 @@ def test_states_and_lengths(name: str, mode: str, mps: Device) -> None:
     for state in (None, x):
         mps.forget()
         y, end = layer(u, state, lengths=on, return_state=True)
-        # One set of maps for outputs and states; a state goes to the CPU and back with its powers.
-        assert (mps.fetched, mps.sent) == ((2, 2) if state is None else (4, 3))
+        # One set of maps for outputs and states, and powers of A that move a state on.
+        assert (mps.fetched, mps.sent) == (2, 2)
         for row, length in enumerate(lengths.tolist()):
             one = slice(row, row + 1)
             want, last, _ = truth(layer, u[one, :length], None if state is None else x[one])
@@ -244,3 +245,25 @@ def test_what_is_refused(mps: Device) -> None:
     for backend in ("torch", "naive"):
         layer, u = build("dplr", backend=backend), sent(B, L, H)
         oracle.close(back(layer(u)), truth(layer, u)[0], VALUE)
+
+
+@pytest.mark.promise("devices without float64", "resets, `states` and irregular steps")
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("mode", ["fft", "scan"])
+def test_resets_and_irregular_steps(name: str, mode: str, mps: Device) -> None:
+    layer = build(name, mode=mode)
+    u = sent(2, L, H, requires_grad=True)
+    resets = torch.zeros(2, L, dtype=torch.bool)
+    resets[0, [5, 17]] = resets[1, 0] = True
+    got = layer(u, resets=resets.to("mps"))
+    for row, starts in enumerate([(0, 5, 17, L), (0, L)]):
+        parts = [truth(layer, u[row : row + 1, a:b])[0] for a, b in pairwise(starts)]
+        oracle.close(back(got)[row : row + 1], torch.cat(parts, 1), VALUE)
+    for rate in (torch.full((2,), 2.0), torch.full((2, L), 2.0)):
+        oracle.close(back(layer(u, rate=rate.to("mps"))), back(layer(u, rate=2.0)), VALUE)
+    for y in (got, layer(u, rate=rate.to("mps"))):
+        assert all(back(g).isfinite().all() for g in torch.autograd.grad(y.sum(), [u, *layer.parameters()]))
+    if not layer.bidirectional:
+        found = layer.states(u, torch.tensor([[20, -1]] * 2).to("mps"))
+        oracle.close(back(found)[:, 0], truth(layer, u[:, :21])[1], VALUE)
+        assert not back(found)[:, 1].any()

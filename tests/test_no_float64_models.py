@@ -110,6 +110,7 @@ CALLS: dict[type, dict[str, Callable[[Any], Any]]] = {
         "forward": lambda it: it(sent(B, L, H).half()),
         "step": lambda it: it.step(sent(B, H), it.initial_state(B)),
         "initial_state": lambda it: it.initial_state(B),
+        "states": lambda it: it.states(sent(B, L, H), torch.tensor([[0, L - 1]] * B).to("mps")),
         "kernel": lambda it: it.kernel(L),
         "dense": lambda it: it.dense()[0].to(torch.float32).to("mps"),
         "dt": lambda it: it.dt,

@@ -8,7 +8,7 @@ import torch
 from refusals import refuses
 from torch import Tensor
 
-from s4 import padding
+from s4 import S4Layer, padding
 from s4.padding import (
     Packed,
     left_padding,
@@ -116,6 +116,30 @@ def test_tokens_are_packed_as_they_are_and_padding_is_left_out() -> None:
     assert (u.dtype, u.tolist()) == (torch.int64, [[5, 6, 7]])
     padded = torch.cat([u, u], 1)
     assert [each.tolist() for each in unpack(padded, lengths)] == [[5, 6], [7]]
+
+
+@pytest.mark.parametrize("mode", ["scan", "fft"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_each_sequence_of_a_row_is_as_if_alone(mode: str, bidirectional: bool) -> None:
+    """Packed, with padding behind; then left-padded, with a nan before each: no number reaches another.
+
+    In float64, to rounding; a convolution has that of the whole row, and nothing before a nan.
+    """
+    layer = S4Layer(3, 4, mode=mode, bidirectional=bidirectional, dtype=torch.float64)
+    sequences = [torch.randn(length, 3, dtype=torch.float64) for length in (5, 0, 1, 70, 12)]
+    alone = [layer(each[None])[0] for each in sequences]
+    packed = pack(sequences)
+    u = torch.nn.functional.pad(packed.u, (0, 0, 0, 4), value=9.0)
+    resets = resets_from_cu_seqlens(packed.cu_seqlens, u.shape[1])
+    index = torch.tensor([i for i, length in enumerate(packed.lengths) for _ in range(length)] + [-1] * 4)
+    assert torch.equal(resets[:, 1:], resets_from_seq_idx(index[None])[:, 1:])
+    for got, want in zip(unpack(layer(u, resets=resets), packed.lengths), alone, strict=True):
+        assert torch.allclose(got, want, rtol=0, atol=1e-9)
+    before = torch.nan if mode == "scan" else 7.0
+    pads = [torch.nn.functional.pad(each, (0, 0, 70 - len(each), 0), value=before) for each in sequences]
+    resets = left_padding(torch.tensor(packed.lengths), 70)
+    for got, want in zip(layer(torch.stack(pads), resets=resets), alone, strict=True):
+        assert torch.allclose(got[70 - len(want) :], want, rtol=0, atol=1e-9)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -149,12 +149,12 @@ def test_gradients_are_those_of_the_recurrence(case: Case, L: int) -> None:
 @pytest.mark.parametrize("c", [1, 2, 3, 6, 13])
 def test_merging_chunks_is_going_over_them(c: int, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     S, x, P = torch.randn(3, 2, c, 5), torch.randn(3, 2, 5), torch.randn(3, 5, 5) / 3
-    want = scan._recur(S.double(), x.double(), P.double(), None, reverse)
+    want = scan.recur(S.double(), x.double(), P.double(), None, reverse)
     assert torch.equal(want[0][:, :, -1 if reverse else 0], x.double())
     for serial in (1, 2):
         monkeypatch.setattr(scan, "_SERIAL", serial)
         for got, truth in zip(
-            scan._recur(S.double(), x.double(), P.double(), None, reverse), want, strict=True
+            scan.recur(S.double(), x.double(), P.double(), None, reverse), want, strict=True
         ):
             oracle.close(got, truth, 1e-12)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import s4.kernel
 from s4 import S4Layer
 from s4.backends import cpu
+from s4.ops import varying as ops
 from s4.ops.varying import varying
 from s4.system import system
 
@@ -67,8 +68,9 @@ def inputs(case: str, L: int, dtype: torch.dtype = torch.float64, batch: int = B
     u = torch.randn(batch, L, H, dtype=dtype)
     rate = (3 * torch.randn(batch, L, dtype=torch.float64)).sigmoid() * 5 + 0.05
     x = torch.randn(batch, H, N, dtype=dtype) if one_way else None
-    positions = torch.randint(-1, L, (batch, 5)) if one_way else None
-    return Inputs(u, rate.to(dtype), x, torch.rand(batch, L) < 0.1, positions)
+    positions = torch.randint(-1, L, (batch, 5))
+    positions[:, 1:4] = torch.tensor([L - 1, -1, L - 1])
+    return Inputs(u, rate.to(dtype), x, torch.rand(batch, L) < 0.1, positions if one_way else None)
 
 
 def run(layer: S4Layer, given: Inputs, backend: str = "auto") -> tuple[Tensor, Tensor | None]:
@@ -282,6 +284,13 @@ def test_inputs_may_lie_in_any_way(backend: str) -> None:
     )
     same = given.u[:1, :, :1].repeat(B, 1, H), given.rate[:1, :1].repeat(B, 19)
     assert torch.equal(one[0], varying(systems, layer.D, *same, backend=backend)[0])
+
+
+@pytest.mark.parametrize("case", ["rank 2, both ways", "zoh"])
+def test_the_plain_definition_in_blocks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few channels at a time, here of three and what is left: memory stays in bounds."""
+    monkeypatch.setitem(ops._STATES, "cpu", 3 * B * 16 * N + 1)
+    check(case, 37, "torch", 1e-10)
 
 
 @fused

@@ -175,6 +175,29 @@ def test_the_plain_definition_holds_the_states_of_a_chunk() -> None:
     assert largest.size <= B * 64 * H * N * 8 + 2 * numbers[0].nbytes
 
 
+@pytest.mark.parametrize("name", ["dplr", "diag"])
+def test_a_device_without_float64(name: str, mps: Any) -> None:
+    """All is computed on the CPU, and comes back with its gradients: as there."""
+    found: list[tuple[Tensor, ...]] = []
+    given = torch.randn(B, L, H), torch.rand(B, L) + 0.5, torch.randn(B, H, N)
+    sent = torch.randn(B, L, H)
+    layer = S4Layer(H, N, variant=name)
+    for device in ("cpu", "mps"):
+        layer = layer.to(device)
+        u, rate, x = (t.to(device).requires_grad_() for t in given)
+        resets, positions = made(name if name == "dplr" else "zoh")[4], torch.tensor([[3], [-1]])
+        y, states = varying(
+            system(*layer._systems(1.0)), layer.D, u, rate, x, resets.to(device), positions.to(device)
+        )
+        assert states is not None
+        assert (y.device.type, states.device.type) == (device, device)
+        wanted = [u, rate, x, *layer.parameters()]
+        grads = torch.autograd.grad(y, wanted, sent.to(device))
+        found.append(tuple(t.cpu() for t in (y.detach(), states.detach(), *grads)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+
+
 @fused
 def test_flops_are_counted() -> None:
     """Of the recurrence, and three times as many or so for its gradient."""

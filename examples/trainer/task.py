@@ -246,9 +246,13 @@ class SequenceTask(pl.LightningModule):
         self.log("samples/s", len(batch.targets) * self.trainer.world_size / seconds, prog_bar=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the weights of another model, by name."""
+        """Make room for all digits of the weights, and refuse those of another model."""
         if self.trainer.precision == "64-true":
             self.double()  # Lightning does it after it has put the weights here, which would be rounded
+        self.check_weights(checkpoint)
+
+    def check_weights(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the weights of another model, by name."""
         saved = {name: tuple(getattr(x, "shape", ())) for name, x in checkpoint["state_dict"].items()}
         own = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
         if differing := [name for name in {**own, **saved} if saved.get(name) != own.get(name)]:

@@ -76,7 +76,7 @@ class ExampleTrainer(Trainer):
         datamodule.prepare_data()
         datamodule.setup("predict")
         checkpoint = load_checkpoint(Path(str(ckpt_path)))
-        model.on_load_checkpoint(checkpoint)
+        model.check_weights(checkpoint)
         datamodule.load_state_dict(checkpoint.get(type(datamodule).__qualname__, {}))
         model.load_state_dict(checkpoint["state_dict"])
         model.to(self.strategy.root_device).eval()

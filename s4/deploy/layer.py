@@ -59,6 +59,7 @@ class FrozenLayer(nn.Module):
         state: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
+        resets: Tensor | None = None,
         rate: float = 1.0,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -67,11 +68,13 @@ class FrozenLayer(nn.Module):
         The arguments are those of `S4Layer.forward`, so that blocks and models around it find them.
 
         Raises:
-            ValueError, TypeError: a wrong shape or dtype, a longer sequence, lengths, another rate than 1.
+            ValueError, TypeError: a wrong shape or dtype, a longer sequence, lengths, resets, another rate.
         """
         self._check_rate(rate)
         if lengths is not None:
             raise ValueError("lengths must be None: a frozen layer takes sequences of one length")
+        if resets is not None:
+            raise ValueError("resets must be None: a frozen layer takes one sequence a row; set states to 0")
         if state is not None or return_state:
             y, after = self.chunk(u, self.initial_state(len(u)) if state is None else state)
             return (y, after) if return_state else y

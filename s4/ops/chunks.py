@@ -1,7 +1,7 @@
 """Sequences in chunks: how long those are, outputs by a scan over them, and states after chosen inputs."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,10 +10,10 @@ from torch import Tensor
 from s4.ops import dispatch
 from s4.ops import scan as scans
 from s4.ops.maps import Maps, maps, power
-from s4.ops.segments import fitting, in_chunks
-from s4.padding import last_steps
+from s4.ops.segments import fitting
+from s4.padding import last_start, last_steps, padding, right_aligned
 from s4.powers import Propagator
-from s4.precision import add_product, product
+from s4.precision import add_product, moved, product
 from s4.system import Recurrence
 
 _MANY = 1 << 16  # inputs a channel, for which longer chunks repay their larger maps, where those are kept
@@ -63,10 +63,8 @@ def scan(
     apart = recurrence.a.device != u.device  # which has no float64: `kept` then is for this call
     made = {} if kept is None else kept
     T = _length(u, recurrence, backend, kept is None or apart, resets)
-    length, both = made.get("maps", (0, None))
-    if both is None or length != T:
-        both = maps(recurrence, D, T, u.dtype, backend)
-        made["maps"] = T, both
+    if (both := made.get(("maps", T))) is None:
+        both = made["maps", T] = maps(recurrence, D, T, u.dtype, backend)
     ahead: Maps = both[0]
     behind: Maps | None = both[1]
     before = u.new_zeros(H, B, N) if x is None else x.transpose(0, 1)
@@ -109,7 +107,31 @@ def _length(u: Tensor, recurrence: Recurrence, backend: str, single: bool, reset
     if single and dispatch.fused("maps", backend, recurrence.a.device.type):
         price = 2 if len(recurrence.F) else 1
     T = chunk_length(B, L, N, price)
-    return T if resets is None else fitting(resets, T, N)
+    if resets is None or not len(resets) or resets.is_meta or type(resets) is not Tensor:
+        return T  # also where there are shapes and no numbers
+    return fitting(resets, T, N)
+
+
+def last_state(
+    u: Float[Tensor, "B L H"],
+    recurrence: Recurrence,
+    D: Float[Tensor, "H"],
+    x: Float[Tensor, "B H N"] | None,
+    lengths: Int[Tensor, "B"] | None,
+    resets: Bool[Tensor, "B L"] | None,
+    backend: str,
+    kept: dict[Any, Any] | None,
+) -> Float[Tensor, "B H N"]:
+    """The state after the last input, of padded sequences their own last one, from the state x or zero."""
+    if x is not None and not (lengths is None and resets is None):
+        last = torch.full_like(u[:, 0, 0], u.shape[1], dtype=torch.long) if lengths is None else lengths
+        return states(u, recurrence, D, x, last[:, None] - 1, resets, backend, kept)[:, 0]
+    if resets is not None:  # from zero, what lies before the last segment is as if it were not there
+        u = torch.where(padding(last_start(resets, lengths), u.shape[1])[..., None], u, 0)
+    u = u if lengths is None else right_aligned(u, lengths)
+    _, after = scan(u, recurrence, D, x, None, backend, kept=kept)
+    assert after is not None
+    return after
 
 
 def states(
@@ -130,19 +152,19 @@ def states(
     B, _, H = u.shape
     N, P = recurrence.B.shape[-1], positions.shape[1]
     made = {} if kept is None else kept
-    T, both = made.get("maps", (0, None))
-    if both is None:
-        T = _length(u, recurrence, backend, kept is None, resets)
-        both = maps(recurrence, D, T, u.dtype, backend)
-        made["maps"] = T, both
+    T = _length(u, recurrence, backend, kept is None, None)
+    if (both := made.get(("maps", T))) is None:
+        both = made["maps", T] = maps(recurrence, D, T, u.dtype, backend)
     ahead: Maps = both[0]
     before = u.new_zeros(H, B, N) if x is None else x.transpose(0, 1)
     run = plain if dispatch.transformed() else operator
     found, driven, steps = run(u, before, ahead.inward, ahead.onward, positions, resets)
-    length, powers = made.get("powers", (0, []))
-    if length != T:
-        powers = [*_powers(recurrence, T // 2, u, backend), ahead.onward]
-        made["powers"] = T, powers
+    if len(recurrence.F) == 0 and recurrence.a.device == u.device and not dispatch.opaque():
+        rows = found.permute(1, 2, 0, 3).flatten(0, 1)  # diagonal powers are numbers, not matrices
+        after = Propagator(recurrence).advance(rows, steps.flatten(), T).view(B, P, H, N)
+        return after + driven.permute(1, 2, 0, 3)
+    if (powers := made.get(("powers", T))) is None:
+        powers = made["powers", T] = [*_powers(recurrence, T // 2, u, backend), ahead.onward]
     after, left = found.flatten(1, 2), steps.flatten()[:, None]
     for j, onward in enumerate(powers):  # A, A^2, A^4, ..., by the bits of each number
         after = torch.where((left >> j) % 2 == 1, product(after, onward), after)
@@ -158,7 +180,41 @@ def _powers(recurrence: Recurrence, most: int, like: Tensor, backend: str) -> li
     else:
         propagator = Propagator(recurrence)
         found = [propagator.power(t).mT.to(like.dtype) for t in exponents]
-    return [onward.to(like.device) for onward in found]
+    return found if recurrence.a.device == like.device else moved(found, like.device)
+
+
+class _Chunked(NamedTuple):
+    """Sequences in chunks from the first input on, whatever is reset, and where positions lie in them.
+
+    Shapes: U (H, B, c, T), the inputs; driving (B, c, T), those that the state after their chunk depends on;
+    ends (B, c), whether it does not depend on the state before; and of each position chunk (B, P), kept (B, P),
+    whether its state depends on that before its chunk, and slots and inside (B, P, T), the last T inputs up to
+    it and those of them that its state depends on.
+    """
+
+    U: Tensor
+    driving: Tensor
+    ends: Tensor | None
+    chunk: Tensor
+    kept: Tensor
+    slots: Tensor
+    inside: Tensor
+
+
+def _in_chunks(u: Tensor, positions: Tensor, resets: Tensor | None, T: int) -> _Chunked:
+    U, t = scans.chunked(scans.rows(u, None, T), T), positions.clamp(min=0)
+    steps = torch.arange(U.shape[2] * T, device=u.device)
+    chunk, kept, ends = t // T, positions >= 0, None
+    since, driving = T * chunk, torch.ones_like(steps, dtype=torch.bool).view(1, -1, T)
+    if resets is not None:
+        latest = torch.where(resets, steps[: u.shape[1]], -1).cummax(1).values  # reset up to each input
+        last = latest[:, steps[T - 1 :: T].clamp(max=u.shape[1] - 1)]  # of each chunk, if it has one
+        driving, ends = steps.view(-1, T) >= last[:, :, None], last >= steps[::T]
+        begun = latest.gather(1, t)
+        kept, since = kept & (begun < since), torch.maximum(since, begun)
+    slots = t[:, :, None] + torch.arange(1 - T, 1, device=u.device)
+    inside = (slots >= since[:, :, None]) & (positions >= 0)[:, :, None]
+    return _Chunked(U, driving, ends, chunk, kept, slots.clamp(min=0), inside)
 
 
 def plain(
@@ -169,21 +225,40 @@ def plain(
     And how many inputs of the chunk that is, (B, P).
     """
     (H, B, N), T, P = x.shape, inward.shape[1], positions.shape[1]
-    chunks = None if resets is None or not u.shape[1] else in_chunks(resets, T)
-    U = scans.chunked(scans.rows(u, chunks, T), T)
-    X, _ = scans.states(U, x, inward, onward, None if chunks is None else chunks.fresh)
-    slot = positions.clamp(min=0)
-    if chunks is not None:
-        slot = chunks.place.gather(1, slot)
-    chunk, first = slot // T, positions < 0
+    U, driving, ends, chunk, kept, slots, inside = _in_chunks(u, positions, resets, T)
+    S = product(torch.where(driving, U, 0).flatten(1, 2), inward).view(*U.shape[:3], N)
+    X, _ = scans.recur(S, x, onward.contiguous(), ends, False)
     found = X.gather(2, chunk[None, :, :, None].expand(H, B, P, N))
-    found = torch.where(first[..., None], x[:, :, None], found)
-    source = slot[:, :, None] + torch.arange(1 - T, 1, device=u.device)
-    inside = (source >= T * chunk[:, :, None]) & ~first[:, :, None]
-    window = U.flatten(2).gather(2, source.clamp(min=0).view(1, B, P * T).expand(H, B, P * T))
-    window = torch.where(inside, window.view(H, B, P, T), 0)
-    driven = product(window.flatten(1, 2), inward).view(H, B, P, N)
-    return found, driven, torch.where(first, 0, slot % T + 1)
+    found = torch.where(kept[..., None], found, 0)
+    found = torch.where((positions < 0)[..., None], x[:, :, None], found)
+    window = U.flatten(2).gather(2, slots.flatten(1).expand(H, B, P * T)).view(H, B, P, T)
+    driven = product(torch.where(inside, window, 0).flatten(1, 2), inward).view(H, B, P, N)
+    return found, driven, torch.where(positions < 0, 0, positions % T + 1)
+
+
+def plain_backward(
+    grads: Sequence[Tensor], inputs: Sequence[Tensor], positions: Tensor, resets: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Gradients of the first four inputs of `plain`: those of the states pass the chunks the other way."""
+    (u, x, inward, onward), (of_found, of_driven) = inputs, grads
+    (H, B, N), T, P = x.shape, inward.shape[1], positions.shape[1]
+    U, driving, ends, chunk, kept, slots, inside = _in_chunks(u, positions, resets, T)
+    rows = torch.where(driving, U, 0).flatten(1, 2)
+    S = product(rows, inward).view(*U.shape[:3], N)
+    X, _ = scans.recur(S, x, onward.contiguous(), ends, False)
+    at = chunk[None, :, :, None].expand(H, B, P, N)
+    S = torch.zeros_like(X).scatter_add(2, at, torch.where(kept[..., None], of_found, 0))
+    Z, of_x = scans.recur(S, torch.zeros_like(x), onward.mT.contiguous(), ends, True)
+    of_x = of_x + torch.where((positions < 0)[..., None], of_found, 0).sum(2)
+    X = X if ends is None else torch.where(ends[..., None], 0, X)
+    X, Z, of_driven, slots = X.flatten(1, 2), Z.flatten(1, 2), of_driven.flatten(1, 2), slots.flatten(1)
+    slots = slots.expand(H, B, P * T)
+    window = torch.where(inside, U.flatten(2).gather(2, slots).view(H, B, P, T), 0).flatten(1, 2)
+    of_inward = product(rows.mT, Z) + product(window.mT, of_driven)
+    of_window = torch.where(inside, product(of_driven, inward.mT).view(H, B, P, T), 0)
+    of_U = torch.where(driving, product(Z, inward.mT).view(U.shape), 0).flatten(2)
+    of_U = of_U.scatter_add(2, slots, of_window.flatten(2))[..., : u.shape[1]]
+    return scans.steps(of_U, None), of_x, of_inward, product(X.mT, Z)
 
 
 @torch.library.custom_op("s4::states", mutates_args=())
@@ -201,7 +276,7 @@ def operator_backward(
 ) -> list[Tensor]:
     """Gradients of u, x, inward and onward."""
     with dispatch.full_precision(positions.device):
-        return dispatch.pulled(_of(positions, resets), inputs, tuple(grads))
+        return [t.contiguous() for t in plain_backward(grads, inputs, positions, resets)]
 
 
 def _of(positions: Tensor, resets: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -6,7 +6,8 @@ The file that asks torch whether it exports, transforms, differentiates or casts
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch._C._functorch import is_legacy_batchedtensor, maybe_current_level
 from torch.autograd import forward_ad
 
 from s4.backends import AUTO, BACKENDS, OPERATIONS
+from s4.checks import unread
 from s4.precision import WITHOUT_FLOAT64, constant
 from s4.system import Recurrence
 
@@ -22,10 +24,13 @@ from s4.system import Recurrence
 _LEAST = {16: 1024, 32: 2048, 64: 6144, 128: 18432}
 # max(B, 2) L up to which a convolution takes less time than a scan, where kernel and maps are kept.
 _SHORT = 1024
+_DENSE = 8  # inputs a reset, below which a convolution takes less time than a scan
 _STEPS = 32  # B L up to which steps take less time than a convolution, without a state
 # Nodes over d_state^2 up to which Cauchy sums take less time than powers (benchmarks/kernels.py): on two
 # cores, where both are fused, and on an H200, where sums are and powers are not, measured to 16,384.
 _SUMS = {"cpu": 1 / 8, "cuda": 4.0}
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "ipu", "maia", "privateuseone")
 _AUTOCAST = {kind for kind in _KINDS if torch.amp.is_autocast_available(kind)}
@@ -140,12 +145,14 @@ def way(
     stateful: bool,
     kept: bool,
     device_type: str,
+    resets: Tensor | None = None,
 ) -> str:
     """How a sequence on a device is processed: "fft", by convolution; "scan"; or "steps", one by one.
 
     What "auto" expects to be faster was measured on a CPU. A state that goes in or comes out is free in a
     scan and costs the convolution several times as much again. A few steps need neither. What an earlier call
-    made and kept is free. Without the fused code the maps of a chunk take several times as long.
+    made and kept is free. Without the fused code the maps of a chunk take several times as long. With a reset
+    in every eight steps chunks get too short.
 
     Where the device has no float64, states always are a scan's: its maps, made on the CPU, serve all there is
     to compute, and what a state adds to the outputs of a convolution would need that precision.
@@ -165,6 +172,9 @@ def way(
         return "steps"
     if stateful:
         return "scan"
+    readable = device_type == "cpu" and resets is not None and not unread(resets)
+    if readable and resets is not None and _DENSE * int(resets.sum()) > batch * L:
+        return "fft"
     if local and kept:
         return "fft" if L <= 32 or max(batch, 2) * L <= _SHORT else "scan"
     if device_type != "cpu" or backend != "auto":
@@ -293,3 +303,39 @@ def pulled(plain: Callable[..., Any], inputs: Sequence[Tensor], grads: Any) -> l
 def plain_memory(t: Tensor) -> Tensor:
     """The numbers themselves, no lazy conjugation or negation, contiguous: what a backend reads as memory."""
     return t.resolve_conj().resolve_neg().contiguous()
+
+
+def eager(function: F) -> F:
+    """What torch.compile leaves to Python, with no import of torch._dynamo where nothing is compiled."""
+
+    @wraps(function)
+    def run(*given: Any) -> Any:
+        loaded = "torch._dynamo" in sys.modules
+        return (torch.compiler.disable(function) if loaded else function)(*given)
+
+    run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return run  # type: ignore[return-value]
+
+
+def recomputing() -> bool:
+    """Inside a backward pass, in which activation checkpointing runs a forward pass again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def recomputable(training: bool) -> Callable[..., Any] | bool | None:
+    """None where a forward pass is not checkpointed: where it keeps all for its gradient, or has none.
+
+    Else a function that lives as long as it may be run again, or True where that cannot be told.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None:
+        unpack: Callable[..., Any] = hooks[1]
+        return unpack
+    return True if training and not torch.is_grad_enabled() else None
+
+
+def gradients(t: Tensor) -> str:
+    """What is recorded of a tensor."""
+    if not torch.is_grad_enabled():
+        return "no gradients"
+    return "gradients, also of the input" if t.requires_grad else "gradients"

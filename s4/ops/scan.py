@@ -43,7 +43,7 @@ def plain(
     y, last = _forward(
         rows(u, chunks, inward.shape[1]), x, taps, inward, outward, onward, _fresh(chunks), reverse, products
     )
-    return _steps(y, chunks), last
+    return steps(y, chunks), last
 
 
 def rows(u: Tensor, chunks: Chunks | None, T: int) -> Tensor:
@@ -51,7 +51,7 @@ def rows(u: Tensor, chunks: Chunks | None, T: int) -> Tensor:
     return transpose(u if chunks is None else take(u, chunks.source(T)), False).transpose(0, 1)
 
 
-def _steps(y: Tensor, chunks: Chunks | None) -> Tensor:
+def steps(y: Tensor, chunks: Chunks | None) -> Tensor:
     """The inverse."""
     steps = transpose(y.transpose(0, 1), True)
     return steps if chunks is None else take(steps, chunks.place)
@@ -73,7 +73,7 @@ def plain_backward(
     T = inputs[3].shape[1]
     tensors = rows(u, chunks, T), *others, rows(grads[0], chunks, T), grads[1]
     grad_u, *found = _blockwise(_backward, tensors, _fresh(chunks), reverse, products)
-    return _steps(grad_u, chunks), *found
+    return steps(grad_u, chunks), *found
 
 
 def _blockwise(
@@ -203,9 +203,9 @@ def states(
     if extra is not None:
         S = S + pad(extra[:, :, None], (0, 0, S.shape[2] - 1, 0))
     if fresh is None:
-        return _recur(S, x, onward.contiguous(), None, reverse)
+        return recur(S, x, onward.contiguous(), None, reverse)
     cut = pad(fresh[:, 1:], (0, 1)) if reverse else fresh
-    X, last = _recur(S, x, onward.contiguous(), cut, reverse)
+    X, last = recur(S, x, onward.contiguous(), cut, reverse)
     return _cut(X, cut), _cut(last, fresh[:, 0]) if reverse else last
 
 
@@ -214,7 +214,7 @@ def _cut(x: Tensor, cut: Tensor | None) -> Tensor:
     return x if cut is None else torch.where(cut[..., None], 0, x)
 
 
-def _recur(S: Tensor, x: Tensor, P: Tensor, cut: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+def recur(S: Tensor, x: Tensor, P: Tensor, cut: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
     """All but the last of x_{i+1} = x_i P + S_i, (h, B, c, N), and the last; reversed, x_{i-1} = x_i P + S_i.
 
     Where `cut` (B, c) is True, 0 takes the place of x_i in these. Many chunks are merged into half as many,
@@ -237,7 +237,7 @@ def _recur(S: Tensor, x: Tensor, P: Tensor, cut: Tensor | None, reverse: bool) -
     through = _cut(first, two).flatten(1, 2)
     merged = add_product(second.flatten(1, 2), through, P).view(h, B, c // 2, N)
     either = None if one is None or two is None else one | two
-    before, x = _recur(merged, x, product(P, P), either, reverse)
+    before, x = recur(merged, x, product(P, P), either, reverse)
     between = add_product(first.flatten(1, 2), _cut(before, one).flatten(1, 2), P).view_as(before)
     states = torch.stack((before, between)[::order], 3).flatten(2, 3)
     if odd:
@@ -290,7 +290,7 @@ def operator(
         return y, last
     given = rows(u, chunks, inward.shape[1]), *operands[1:]
     y, last = _blockwise(_forward, given, _fresh(chunks), reverse, products)
-    return _steps(y, chunks), last.contiguous()
+    return steps(y, chunks), last.contiguous()
 
 
 @torch.library.custom_op("s4::scan_backward", mutates_args=())

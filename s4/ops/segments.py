@@ -104,15 +104,15 @@ def in_rows(resets: Bool[Tensor, "B L"]) -> Rows:
     first[:, :1] = True
     start = first.flatten().nonzero()[:, 0]
     length = torch.diff(start, append=start.new_full((1,), B * L))
-    fitting = sorted({min(s, L) for j in range(L.bit_length() + 1) for s in (2**j, 3 << j)} | {L})
-    fitting_sizes = torch.tensor(fitting, device=resets.device)
-    size = fitting_sizes[torch.searchsorted(fitting_sizes, length)]
+    lengths = sorted({min(s, L) for j in range(L.bit_length() + 1) for s in (2**j, 3 << j)} | {L})
+    kind = torch.stack([length > slots for slots in lengths]).sum(0)
+    counts = (kind[:, None] == torch.arange(len(lengths), device=resets.device)).sum(0).tolist()
     source, sizes = [], []
-    for slots, rows in zip(*(t.tolist() for t in torch.unique(size, return_counts=True)), strict=True):
-        mine = size == slots
-        step = torch.arange(slots, device=resets.device)
-        source.append(torch.where(step < length[mine, None], start[mine, None] + step, -1).flatten())
-        sizes.append((rows, slots))
+    for which, (slots, rows) in enumerate(zip(lengths, counts, strict=True)):
+        if rows:
+            mine, step = kind == which, torch.arange(slots, device=resets.device)
+            source.append(torch.where(step < length[mine, None], start[mine, None] + step, -1).flatten())
+            sizes.append((rows, slots))
     found = torch.cat(source)
     slot = torch.arange(len(found), device=resets.device)
     place = torch.empty(B * L + 1, dtype=torch.long, device=resets.device).scatter(

@@ -7,7 +7,7 @@ nor a map of a chunk: each step takes O(N), in double precision. For the gradien
 computed again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,8 @@ from s4.system import Recurrence, System, discretize, modes, readout, stack
 _RANK = 2  # of A, at most, that backends are written for
 _FUSED = ("bilinear", "zoh")  # discretisations that they are written for
 _CHUNK = 16, 256  # steps at a time of the plain definition: about sqrt(L), between these
+_STATES = {"cpu": 1 << 19}  # numbers in the states of its chunk, at most, by type of device
+_CHANNELS = (2, None, 1, 0, 1, 0, 0, 0, 0)  # which dimension of an operand they are
 
 
 def varying(
@@ -126,8 +128,8 @@ def plain_backward(
     """Gradients of the nine real inputs of `plain`, which holds the states of one chunk at a time."""
     u, rate, x, *shared = inputs
     of_y, of_states = grads[0], grads[1].double()
-    state, borders = x.double(), []
-    parts = []
+    state = x.double()
+    borders, parts = [], []
     for start, stop in _chunks(u.shape[1]):
         run = partial(
             _chunk,
@@ -239,6 +241,38 @@ def _diagonal(a: Tensor, driven: Tensor, x: Tensor, starts: Tensor | None) -> Te
     return stack(X)
 
 
+def _blocks(operands: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
+    """The operands of a few channels at a time, as a chunk takes some 200 times the memory of its states."""
+    (batch, L, H), N = operands[0].shape, operands[3].shape[1]
+    longest = max((stop - start for start, stop in _chunks(L)), default=1)
+    most = _STATES.get(operands[0].device.type, 1 << 21)
+    h = max(1, most // max(1, batch * longest * N))
+    for start in range(0, H, h):
+        size = min(h, H - start)
+        each = zip(operands, _CHANNELS, strict=True)
+        part = [t if dim is None else t.narrow(dim, start, size) for t, dim in each]
+        yield slice(start, start + size), part
+
+
+def _blockwise(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`plain`, block by block of channels."""
+    operands, options = arguments[:9], arguments[9:]
+    run: Callable[..., Any] = plain
+    y, states = zip(*(run(*part, *options) for _, part in _blocks(operands)), strict=True)
+    return torch.cat(y, -1), torch.cat(states, 2)
+
+
+def _blockwise_backward(grads: Sequence[Tensor], operands: Sequence[Tensor], *options: Any) -> list[Tensor]:
+    """`plain_backward`, block by block of channels."""
+    of_y, of_states = grads
+    found = [
+        plain_backward([of_y[..., here], of_states[:, :, here]], part, *options)
+        for here, part in _blocks(operands)
+    ]
+    joined = zip(_CHANNELS, zip(*found, strict=True), strict=True)
+    return [torch.stack(parts).sum(0) if dim is None else torch.cat(parts, dim) for dim, parts in joined]
+
+
 def _checked(
     inputs: Sequence[Tensor], resets: Tensor | None, positions: Tensor
 ) -> tuple[list[Tensor], Tensor | None, Tensor]:
@@ -294,7 +328,7 @@ def operator(
 ) -> tuple[Tensor, Tensor]:
     operands, resets, positions = _checked((u, rate, x, Lambda, P, B, C, D, dt), resets, positions)
     module = _module(backend, P, discretization)
-    run: Callable[..., Any] = plain if module is None else module.varying
+    run: Callable[..., Any] = _blockwise if module is None else module.varying
     y, states = run(*operands, resets, positions, discretization)
     return y.contiguous(), states.contiguous()
 
@@ -316,26 +350,13 @@ def operator_backward(
         raise ValueError(f"need gradients {shapes} as u, got {[(tuple(g.shape), g.dtype) for g in grads]}")
     grads = [dispatch.plain_memory(g) for g in grads]
     module = _module(backend, inputs[4], discretization)
-    run: Callable[..., Any] = plain_backward if module is None else module.varying_backward
+    run: Callable[..., Any] = _blockwise_backward if module is None else module.varying_backward
     return [g.contiguous() for g in run(grads, operands, resets, positions, discretization)]
 
 
 @operator.register_fake
-def _(
-    u: Tensor,
-    rate: Tensor,
-    x: Tensor,
-    Lambda: Tensor,
-    P: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt: Tensor,
-    resets: Tensor | None,
-    positions: Tensor,
-    discretization: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(u: Tensor, rate: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    positions = others[-3]
     return u.new_empty(u.shape), u.new_empty(*positions.shape, *x.shape[1:])
 
 
