@@ -52,6 +52,10 @@ class State(NamedTuple):
         """The same values without their history: where backpropagation through time ends."""
         return State(tuple(x.detach() for x in self.layers), self.total.detach(), self.length.detach())
 
+    def clone(self) -> "State":
+        """A copy in memory of its own, through which gradients flow as through `Tensor.clone`."""
+        return State(tuple(x.clone() for x in self.layers), self.total.clone(), self.length.clone())
+
     def to(
         self, device: torch.device | torch.dtype | str | int | None = None, dtype: torch.dtype | None = None
     ) -> "State":

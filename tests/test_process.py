@@ -56,7 +56,7 @@ model = S4Model(torch.nn.Linear(4, 4), [S4Block(S4Layer(4, 8))], torch.nn.Linear
 with torch.no_grad():
     check(lambda u, state: tuple(model.step(u, state)[0:1]), u[:, 0], model.initial_state(2))
     state = model(u, return_state=True)[1]
-    check(lambda state: State.cat([state.select([1, 0, 0]), state.reset([1]).detach()]), state)
+    check(lambda state: State.cat([state.select([1, 0, 0]), state.reset([1]).detach().clone()]), state)
     check(lambda state, new: model.step(u[:, 0], state.reset(new)), state, torch.tensor([True, False]))
     compiler = shutil.which(os.environ.get("CXX", "g++"))  # the default backend generates code for one
     if compiler and subprocess.run([compiler, "--version"], capture_output=True).returncode == 0:

@@ -136,6 +136,22 @@ def test_a_detached_state_has_no_history() -> None:
     assert u.grad.abs().max() > 0
 
 
+def test_a_clone_is_a_copy_with_the_same_history() -> None:
+    """What is written into the one, as into a buffer of a graph that is replayed, is not in the other."""
+    state = incoming(trained("mixed", "prenorm", "mean"))
+    twin = state.clone()
+    assert isinstance(twin, State)
+    same(twin, state, 0)
+    parts = [*state.layers, state.total]
+    for grad in torch.autograd.grad(sum(x.sum() for x in (*twin.layers, twin.total)), parts):
+        assert (grad == 1).all()
+    before = copy.deepcopy(state)
+    for x in tensors(twin):
+        x.detach().fill_(7)
+    same(state, before, 0)
+    assert all((x == 7).all() for x in tensors(twin))
+
+
 def test_a_state_is_a_tree_of_tensors() -> None:
     """What torch.compile, torch.export and data parallel see in it."""
     state = incoming(trained())

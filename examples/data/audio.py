@@ -1,4 +1,4 @@
-"""Spoken words as raw waveforms, also at half the rate that a model was trained at."""
+"""Spoken words as raw waveforms, also at half the rate of training, or with samples missing."""
 
 import io
 import re
@@ -25,6 +25,7 @@ COMMANDS = (
     *("backward", "forward", "follow", "learn", "visual"),
 )
 COLUMNS = ("audio", "label")
+_DROPS = 8000  # seed of what validation and test miss
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ class SpokenWords(SequenceData):
             hub's schema; without it the hub is asked.
         augment: train at a random speed from 0.87 to 1.15, with random modulation, equalisation, masks,
             noise and gain, see `resample` and `augment`.
+        keep: fraction of the samples that are kept, in order; the others are dropped at random, from each
+            recording others, in training anew each time, in validation and test always the same
+            with one `eval_batch_size`.
+        tell_gaps: the model is told the time before each sample that was kept; else only the mean, 1 / keep.
         batch_size: training recordings a step, on each device.
         eval_batch_size: recordings a step in validation and test.
         validation: fraction of the training recordings of each word held out for validation; speech_commands
@@ -95,6 +100,8 @@ class SpokenWords(SequenceData):
         dataset: Literal["fsdd", "speech_commands"] = "fsdd",
         path: Path | None = None,
         augment: bool = False,
+        keep: float = 1.0,
+        tell_gaps: bool = True,
         batch_size: int = 16,
         eval_batch_size: int = 50,
         validation: float = 0.1,
@@ -103,8 +110,11 @@ class SpokenWords(SequenceData):
     ) -> None:
         if not 0 < validation <= 0.5:
             raise ValueError(f"data.validation must be in (0, 0.5], got {validation}")
+        if not 0 < keep <= 1:
+            raise ValueError(f"data.keep must be in (0, 1], got {keep}")
         self.dataset, self.source = dataset, SOURCES[dataset]
         self.augment, self.validation = augment, validation
+        self.keep, self.tell_gaps = keep, tell_gaps
         self.splits = tuple(split for split in ("train", self.source.validation, "test") if split)
         spec = Spec("label", 1, len(self.source.words), tests=("test", "test_half_rate"))
         super().__init__(spec, path, batch_size, eval_batch_size, cache_dir, seed)
@@ -115,7 +125,8 @@ class SpokenWords(SequenceData):
 
     def options(self) -> dict[str, Any]:
         """The part held out, and what changes the draws of random numbers."""
-        return {"validation": self.validation, "augment": self.augment}
+        gaps = {"keep": self.keep, "tell_gaps": self.tell_gaps} if self.keep < 1 else {}
+        return {"validation": self.validation, "augment": self.augment, **gaps}
 
     def files(self, split: str) -> list[Path]:
         """Checked parquet files."""
@@ -166,13 +177,21 @@ class SpokenWords(SequenceData):
         return Batch(torch.nn.functional.pad(samples, (0, missing)), labels)
 
     def transform(self, batch: Batch, training: bool) -> Batch:
-        """float32 (B, L, 1), normalised and, in training, augmented."""
+        """float32 (B, L, 1), normalised, in training augmented; with gaps where not all samples are kept."""
         waveforms, lengths = standardize(batch.inputs.float(), batch.lengths), batch.lengths
         if training and self.augment:
             # One speed a batch, drawn on the CPU, as it decides about shapes.
             waveforms, lengths = resample(waveforms, lengths, 2 ** (0.4 * torch.rand(()).item() - 0.2))
             waveforms = augment(waveforms, lengths)
-        return batch._replace(inputs=waveforms[..., None], lengths=lengths)
+        batch = batch._replace(inputs=waveforms[..., None], lengths=lengths)
+        if self.keep == 1:
+            return batch
+        # On the CPU, so that validation and test are the same on every device.
+        chances = torch.rand(
+            waveforms.shape, generator=None if training else torch.Generator().manual_seed(_DROPS)
+        )
+        told = drop(batch, (chances < self.keep).to(waveforms.device))
+        return told if self.tell_gaps else told._replace(rate=batch.rate / self.keep)
 
     def test_dataloader(self) -> list[Loader]:
         """The test recordings as they are, and every second sample of them."""
@@ -233,6 +252,24 @@ def subsample(batch: Batch, step: int) -> Batch:
     """Every `step`-th input (B, L, ...) of a batch, and the rate that goes with it."""
     lengths = None if batch.lengths is None else -(-batch.lengths // step)
     return batch._replace(inputs=batch.inputs[:, ::step], lengths=lengths, rate=step * batch.rate)
+
+
+def drop(batch: Batch, kept: Tensor) -> Batch:
+    """Of the inputs (B, L, ...) those where `kept` (B, L) is True, in order, and the first of each row.
+
+    The rate is the time before each, in steps of the original times their rate.
+    """
+    L = batch.inputs.shape[1]
+    steps = torch.arange(L, device=kept.device)
+    lengths = kept.new_full((len(kept),), L, dtype=torch.long) if batch.lengths is None else batch.lengths
+    kept = (kept | (steps == 0)) & (steps < lengths[:, None])
+    lengths = kept.sum(1)
+    places = steps.expand(kept.shape).masked_fill(~kept, L).sort(1).values[:, : int(lengths.max())]
+    behind = places == L
+    gaps = places.diff(dim=1, prepend=places.new_full((len(places), 1), -1)).float()
+    at = places.masked_fill(behind, 0).view(*places.shape, *[1] * (batch.inputs.dim() - 2))
+    inputs = batch.inputs.take_along_dim(at, 1) * ~behind.view(at.shape)
+    return batch._replace(inputs=inputs, lengths=lengths, rate=batch.rate * gaps.masked_fill(behind, 1))
 
 
 def standardize(waveforms: Tensor, lengths: Tensor | None) -> Tensor:

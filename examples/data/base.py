@@ -21,13 +21,14 @@ class Batch(NamedTuple):
 
     Shapes: inputs (B, L, C) real numbers or (B, L) tokens, for pairs (B, 2, L); targets (B,) labels, or
     (B, M) tokens or (B, M, C') real numbers for the last M positions; lengths (B,) or (B, 2) of right-padded
-    inputs, None where none is padded; rate, the step between two inputs as a multiple of that in training.
+    inputs, None where none is padded; rate, the step between two inputs as a multiple of that in training: a
+    number or, of (B, L) inputs, the step before each, above 0 also behind their end.
     """
 
     inputs: Tensor
     targets: Tensor
     lengths: Tensor | None = None
-    rate: float = 1.0
+    rate: float | Tensor = 1.0
 
 
 @dataclass(frozen=True)
@@ -397,7 +398,7 @@ class SequenceData(pl.LightningDataModule):
 
 
 def padded(batch: Batch, tokens: bool) -> Batch:
-    """A ragged batch with zeros behind its inputs, up to the next of eight lengths an octave.
+    """A ragged batch, zeros behind its inputs, ones behind rates, to the next of eight lengths an octave.
 
     Few shapes let memory be used again, of which hundreds of shapes leave fragments.
     """
@@ -406,8 +407,11 @@ def padded(batch: Batch, tokens: bool) -> Batch:
     inputs = batch.inputs if tokens else batch.inputs.mT
     length = inputs.shape[-1]
     step = 2 ** max(0, length.bit_length() - 4)
-    inputs = torch.nn.functional.pad(inputs, (0, -length % step))
-    return batch._replace(inputs=inputs if tokens else inputs.mT.contiguous())
+    missing = (0, -length % step)
+    inputs, rate = torch.nn.functional.pad(inputs, missing), batch.rate
+    if isinstance(rate, Tensor):
+        rate = torch.nn.functional.pad(rate, missing, value=1.0)
+    return batch._replace(inputs=inputs if tokens else inputs.mT.contiguous(), rate=rate)
 
 
 def hold_out(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ class LSTMModel(nn.Module):
         super().__init__()
         self.encoder, self.lstm, self.decoder, self.pooling = encoder, lstm, decoder, pooling
 
-    def forward(self, u: Tensor, *, lengths: Tensor | None = None, rate: float = 1.0) -> Tensor:
+    def forward(self, u: Tensor, *, lengths: Tensor | None = None, rate: float | Tensor = 1.0) -> Tensor:
         """(B, L, ...) to (B, L, ...) without pooling, else (B, ...). An LSTM knows no rate: it is ignored."""
         x = self.encoder(u)
         if lengths is None:
