@@ -345,6 +345,7 @@ def test_generation_names_a_budget_that_is_too_small(tmp_path: Path) -> None:
 SCRIPTS = [
     "accuracy",
     "compiled",
+    "deploy",
     "distributed",
     "generation",
     "gpu",
