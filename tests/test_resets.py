@@ -139,6 +139,34 @@ def test_each_segment_is_a_sequence(case: str, pattern: str, mode: str, backend:
 
 
 @ways
+@pytest.mark.parametrize("case", ["dplr", "diag"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_state_after_the_last_segment(case: str, padded: bool, mode: str, backend: str) -> None:
+    """That comes out where none went in: with its gradients, and whatever the segments before hold."""
+    layer, given, *_ = truth(case, 43, "some", torch.float64)
+    layer.mode, layer.backend = mode, backend
+    leaves = dict(layer.named_parameters()) | {"u": given.u}
+    lengths = given.lengths if padded else torch.full((B,), 43)
+    whole = given._replace(state=None, lengths=lengths)
+    want = by_segments(leaves, layer.discretization, whole, RATE)[1]
+    sent = torch.randn_like(want)
+
+    def run(u: Tensor) -> Tensor:
+        options: dict[str, Any] = {"lengths": lengths if padded else None, "resets": given.resets}
+        state: Tensor = layer(u, rate=RATE, return_state=True, **options)[1]
+        return state
+
+    got = run(given.u)
+    close(got, want, 1e-9)
+    found, true = (
+        torch.autograd.grad(x, list(leaves.values()), sent, allow_unused=True, materialize_grads=True)
+        for x in (got, want)
+    )
+    for name, a, b in zip(leaves, found, true, strict=True):
+        assert float((a - b).abs().max()) <= 1e-8 * max(1e-2, float(b.abs().max())), name
+
+
+@ways
 @cases
 def test_float32(case: str, mode: str, backend: str) -> None:
     check(case, 67, "some", torch.float32, mode, backend)
