@@ -165,8 +165,12 @@ def check_rate(rate: Tensor, batch: int, L: int, like: Tensor, lengths: Tensor |
     rate = rate if rate.dim() == 2 else rate[:, None].expand(batch, L)
     if lengths is not None:
         rate = torch.where(torch.arange(L, device=rate.device) >= lengths[:, None], 1, rate)
-    if not unread(rate) and not bool(((rate > 0) & (rate < math.inf)).all()):
-        raise ValueError("rate must be finite and above 0, got numbers that are not")
+    if not unread(rate) and not bool((fit := (rate > 0) & (rate < math.inf)).all()):
+        b, t = (~fit).nonzero()[0].tolist()
+        raise ValueError(
+            f"rate must be finite and above 0, got {rate[b, t].item()} at [{b}, {t}]; it may be 1 in padding and "
+            "at the first input, which has none before it"
+        )
     return rate
 
 

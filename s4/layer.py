@@ -236,8 +236,9 @@ class S4Layer(nn.Module):
             rate: multiplies dt, the time from one input to the next: after training at 16 kHz, 0.5 for inputs
                 at 32 kHz, whose steps are half as long, and 2 for those at 8 kHz. Or a tensor, (B,) of a
                 number for each sequence, or (B, L) for inputs at irregular times, the step before each one:
-                dt rate[:, t] lies between inputs t-1 and t, in both directions. Every mode then is a
-                recurrence of O(N) a step, which takes several times as long as a scan.
+                dt rate[:, t] lies between inputs t-1 and t, in both directions; the first, with no state
+                before, scales its input alone. Past `lengths` it may be 0. Every mode then is a recurrence of
+                O(N) a step, which takes several times as long as a scan.
             return_state: also return the state after the last input.
 
         Returns:
@@ -314,7 +315,8 @@ class S4Layer(nn.Module):
         Args:
             u: inputs (B, L, H), as those of `forward`.
             positions: (B, P) integers, inputs from 0 to L-1 in any order; -1 is before the first.
-            state, resets, rate: as in `forward`, with the same errors.
+            state, resets, rate: as in `forward`, with the same errors; there are no `lengths`, as what comes
+                behind a position does not count, but a tensor `rate` has to be above 0 in padding, too.
 
         Returns:
             states (B, P, H, N), each as `forward` returns it of the inputs up to there; differentiable.

@@ -30,8 +30,8 @@ def param_groups(
         up to three groups, named "ssm", "no_decay" and "decay", with every parameter in exactly one.
 
     Raises:
-        ValueError: a rate below 0, or an S4 layer whose SSM parameters are not parameters of the model (after
-            a parametrization, or sharding that flattens them: make the groups before it).
+        ValueError: a rate below 0, or an S4 layer whose SSM parameters are not parameters of the model: after
+            a parametrization (make the groups before it), or in FSDP1 without `use_orig_params=True`.
     """
     check_module("model", model)
     check_number("lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr, 0)
@@ -49,7 +49,7 @@ def param_groups(
             if not ssm <= own:
                 raise ValueError(
                     f"the SSM parameters of {path or 'the model'} are not parameters of the model: "
-                    "call param_groups before parametrizing or sharding it"
+                    "call param_groups before parametrizing it; FSDP1 needs use_orig_params=True"
                 )
     members: dict[str, list[nn.Parameter]] = {"ssm": [], "no_decay": [], "decay": []}
     for p in model.parameters():

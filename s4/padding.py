@@ -32,7 +32,8 @@ def pack(sequences: Sequence[Tensor]) -> Packed:
     """One row of several sequences, for a causal or bidirectional layer, block or model that takes resets.
 
     `u, resets, lengths = pack(sequences)`, then `unpack(model(u, resets=resets), lengths)`: the outputs of
-    each sequence as if it were alone. No input is wasted on padding.
+    each sequence as if it were alone. No input is wasted on padding. A model that pools has one output a
+    row: with pooling="none" pool what `unpack` returns. A batch norm in training sees all of the row.
 
     Args:
         sequences: at least one, each (L_i, ...) with L_i from 0, of one dtype, device and shape behind L_i.
@@ -90,7 +91,10 @@ def unpack(y: Tensor, lengths: Sequence[int] | Tensor) -> list[Tensor]:
     for i, length in enumerate(lengths):
         check_integer(f"lengths[{i}]", length, 0)
     if sum(lengths) > y.shape[1]:
-        raise ValueError(f"lengths must add up to at most {y.shape[1]}, what y has, got {sum(lengths)}")
+        raise ValueError(
+            f"lengths must add up to at most {y.shape[1]}, what y has, got {sum(lengths)}; of cu_seqlens they are "
+            "cu_seqlens.diff(), and y is that of a model with pooling='none'"
+        )
     return [y[0, start:end] for start, end in pairwise(accumulate(lengths, initial=0))]
 
 
@@ -165,7 +169,7 @@ def left_padding(lengths: Tensor, L: int) -> Tensor:
     """Resets of left-padded sequences, which all end at the last input.
 
     Args:
-        lengths: (B,) integers in 0..L, what each sequence has of the L inputs.
+        lengths: (B,) integers in 0..L, what each sequence has of the L inputs: `mask.sum(1)` of a mask.
         L: length of the batch.
 
     Returns:

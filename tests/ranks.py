@@ -159,7 +159,7 @@ def fsdp1_flat(part: type[nn.Module], rank: int, folder: Path) -> None:
 @scene()
 def fsdp1_groups(rank: int, folder: Path) -> None:
     model = wrapped(S4Block, False)
-    refuses(ValueError, "before parametrizing or sharding", lambda: grouped(model))
+    refuses(ValueError, "FSDP1 needs use_orig_params=True", lambda: grouped(model))
 
 
 def longest(p: nn.Parameter) -> Shard:
