@@ -72,7 +72,8 @@ def sequence_parallel(group: Any) -> Iterator[None]:
     finally:
         _ring.reset(token)
         _open -= 1
-        _idle = not (_open or any(map(_alive, list(_seen.values()))))
+        held = [ring for seen in list(_seen.values()) for _, ring in _alive(seen)]
+        _idle = not _open and held.count(None) == len(held)
 
 
 def _checked(group: Any) -> Ring:
@@ -320,7 +321,6 @@ def _piece(module: nn.Module, u: Tensor, given: list[str], rate: float | Tensor)
 
 def _where(module: nn.Module) -> Ring | None:
     """The group that a module runs in: that of the `with`, or in a backward pass that of its forward pass."""
-    global _idle
     inside = _ring.get()
     ring, explicit = inside if inside is not None else (None, False)
     if explicit:  # entered in this backward pass
@@ -338,7 +338,6 @@ def _where(module: nn.Module) -> Ring | None:
     if (hook := dispatch.recomputable(module.training)) is not None:
         entry = weakref.ref(hook) if isinstance(hook, FunctionType) else True, ring
         _seen[module] = seen if entry in seen else [*seen, entry]
-        _idle = False
     return ring
 
 

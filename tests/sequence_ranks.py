@@ -308,12 +308,15 @@ def example() -> None:
 
 @scene()
 def alone() -> None:
-    """A group of one rank is none: the same numbers, each rank its own."""
+    """A group of one rank is none: the same numbers; nor is anything left of it, once it is behind."""
     model, u = build().eval(), inputs(2, (dist.get_rank() + 5,), D_IN)
     with sequence_parallel(dist.new_subgroups(1)[0]):
         assert torch.equal(model(u), model(u))
         inside = model(u)
     assert torch.equal(inside, model(u))
+    with torch.no_grad():
+        model.train()(u)  # as the forward pass of a reentrant checkpoint looks, but outside
+    torch.compile(model.eval(), backend="eager", fullgraph=True)(u)
 
 
 @scene()

@@ -307,11 +307,14 @@ def plain_memory(t: Tensor) -> Tensor:
 
 def eager(function: F) -> F:
     """What torch.compile leaves to Python, with no import of torch._dynamo where nothing is compiled."""
+    disabled: Callable[..., Any] | None = None  # made once: to make it takes longer than most calls
 
     @wraps(function)
     def run(*given: Any) -> Any:
-        loaded = "torch._dynamo" in sys.modules
-        return (torch.compiler.disable(function) if loaded else function)(*given)
+        nonlocal disabled
+        if disabled is None and "torch._dynamo" in sys.modules:
+            disabled = torch.compiler.disable(function)
+        return (disabled or function)(*given)
 
     run._torchdynamo_disable = True  # type: ignore[attr-defined]
     return run  # type: ignore[return-value]
