@@ -168,8 +168,8 @@ def check_rate(rate: Tensor, batch: int, L: int, like: Tensor, lengths: Tensor |
     if not unread(rate) and not bool((fit := (rate > 0) & (rate < math.inf)).all()):
         b, t = (~fit).nonzero()[0].tolist()
         raise ValueError(
-            f"rate must be finite and above 0, got {rate[b, t].item()} at [{b}, {t}]; it may be 1 in padding and "
-            "at the first input, which has none before it"
+            f"rate must be finite and above 0, got {rate[b, t].item()} at [{b}, {t}]; it may be 1 in padding "
+            "and at the first input, which has none before it"
         )
     return rate
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s4.checks import unread
 from s4.ops import dispatch
 from s4.ops.chunks import states
 from s4.ops.ranks import FAR, Ring, Sum, Way, gathered, hand
@@ -117,7 +118,6 @@ def _exchanged(ring: Ring, shape: torch.Size, device: torch.device, call: str) -
     group, _, size = ring
     if "cpu:" in dist.get_backend_config(group):  # then a device need not be waited for
         device = torch.device("cpu")
-    call = f"{call}, batch size {shape[0]}"
     own = torch.tensor([shape[1], zlib.crc32(call.encode())], device=device)
     found = own.new_empty(size, 2)
     dist.all_gather(list(found), own, group)
@@ -303,11 +303,14 @@ def piece(
     if _idle and dispatch.compiling():  # in a graph that is compiled anew when this changes
         return None
     given = {"state": state, "lengths": lengths, "resets": resets, "return_state": return_state or None}
-    return _piece(module, u, [name for name, value in given.items() if value is not None], rate)
+    names = [name for name, value in given.items() if value is not None]
+    return _piece(module, u, names, rate, lengths)
 
 
 @dispatch.eager
-def _piece(module: nn.Module, u: Tensor, given: list[str], rate: float | Tensor) -> Piece | None:
+def _piece(
+    module: nn.Module, u: Tensor, given: list[str], rate: float | Tensor, lengths: Tensor | None
+) -> Piece | None:
     ring = _where(module)
     if ring is None or ring.size == 1:
         return None
@@ -315,8 +318,15 @@ def _piece(module: nn.Module, u: Tensor, given: list[str], rate: float | Tensor)
         raise ValueError(f"rate must be a number inside sequence_parallel, got a tensor {tuple(rate.shape)}")
     if dispatch.transformed():
         raise ValueError("sequence_parallel does not go with torch.func, vmap or forward-mode derivatives")
-    call = ", ".join([f"{type(module).__name__}(...)", *given, dispatch.gradients(u)])
-    return Piece(ring, u, call, "resets" in given)
+    if dispatch.exporting():
+        raise ValueError("sequence_parallel does not go with torch.export")
+    cut = "resets" in given
+    if isinstance(lengths, Tensor) and not unread(lengths):
+        given = [*given, f"of {lengths.tolist()}"]
+    kind = f"batch size {u.shape[0]}", f"width {tuple(u.shape[2:])}", f"{u.dtype}"
+    what = *given, f"rate {rate}", *kind, dispatch.gradients(u)
+    call = f"{type(module).__name__}({', '.join(what)})"
+    return Piece(ring, u, call, cut)
 
 
 def _where(module: nn.Module) -> Ring | None:

@@ -351,6 +351,13 @@ def refused() -> None:
         )
         state = module.initial_state(2) if rank == 1 else None
         refuses(ValueError, "rank 1: S4Layer.*state", lambda: module(u, state))
+        own = torch.tensor([3, 3 + (rank == 2)])
+        refuses(ValueError, r"rank 2: S4Layer.*of \[3, 4\]", lambda: module(u, lengths=own))
+        refuses(ValueError, "rank 3: S4Layer.*rate 2.0", lambda: module(u, rate=1.0 + (rank == 3)))
+        half = u.bfloat16() if rank == 1 else u
+        refuses(ValueError, "rank 1: S4Layer.*bfloat16", lambda: module(half))
+        other = S4Layer(5, 6).double() if rank == 2 else module
+        refuses(ValueError, r"rank 2: S4Layer.*width \(5,\)", lambda: other(inputs(2, (3,), other.d_model)))
         refuses(ValueError, "lengths.*0..12", lambda: module(u, lengths=torch.tensor([13, 1])))
         refuses(ValueError, "rate.*number", lambda: module(u, rate=torch.ones(2)))
         refuses(ValueError, "states.*sequence_parallel", lambda: module.states(u, torch.zeros(2, 1).long()))
