@@ -283,8 +283,8 @@ class S4Layer(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
-        dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, "step")
-        if self._forward_pre_hooks or "forward" in self.__dict__ or isinstance(rate, Tensor):
+        dtype = self._check(1.0 if (many := isinstance(rate, Tensor)) else rate, "step")
+        if many or self._forward_pre_hooks or "forward" in self.__dict__:
             check_features("u", u, self.d_model, "batch")
             check_tensor("state", state)
             y, state = self(u[:, None], state, rate=rate, return_state=True)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-_SINGLE = 4  # the price of an inch of a product with few rows, next to one with many
+_SINGLE = 4  # what a flop of a product with few rows costs, in flops of one with many
 
 
 class Chunks(NamedTuple):
