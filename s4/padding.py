@@ -92,8 +92,8 @@ def unpack(y: Tensor, lengths: Sequence[int] | Tensor) -> list[Tensor]:
         check_integer(f"lengths[{i}]", length, 0)
     if sum(lengths) > y.shape[1]:
         raise ValueError(
-            f"lengths must add up to at most {y.shape[1]}, what y has, got {sum(lengths)}; of cu_seqlens they "
-            "are cu_seqlens.diff(), and y is that of a model with pooling='none'"
+            f"lengths must add up to at most {y.shape[1]}, what y has, got {sum(lengths)}; of cu_seqlens "
+            "they are cu_seqlens.diff(), and y is that of a model with pooling='none'"
         )
     return [y[0, start:end] for start, end in pairwise(accumulate(lengths, initial=0))]
 

@@ -288,6 +288,8 @@ def operator(
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     operands, _ = _checked((u, x, taps, inward, outward, onward))
+    if resets is not None and resets.shape != u.shape[:2]:
+        raise ValueError(f"need resets {tuple(u.shape[:2])}, got {tuple(resets.shape)}")
     chunks = None if resets is None else in_chunks(resets, inward.shape[1])
     module = dispatch.implementation("scan", backend, u.device)
     if module is not None and products == u.dtype:
