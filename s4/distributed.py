@@ -38,6 +38,8 @@ engaged = False  # once a `with` was entered: what layers, blocks and models ask
 _open = 0  # how many are entered now
 _idle = True  # none is, and no forward pass of one may be run again
 _ring: ContextVar[tuple[Ring, bool] | None] = ContextVar("s4_sequence_parallel", default=None)
+# What ran in a group, in evaluation without gradients: mostly to predict, or else in a reentrant checkpoint.
+_unsaid: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # In which groups a module ran, or in none, where activation checkpointing may run it again: with what lives
 # as long as that may happen, or True where that is not known.
 _seen: weakref.WeakKeyDictionary[nn.Module, list[tuple[Any, Ring | None]]] = weakref.WeakKeyDictionary()
@@ -338,14 +340,17 @@ def _where(module: nn.Module) -> Ring | None:
     seen = _alive(_seen.get(module, []))
     if dispatch.recomputing():
         groups = {None if where is None else where.group for _, where in seen}
-        if len(groups) > 1:
+        if len(groups) > 1 or (not seen and ring is None and module in _unsaid):
             raise ValueError(
                 f"a backward pass runs a checkpointed {type(module).__name__} again, which ran in several "
-                "groups, or in one and in none, and cannot tell in which now: use checkpoint(..., "
-                "use_reentrant=False, context_fn=lambda: (nullcontext(), sequence_parallel(group)))"
+                "groups, or in one and in none, or in eval(), and cannot tell in which now: checkpoint(..., "
+                "use_reentrant=False, context_fn=lambda: (nullcontext(), sequence_parallel(group))) tells it"
             )
         return seen[0][1] if seen else ring
-    if (hook := dispatch.recomputable(module.training)) is not None:
+    hook = dispatch.recomputable(module.training)
+    if hook is False and ring is not None:
+        _unsaid.add(module)
+    elif hook:
         entry = weakref.ref(hook) if isinstance(hook, FunctionType) else True, ring
         _seen[module] = seen if entry in seen else [*seen, entry]
     return ring

@@ -237,6 +237,15 @@ def recomputed_here_or_there() -> None:
 
 
 @scene()
+def recomputed_in_evaluation() -> None:
+    """A reentrant checkpoint looks there as a prediction does: refused, where the group is not there."""
+    block, own = S4Block(layer()).double().eval(), cut(inputs(2, CUTS[0]), CUTS[0]).requires_grad_()
+    with sequence_parallel(world()):
+        y = checkpoint(block, own, use_reentrant=True)
+    refuses(ValueError, "cannot tell", y.sum().backward)
+
+
+@scene()
 def twice() -> None:
     """One layer, one after the other and on other lengths, in one graph."""
     module = layer()

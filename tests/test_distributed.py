@@ -107,7 +107,9 @@ def test_what_looks_at_the_whole_sequence(passes: Passes, scene: str) -> None:
     "sharding and distributed training",
     "`sequence_parallel` with activation checkpointing of both kinds, its backward pass outside the `with`",
 )
-@pytest.mark.parametrize("scene", [*names("recomputed"), "recomputed_here_or_there"])
+@pytest.mark.parametrize(
+    "scene", [*names("recomputed"), "recomputed_here_or_there", "recomputed_in_evaluation"]
+)
 def test_activation_checkpointing(passes: Passes, scene: str) -> None:
     passes(scene)
 

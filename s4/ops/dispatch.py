@@ -328,13 +328,14 @@ def recomputing() -> bool:
 def recomputable(training: bool) -> Callable[..., Any] | bool | None:
     """None where a forward pass is not checkpointed: where it keeps all for its gradient, or has none.
 
-    Else a function that lives as long as it may be run again, or True where that cannot be told.
+    Else a function that lives as long as it may be run again, or True where that cannot be told; False where
+    it hardly is, in evaluation without gradients.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is not None:
         unpack: Callable[..., Any] = hooks[1]
         return unpack
-    return True if training and not torch.is_grad_enabled() else None
+    return None if torch.is_grad_enabled() else training
 
 
 def gradients(t: Tensor) -> str:
