@@ -67,12 +67,17 @@ def fitting(resets: Bool[Tensor, "B L"], most: int, N: int) -> int:
     offset, lengths = offsets(resets), [1 << j for j in range(most.bit_length())]
     chunks = [(offset % T == 0).sum(1).amax() for T in lengths]
     going = [((offset % T == 0) & (offset > 0)).sum() for T in lengths]
-    counted = torch.stack(chunks + going).tolist()
+    counted = _read(torch.stack(chunks + going))
     prices = [
         c * len(resets) * (T + N) * (T + 3 * N) + on * _SINGLE * N * N
         for T, c, on in zip(lengths, counted, counted[len(lengths) :], strict=False)
     ]
     return lengths[prices.index(min(prices))]
+
+
+def _read(numbers: Tensor) -> list[int]:
+    """As `tolist`, which torch 2.9 does not know inside its transforms."""
+    return [int(n) for n in numbers.cpu().unbind()]
 
 
 def take(x: Float[Tensor, "B M H"], index: Int[Tensor, "B K"]) -> Float[Tensor, "B K H"]:
@@ -106,7 +111,7 @@ def in_rows(resets: Bool[Tensor, "B L"]) -> Rows:
     length = torch.diff(start, append=start.new_full((1,), B * L))
     lengths = sorted({min(s, L) for j in range(L.bit_length() + 1) for s in (2**j, 3 << j)} | {L})
     kind = torch.stack([length > slots for slots in lengths]).sum(0)
-    counts = (kind[:, None] == torch.arange(len(lengths), device=resets.device)).sum(0).tolist()
+    counts = _read((kind[:, None] == torch.arange(len(lengths), device=resets.device)).sum(0))
     source, sizes = [], []
     for which, (slots, rows) in enumerate(zip(lengths, counts, strict=True)):
         if rows:
