@@ -67,3 +67,13 @@ def test_sums_and_steps_are_counted() -> None:
     nodes = 60 // 2 + 1
     assert sums["s4.cauchy"] == H * N // 2 * nodes * 2 * (11 + 8 * 4)
     assert sums["s4.cauchy_backward"] == 2 * sums["s4.cauchy"]
+
+
+def test_states_are_counted() -> None:
+    """Of a chunk 2 T N + 2 N^2, of a position 2 T N; backward some three times as much."""
+    layer, P = S4Layer(H, N, variant="diag"), 5
+    with FlopCounterMode(display=False) as counter:
+        layer.states(torch.randn(B, L, H), torch.zeros(B, P, dtype=torch.long)).sum().backward()
+    found = {str(name): n for name, n in counter.get_flop_counts()["Global"].items()}
+    assert found["s4.states"] % (B * H * 2 * N) == 0
+    assert 2 * found["s4.states"] <= found["s4.states_backward"] <= 4 * found["s4.states"]

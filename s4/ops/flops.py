@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from s4.ops import cauchy, maps, response, scan, step, varying  # noqa: F401 - whose operators they are
+from s4.ops import cauchy, chunks, maps, response, scan, step, varying  # noqa: F401 - whose operators they are
 
 Shape = Sequence[int]
 
@@ -35,6 +35,18 @@ def of_scan(u: Shape, x: Shape, taps: Shape, inward: Shape, *_: Any, **__: Any) 
 def of_scan_backward(grads: Sequence[Shape], inputs: Sequence[Shape], *_: Any, **__: Any) -> int:
     (B, L, H), (T, N) = inputs[0], inputs[3][1:]
     return B * H * _chunks(L, T) * (4 * T * T + 10 * T * N + 6 * N * N)
+
+
+def of_states(u: Shape, x: Shape, inward: Shape, onward: Shape, positions: Shape, *_: Any, **__: Any) -> int:
+    (B, L, H), (T, N), P = u, inward[1:], positions[1]
+    return B * H * (_chunks(L, T) * (2 * T * N + 2 * N * N) + 2 * P * T * N)
+
+
+def of_states_backward(
+    grads: Sequence[Shape], inputs: Sequence[Shape], positions: Shape, *_: Any, **__: Any
+) -> int:
+    (B, L, H), (T, N), P = inputs[0], inputs[2][1:], positions[1]
+    return B * H * (_chunks(L, T) * (6 * T * N + 6 * N * N) + 4 * P * T * N)
 
 
 def _chunks(L: int, T: int) -> int:
@@ -136,6 +148,8 @@ def of_varying_backward(
 
 _FORMULAS: dict[str, Any] = {
     "scan": of_scan,
+    "states": of_states,
+    "states_backward": of_states_backward,
     "scan_backward": of_scan_backward,
     "maps": of_maps,
     "maps_backward": of_maps_backward,
