@@ -17,9 +17,10 @@ ORDER = [
     "s4.sequence", "s4.kernel", "s4.ops", "s4.powers", "s4.system", "s4.options", "s4.hippo",
 ]  # fmt: skip
 # Which import nothing of s4 but each other.
-SERVE_ALL = {"s4.checks", "s4.padding", "s4.precision", "s4.sharded"}
+SERVE_ALL = {"s4.checks", "s4.padding", "s4.precision", "s4.pretrained", "s4.sharded", "s4.version"}
 LEAF = "s4.backends"  # of `ops` and `info`; imports nothing of the rest
 OPTIONAL = {"triton", "pykeops", "keopscore", "cuda", "numpy", "scipy", "lightning", "matplotlib"}
+OPTIONAL |= {"huggingface_hub", "safetensors", "transformers"}
 
 
 @functools.cache
