@@ -36,9 +36,9 @@ def param_groups(
         rates for each, "ssm dt", "ssm A" and "ssm B" in place of "ssm".
 
     Raises:
-        ValueError: a rate below 0, one of another parameter, or one that is left out; or an S4 layer whose SSM
-            parameters are not parameters of the model: after a parametrization (make the groups before it),
-            or in FSDP1 without `use_orig_params=True`.
+        ValueError: a rate below 0, of another parameter, or left out; or an S4 layer whose SSM parameters are
+            not parameters of the model: after a parametrization (make the groups before it), or in FSDP1
+            without `use_orig_params=True`.
     """
     check_module("model", model)
     check_number("lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr, 0)
