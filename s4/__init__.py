@@ -8,8 +8,8 @@ from s4.model import S4Model
 from s4.ops import flops as _flops  # noqa: F401 - tells torch of them
 from s4.optim import param_groups
 from s4.state import State
+from s4.version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "S4Block",
     "S4Layer",

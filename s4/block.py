@@ -1,8 +1,13 @@
 """S4Block: the residual block around an S4 layer."""
 
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from s4 import distributed
 from s4.checks import (
@@ -18,7 +23,8 @@ from s4.checks import (
 from s4.distributed import Piece
 from s4.layer import S4Layer
 from s4.ops import dispatch
-from s4.padding import padding, zero_padding
+from s4.padding import Sequences, padding, through_padded, zero_padding
+from s4.pretrained import Modules, Pretrained, check_known, check_unused
 from s4.sharded import first_state, hooked
 
 _ACTIVATION_OPTIONS: dict[str, type[nn.Module]] = {
@@ -26,25 +32,28 @@ _ACTIVATION_OPTIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
+    "none": nn.Identity,
 }
 _NORM_OPTIONS: dict[str, type[nn.Module]] = {
     "layer": nn.LayerNorm,
     "batch": nn.BatchNorm1d,
     "rms": nn.RMSNorm,
+    "none": nn.Identity,
 }
 
 
-class S4Block(nn.Module):
+class S4Block(Pretrained):
     """x + mix(dropout(activation(S4(x)))), with a norm before S4 or after the sum.
 
     With `d_ff`, x + down(dropout(activation(up(x)))) follows, with a norm of its own in the same place.
 
     Args:
         layer: the S4 layer; its width, device and dtype are the block's.
-        norm: "layer", "batch" (over the batch and time; padding does not count) or "rms".
+        norm: "layer", "batch" (over the batch and time; padding does not count), "rms" or "none".
         prenorm: norm the input of S4 (True), or the sum (False, as in the S4 paper).
-        activation: "gelu", "relu", "silu" or "tanh".
+        activation: "gelu", "relu", "silu", "tanh" or "none".
         dropout: probability of zeroing an activation.
+        residual_dropout: probability of zeroing what is added to x.
         tie_dropout: draw one mask a sequence and channel, the same at every time.
         mixer: what mixes the channels at each time: "glu", a gated linear unit, or "linear".
         d_ff: hidden width of the position-wise feed-forward network that follows; 0 for none.
@@ -61,6 +70,7 @@ class S4Block(nn.Module):
         prenorm: bool = True,
         activation: str = "gelu",
         dropout: float = 0.0,
+        residual_dropout: float = 0.0,
         tie_dropout: bool = False,
         mixer: str = "glu",
         d_ff: int = 0,
@@ -71,9 +81,10 @@ class S4Block(nn.Module):
         check_option("norm", norm, _NORM_OPTIONS)
         check_flag("prenorm", prenorm)
         check_option("activation", activation, _ACTIVATION_OPTIONS)
-        check_number("dropout", dropout, 0)
-        if dropout >= 1:
-            raise ValueError(f"dropout must be below 1, got {dropout}")
+        for name, p in (("dropout", dropout), ("residual_dropout", residual_dropout)):
+            check_number(name, p, 0)
+            if p >= 1:
+                raise ValueError(f"{name} must be below 1, got {p}")
         check_flag("tie_dropout", tie_dropout)
         check_option("mixer", mixer, ("glu", "linear"))
         check_integer("d_ff", d_ff, 0)
@@ -86,7 +97,9 @@ class S4Block(nn.Module):
         self.norm = _NORM_OPTIONS[norm](d_model, device=device, dtype=dtype)
         self.layer = layer
         self.activation = _ACTIVATION_OPTIONS[activation]()
-        self.dropout = nn.Dropout1d(dropout) if tie_dropout else nn.Dropout(dropout)
+        drop = nn.Dropout1d if tie_dropout else nn.Dropout
+        self.dropout = drop(dropout)
+        self.residual_dropout = drop(residual_dropout) if residual_dropout else None
         self.mixer: nn.Module = (
             nn.Sequential(linear(d_model, 2 * d_model), nn.GLU(dim=-1))
             if mixer == "glu"
@@ -104,20 +117,56 @@ class S4Block(nn.Module):
             else None
         )
 
+    def config(self) -> dict[str, Any]:
+        """The options that `S4Block(layer, ...)` makes this block with, and as "layer" those of its layer.
+
+        Raises:
+            ValueError: a part was replaced by one that no option makes.
+        """
+        kinds: tuple[type, ...] = type(self.mixer), *map(type, self.mixer.children())
+        mixers: dict[tuple[type, ...], str] = {
+            (nn.Linear,): "linear",
+            (nn.Sequential, nn.Linear, nn.GLU): "glu",
+        }
+        tie = _option("dropout", self.dropout, {"each": nn.Dropout, "tied": nn.Dropout1d})
+        return {
+            "layer": self.layer.config(),
+            "norm": _option("norm", self.norm, {**_NORM_OPTIONS, "batch": nn.modules.batchnorm._BatchNorm}),
+            "prenorm": self.prenorm,
+            "activation": _option("activation", self.activation, _ACTIVATION_OPTIONS),
+            "dropout": self.dropout.p,
+            "residual_dropout": 0.0 if self.residual_dropout is None else self.residual_dropout.p,
+            "tie_dropout": tie == "tied",
+            "mixer": mixers.get(kinds) or _option("mixer", self.mixer, {}),
+            "d_ff": 0 if self.feed_forward is None else self.feed_forward["up"].out_features,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], modules: Modules | None = None) -> "S4Block":
+        """`S4Block(layer, ...)` of these options; a block takes no modules."""
+        names = list(inspect.signature(S4Block.__init__).parameters)[1:]
+        check_known(config, names, cls.__name__)
+        check_unused(modules, (), cls.__name__)
+        if "layer" not in config:
+            raise ValueError(f"a config of {cls.__name__} needs 'layer', that of its layer")
+        return cls(**{**config, "layer": S4Layer.from_config(config["layer"])})
+
     def forward(
         self,
-        x: Tensor,
+        x: Sequences,
         state: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         rate: float | Tensor = 1.0,
         return_state: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Sequences | tuple[Sequences, Tensor]:
         """Map (B, L, d_model) to the same shape; the arguments are those of `S4Layer.forward`.
 
         Outputs past a sequence's end mean nothing.
         """
+        if isinstance(x, PackedSequence):
+            return through_padded(self, x, state, lengths, resets, rate, return_state)
         check_features("x", x, self.layer.d_model, "batch", "length")
         given = x, state, lengths, resets, rate
         piece = distributed.piece(self, *given, return_state) if distributed.engaged else None
@@ -172,26 +221,34 @@ class S4Block(nn.Module):
         self, x: Tensor, z: Tensor, lengths: Tensor | None, piece: Piece | None = None
     ) -> Tensor:
         """What follows the S4 layer, from the block's input and the layer's output (B, L, d_model)."""
-        x = x + self.mixer(self._activate(z, piece))
+        x = self._add(x, self.mixer(self._activate(z, piece)), piece)
         if not self.prenorm:
             x = normed(self.norm, x, lengths, piece)
         if self.feed_forward is None:
             return x
         norm, up, down = self.feed_forward["norm"], self.feed_forward["up"], self.feed_forward["down"]
-        x = x + down(self._activate(up(normed(norm, x, lengths, piece) if self.prenorm else x), piece))
+        z = down(self._activate(up(normed(norm, x, lengths, piece) if self.prenorm else x), piece))
+        x = self._add(x, z, piece)
         return x if self.prenorm else normed(norm, x, lengths, piece)
 
     def _activate(self, z: Tensor, piece: Piece | None) -> Tensor:
-        z = self.activation(z)
-        if isinstance(self.dropout, nn.Dropout1d):
-            if piece is not None and self.training:
-                return z * piece.shared(self.dropout(z.new_ones(z.shape[0], z.shape[2], 1))).mT
-            return rearrange(self.dropout(rearrange(z, "b l h -> b h l")), "b h l -> b l h")
-        out: Tensor = self.dropout(z)
-        return out
+        return dropped(self.dropout, self.activation(z), piece)
+
+    def _add(self, x: Tensor, z: Tensor, piece: Piece | None) -> Tensor:
+        return x + (z if self.residual_dropout is None else dropped(self.residual_dropout, z, piece))
 
     def _position_wise_parameters(self) -> list[Tensor]:
         return [p for name, p in self.named_parameters() if not name.startswith("layer.")]
+
+
+def dropped(dropout: nn.Module, z: Tensor, piece: Piece | None) -> Tensor:
+    """A dropout of z (B, L, d_model), tied over time or not."""
+    if not isinstance(dropout, nn.Dropout1d):
+        out: Tensor = dropout(z)
+        return out
+    if piece is not None and dropout.training:
+        return z * piece.shared(dropout(z.new_ones(z.shape[0], z.shape[2], 1))).mT
+    return rearrange(dropout(rearrange(z, "b l h -> b h l")), "b h l -> b l h")
 
 
 def normed(norm: nn.Module, x: Tensor, lengths: Tensor | None, piece: Piece | None = None) -> Tensor:
@@ -210,3 +267,11 @@ def normed(norm: nn.Module, x: Tensor, lengths: Tensor | None, piece: Piece | No
         torch._check(inside.shape[0] > 1)
     some = norm(flat.index_select(0, inside)).to(x.dtype)
     return flat.detach().index_copy(0, inside, some).view_as(x)
+
+
+def _option(name: str, part: nn.Module, options: Mapping[str, type[nn.Module]]) -> str:
+    """The option that makes a part of a block."""
+    found = [option for option, kind in options.items() if isinstance(part, kind)]
+    if not found:
+        raise ValueError(f"{name} was replaced by {type(part).__name__}, which no option of S4Block makes")
+    return found[0]

@@ -1,11 +1,12 @@
 """S4Layer: the parameters of one S4 layer, and its convolutional, recurrent and dense views."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from s4 import distributed, hippo, kernel, options
 from s4.checks import (
@@ -21,19 +22,20 @@ from s4.checks import (
 )
 from s4.ops import dispatch, step
 from s4.ops.kept import Kept
-from s4.padding import zero_padding
+from s4.padding import Sequences, through_padded, zero_padding
 from s4.precision import double
+from s4.pretrained import Modules, Pretrained, check_known, check_unused
 from s4.sequence import sequence, states_at
 from s4.sharded import fill, first_state
 from s4.system import DISCRETIZATIONS, dense, discretize, system
 
-# The arguments of a layer. Those that parameters have their shapes and first values from are read-only.
+# The arguments of a layer. Those that parameters are made from are read-only.
 _FIXED = ("d_model", "d_state", "variant", "init", "dt_min", "dt_max", "n_ssm", "bidirectional")
 _OPTIONS = ("discretization", "mode", "backend")
 _MEANINGS = {"dt": "log_dt", "Lambda": "log_A_real and A_imag"}  # what parameters mean, and which
 
 
-class S4Layer(nn.Module):
+class S4Layer(Pretrained):
     """One structured state space layer: H independent systems x' = A x + B u, y = C x + D u over time.
 
     `forward` convolves, `step` recurs, `dense` writes the matrices out; all three are one system with one
@@ -95,16 +97,9 @@ class S4Layer(nn.Module):
     ) -> None:
         super().__init__()
         self._made = False
-        check_integer("d_model", d_model, 1)
-        check_integer("d_state", d_state, 2)
-        check_integer("n_ssm", n_ssm, 1)
-        if d_state % 2:
-            raise ValueError(f"d_state must be even, as modes come in conjugate pairs, got {d_state}")
-        if d_model % n_ssm:
-            raise ValueError(f"n_ssm must divide d_model ({d_model}), got {n_ssm}")
+        options.check_sizes(d_model, d_state, n_ssm)
         init = options.initialisation(variant, init, d_state)
-        check_number("dt_min", dt_min, 0, above=True)
-        check_number(f"dt_max, with dt_min={dt_min},", dt_max, dt_min)
+        options.check_steps(dt_min, dt_max)
         check_flag("bidirectional", bidirectional)
         dtype = options.dtype(dtype)
 
@@ -113,10 +108,8 @@ class S4Layer(nn.Module):
         self.init = init
         self.discretization = options.VARIANTS[variant] if discretization is None else discretization
         self.dt_min, self.dt_max = float(dt_min), float(dt_max)
-        self.n_ssm = n_ssm
-        self.bidirectional = bidirectional
-        self.mode = mode
-        self.backend = backend
+        self.n_ssm, self.bidirectional = n_ssm, bidirectional
+        self.mode, self.backend = mode, backend
         self._kept = Kept()
 
         def empty(*shape: int) -> nn.Parameter:
@@ -155,10 +148,8 @@ class S4Layer(nn.Module):
     def config(self) -> dict[str, Any]:
         """The arguments that `S4Layer(**config)` makes this layer with, but for its numbers and device.
 
-        As JSON and YAML have them: dtype by its name, one's own init as nested lists of [re, im].
-
-        Raises:
-            ValueError: parameters moved to a dtype that no layer is made in.
+        As JSON has them: dtype by its name, one's own init as nested lists of [re, im]. Raises ValueError
+        where parameters were moved to a dtype that no layer is made in.
         """
         config = {name: getattr(self, name) for name in (*_FIXED, *_OPTIONS)}
         if not isinstance(self.init, str):
@@ -166,6 +157,13 @@ class S4Layer(nn.Module):
         dtype = str(self.D.dtype).removeprefix("torch.")
         check_option("dtype", dtype, options.DTYPES, " to make a layer with")
         return {**config, "dtype": dtype}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], modules: Modules | None = None) -> "S4Layer":
+        """`S4Layer(**config)`; a layer takes no modules."""
+        check_known(config, (*_FIXED, *_OPTIONS, "dtype"), cls.__name__)
+        check_unused(modules, (), cls.__name__)
+        return cls(**config)
 
     @property
     def dt(self) -> Tensor:
@@ -216,18 +214,18 @@ class S4Layer(nn.Module):
 
     def forward(
         self,
-        u: Tensor,
+        u: Sequences,
         state: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         rate: float | Tensor = 1.0,
         return_state: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Sequences | tuple[Sequences, Tensor]:
         """Map a batch of sequences to one of the same shape.
 
         Args:
-            u: inputs (B, L, H), floating point, any L from 0.
+            u: inputs (B, L, H), floating point, any L from 0; or a PackedSequence of such, without `lengths`.
             state: (B, H, N) to go on from, as `step` or an earlier `forward` returned it; None is zero.
             lengths: (B,) integers, the lengths of right-padded sequences. What lies past them is ignored,
                 outputs there are zero, and a sequence's state is the one at its own end.
@@ -242,12 +240,14 @@ class S4Layer(nn.Module):
             return_state: also return the state after the last input.
 
         Returns:
-            y (B, L, H) in the dtype of u, or (y, state) with the state (B, H, N), float32 or, where D is,
-            float64.
+            y (B, L, H) in the dtype of u, packed as u is, or (y, state) with the state (B, H, N), float32 or,
+            where D is, float64.
 
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
+        if isinstance(u, PackedSequence):
+            return through_padded(self, u, state, lengths, resets, rate, return_state)
         causal = "state" if state is not None else "return_state" if return_state else ""
         dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, causal)
         given = u, state, lengths, resets, rate

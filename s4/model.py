@@ -1,11 +1,13 @@
 """S4Model: a stack of blocks between an encoder and a decoder, and generation from it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from s4 import distributed
 from s4.block import S4Block, normed
@@ -23,12 +25,13 @@ from s4.checks import (
 )
 from s4.distributed import Piece
 from s4.generation import Sampler, Stop, check_generation, feed_back, greedy
-from s4.padding import zero_padding
+from s4.padding import Sequences, through_padded, zero_padding
+from s4.pretrained import Modules, Pretrained, built, check_known, check_unused, described
 from s4.sharded import hooked
 from s4.state import State
 
 
-class S4Model(nn.Module):
+class S4Model(Pretrained):
     """Encoder, S4 blocks, pooling over time, decoder.
 
     Args:
@@ -79,20 +82,55 @@ class S4Model(nn.Module):
         self.decoder = decoder
         self.pooling = pooling
 
+    def config(self) -> dict[str, Any]:
+        """What the model is made of: "encoder", "blocks", "decoder", "norm" and "pooling".
+
+        Blocks by their options; torch's Linear, Embedding, norms, activations, Dropout, Identity and a
+        Sequential of such by their arguments; any other module by the name of its class alone.
+
+        Raises:
+            ValueError: a block of which a part was replaced.
+        """
+        return {
+            "encoder": described(self.encoder),
+            "blocks": [block.config() for block in self.blocks],
+            "decoder": described(self.decoder),
+            "norm": described(self.norm),
+            "pooling": self.pooling,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], modules: Modules | None = None) -> "S4Model":
+        """A new model that `config()` describes.
+
+        Args:
+            config: as `config()` returns it, or JSON of that.
+            modules: "encoder", "norm" or "decoder" in place of what the config says, needed where that is the
+                name of a class alone; in a Sequential "encoder.0", and so on.
+
+        Raises:
+            ValueError, TypeError: a module that has to be given, or an option that does not exist.
+        """
+        check_known(config, ("encoder", "blocks", "decoder", "norm", "pooling"), cls.__name__)
+        check_unused(modules, ("encoder", "norm", "decoder"), cls.__name__)
+        parts = {name: built(config.get(name), name, modules) for name in ("encoder", "decoder", "norm")}
+        blocks = [S4Block.from_config(each) for each in config.get("blocks", ())]
+        return cls(blocks=blocks, pooling=config.get("pooling", "none"), **parts)  # type: ignore[arg-type]
+
     def forward(
         self,
-        u: Tensor,
+        u: Sequences,
         state: State | None = None,
         *,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         rate: float | Tensor = 1.0,
         return_state: bool = False,
-    ) -> Tensor | tuple[Tensor, State]:
+    ) -> Sequences | tuple[Sequences, State]:
         """Outputs for a batch of sequences.
 
         Args:
-            u: inputs (B, L, ...) as the encoder takes them.
+            u: inputs (B, L, ...) as the encoder takes them, or a PackedSequence of such, without `lengths`.
             state: to go on from, as `step` or an earlier `forward` returned it; None is the initial state.
             lengths: (B,) integers, the lengths of right-padded sequences; what lies past them is ignored and
                 outputs there are zero.
@@ -102,11 +140,13 @@ class S4Model(nn.Module):
             return_state: also return the state after the last input.
 
         Returns:
-            outputs (B, L, ...) without pooling, else (B, ...); or (outputs, state).
+            outputs (B, L, ...) without pooling, packed as u is, else (B, ...); or (outputs, state).
 
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
+        if isinstance(u, PackedSequence):
+            return through_padded(self, u, state, lengths, resets, rate, return_state)
         if not isinstance(u, Tensor) or u.dim() < 2:
             raise ValueError(f"u must be a tensor of shape (batch, length, ...), got {kind_of(u)}")
         given = u, state, lengths, resets, rate

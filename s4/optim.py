@@ -1,6 +1,7 @@
 """Optimizer groups that train the SSM parameters as the S4 papers do."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,10 @@ _UNDECAYED_MODULES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchno
 
 
 def param_groups(
-    model: nn.Module, lr: float | Tensor, weight_decay: float = 0.05, ssm_lr: float = 1e-3
+    model: nn.Module,
+    lr: float | Tensor,
+    weight_decay: float = 0.05,
+    ssm_lr: float | Mapping[str, float | None] = 1e-3,
 ) -> list[dict[str, Any]]:
     """Parameter groups for a torch optimizer, such as AdamW (S4 appendix D.2).
 
@@ -24,42 +28,62 @@ def param_groups(
         model: any module, with S4 layers anywhere in it.
         lr: learning rate; of a tensor with one number each group gets a copy.
         weight_decay: of what decays; the papers' 0.05.
-        ssm_lr: largest learning rate of dt, A and B; the papers' 0.001.
+        ssm_lr: largest learning rate of dt, A and B; the papers' 0.001. Or one for each, as
+            `{"dt": None, "A": 1e-3, "B": 0}`: None is lr, and 0 leaves the parameter as it is.
 
     Returns:
-        up to three groups, named "ssm", "no_decay" and "decay", with every parameter in exactly one.
+        up to three groups, named "ssm", "no_decay" and "decay", with every parameter in exactly one; with
+        rates for each, "ssm dt", "ssm A" and "ssm B" in place of "ssm".
 
     Raises:
-        ValueError: a rate below 0, or an S4 layer whose SSM parameters are not parameters of the model: after
-            a parametrization (make the groups before it), or in FSDP1 without `use_orig_params=True`.
+        ValueError: a rate below 0, of another parameter, or left out; or an S4 layer whose SSM parameters are
+            not parameters of the model: after a parametrization (make the groups before it), or in FSDP1
+            without `use_orig_params=True`.
     """
     check_module("model", model)
     check_number("lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr, 0)
     check_number("weight_decay", weight_decay, 0)
-    check_number("ssm_lr", ssm_lr, 0)
+    most = _most(ssm_lr)
     own = {id(p) for p in model.parameters()}
-    ssm, plain = set(), set()
+    ssm: dict[int, str] = {}
+    plain = set()
     for path, module in model.named_modules():
         plain |= {id(p) for name, p in module.named_parameters(recurse=False) if "bias" in name}
         if isinstance(module, _UNDECAYED_MODULES):
             plain |= {id(p) for p in module.parameters(recurse=False)}
         elif isinstance(module, S4Layer):
-            ssm |= {id(p) for p in module.ssm_parameters()}
+            dt, *A, B = module.ssm_parameters()
+            for part, parameters in (("ssm dt", [dt]), ("ssm A", A), ("ssm B", [B])):
+                ssm |= {id(p): part if part in most else "ssm" for p in parameters}
             plain.add(id(module.D))
-            if not ssm <= own:
+            if not ssm.keys() <= own:
                 raise ValueError(
                     f"the SSM parameters of {path or 'the model'} are not parameters of the model: "
                     "call param_groups before parametrizing it; FSDP1 needs use_orig_params=True"
                 )
-    members: dict[str, list[nn.Parameter]] = {"ssm": [], "no_decay": [], "decay": []}
+    rates = {**{name: (rate, 0.0) for name, rate in most.items()}, "no_decay": (math.inf, 0.0)}
+    rates["decay"] = (math.inf, weight_decay)
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     for p in model.parameters():
-        members["ssm" if id(p) in ssm else "no_decay" if id(p) in plain else "decay"].append(p)
-    rates = {"ssm": (ssm_lr, 0.0), "no_decay": (math.inf, 0.0), "decay": (math.inf, weight_decay)}
+        members[ssm.get(id(p)) or ("no_decay" if id(p) in plain else "decay")].append(p)
     return [
         {"params": params, "lr": _at_most(lr, rates[name][0]), "weight_decay": rates[name][1], "name": name}
         for name, params in members.items()
         if params
     ]
+
+
+def _most(ssm_lr: Any) -> dict[str, float]:
+    """The largest rate of each group of SSM parameters."""
+    if not isinstance(ssm_lr, Mapping):
+        check_number("ssm_lr", ssm_lr, 0)
+        return {"ssm": ssm_lr}
+    if set(ssm_lr) != {"dt", "A", "B"}:
+        raise ValueError(f"ssm_lr must be a number, or have 'dt', 'A' and 'B', got {list(ssm_lr)}")
+    for name, rate in ssm_lr.items():
+        if rate is not None:
+            check_number(f"ssm_lr[{name!r}]", rate, 0)
+    return {f"ssm {name}": math.inf if ssm_lr[name] is None else ssm_lr[name] for name in ("dt", "A", "B")}
 
 
 def _at_most(lr: float | Tensor, most: float) -> float | Tensor:

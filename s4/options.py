@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from s4 import hippo
-from s4.checks import check_option, unread
+from s4.checks import check_integer, check_number, check_option, unread
 
 VARIANTS = {"dplr": "bilinear", "diag": "zoh"}  # and the discretisation of each, unless told
 MODES = ("auto", "fft", "scan")
@@ -23,6 +23,23 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTED}
 _MIN_DECAY = 1e-4
 _LARGEST = torch.finfo(torch.float16).max  # 65504
 _PAPERS = {"s4": "dplr", "s4d": "diag"}  # names that the papers give the variants
+
+
+def check_sizes(d_model: Any, d_state: Any, n_ssm: Any) -> None:
+    """Numbers of channels, states and systems that go with each other."""
+    check_integer("d_model", d_model, 1)
+    check_integer("d_state", d_state, 2)
+    check_integer("n_ssm", n_ssm, 1)
+    if d_state % 2:
+        raise ValueError(f"d_state must be even, as modes come in conjugate pairs, got {d_state}")
+    if d_model % n_ssm:
+        raise ValueError(f"n_ssm must divide d_model ({d_model}), got {n_ssm}")
+
+
+def check_steps(dt_min: Any, dt_max: Any) -> None:
+    """A range of step sizes."""
+    check_number("dt_min", dt_min, 0, above=True)
+    check_number(f"dt_max, with dt_min={dt_min},", dt_max, dt_min)
 
 
 def initialisation(variant: Any, init: Any, d_state: int) -> str | tuple[Tensor, ...]:

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from s4.checks import check_integer, check_integers, check_lengths, check_tensor, unread
+
+Sequences = Tensor | PackedSequence  # what layers, blocks and models take
 
 
 class Packed(NamedTuple):
@@ -184,6 +187,34 @@ def left_padding(lengths: Tensor, L: int) -> Tensor:
     check_integers("lengths", lengths, "batch")
     lengths = check_lengths(lengths, len(lengths), L, lengths)
     return torch.arange(L, device=lengths.device) == L - lengths[:, None]
+
+
+def through_padded(
+    module: nn.Module,
+    packed: PackedSequence,
+    state: Any,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    rate: float | Tensor,
+    return_state: bool,
+) -> Any:
+    """What a layer, block or model makes of a PackedSequence of torch.nn.utils.rnn: outputs packed alike.
+
+    Rows of the state, of resets and of rate are in the order that the sequences were packed from, as those of
+    `h_0` of nn.GRU are. What a model pools is a plain tensor.
+    """
+    if lengths is not None:
+        raise ValueError("lengths must be left out with a PackedSequence, which has its own")
+    u, own = pad_packed_sequence(packed, batch_first=True)
+    own = own.to(u.device)
+    out = module(u, state, lengths=own, resets=resets, rate=rate, return_state=return_state)
+    y, *after = out if return_state else (out,)
+    if getattr(module, "pooling", "none") == "none":
+        order = packed.sorted_indices
+        rows, own = (y, own) if order is None else (y[order], own[order])
+        again = pack_padded_sequence(rows, own.cpu(), batch_first=True)
+        y = PackedSequence(again.data, packed.batch_sizes, order, packed.unsorted_indices)
+    return (y, *after) if after else y
 
 
 def padding(lengths: Tensor, L: int) -> Tensor:
