@@ -55,9 +55,9 @@ def block(
     """The residual block of a state dict of the original repository, github.com/state-spaces/s4.
 
     Of its `SequenceResidualBlock` around an S4 layer, or of a layer and its norm of example.py
-    ("s4_layers.0...", "norms.0..."), the whole block. The original's own `S4Block`, and its minimal `S4D`, have
-    neither norm nor residual: of such a dict a block with norm="none", whose output is x plus theirs.
-    Outputs are (B, L, d_model), whatever `transposed` was.
+    ("s4_layers.0...", "norms.0..."), the whole block. The original's own `S4Block`, and its minimal `S4D`,
+    have neither norm nor residual: of such a dict a block with norm="none", whose output is x plus theirs.
+    Sequences are (B, L, d_model), whatever `transposed` was.
 
     A dict does not tell what has no parameters. What can be converted are the arguments. The following has no
     counterpart, and gives other outputs without an error: a `final_act` other than "glu" and "id", a
@@ -85,10 +85,24 @@ def block(
     options.check()
     style = Style(prenorm, activation, dropout, tie_dropout)
     entries = Entries(state_dict)
+    check_one_way(entries)
     site = only(entries, "block")
     made = read_block(entries, site, place(entries, site), style, options)
     entries.check_known()
     return made
+
+
+def check_one_way(entries: Entries) -> None:
+    """That there is no block with two layers side by side.
+
+    Raises:
+        ValueError: there is.
+    """
+    if two := [key for key in entries if "reverse_layer." in key]:
+        raise ValueError(
+            f"{two[0]} is of a block of two layers, bidirectional=True of the original's SequenceModel: "
+            "there is no counterpart. s4.convert.layer converts each of the two"
+        )
 
 
 def place(entries: Entries, site: Site) -> Place:
@@ -102,8 +116,9 @@ def place(entries: Entries, site: Site) -> Place:
     found = [name for name in entries.under(inner) if name.startswith("output_linear.")]
     if site.alone or not found or (nested and inner == site.layer):
         raise ValueError(
-            f"there is no output_linear beside the S4 layer at {site.layer or 'the top'!r}: this is the dict of a "
-            "layer, which s4.convert.layer converts, or of an S4Block with final_act=None, which has no counterpart"
+            f"there is no output_linear beside the S4 layer at {site.layer or 'the top'!r}: this is the dict "
+            "of a layer, which s4.convert.layer converts, or of an S4Block with final_act=None, which has no "
+            "counterpart"
         )
     for gate in _GATES:
         if any(name.startswith(f"{gate}.") for name in entries.under(inner)):
@@ -111,8 +126,9 @@ def place(entries: Entries, site: Site) -> Place:
                 f"{inner}{gate} is of an S4Block with `gate` or `bottleneck`: there is no counterpart. "
                 "s4.convert.layer converts the S4 layer in it"
             )
-    if listed := re.fullmatch(r"(.*?)s4_layers\.(\d+)\.", inner):
-        return Place(inner, f"{listed[1]}norms.{listed[2]}.", True, False)
+    listed = re.fullmatch(r"(|.*\.)s4_layers\.(\d+)\.", inner)  # of example.py
+    if listed and entries.under(norm := f"{listed[1]}norms.{listed[2]}."):
+        return Place(inner, norm, True, False)
     if _ends(inner, "layer"):  # of a SequenceResidualBlock, whose norm may be none
         outer = inner.removesuffix("layer.")
         norms = [outer + name for name in ("norm.norm.", "norm.") if entries.under(outer + name)]
@@ -120,8 +136,10 @@ def place(entries: Entries, site: Site) -> Place:
     return Place(inner, None, False, True)
 
 
-def read_block(entries: Entries, site: Site, at: Place, style: Style, options: Options, ff: str = "") -> S4Block:
-    """A block from its place in a state dict, with a feed-forward network if `ff` is the prefix of its block."""
+def read_block(
+    entries: Entries, site: Site, at: Place, style: Style, options: Options, ff: str = ""
+) -> S4Block:
+    """A block from its place in a state dict; `ff` is the prefix of a feed-forward block that joins it."""
     layer = read_layer(entries, site, options)
     H = layer.d_model
     weights, glu = _mixer(entries, at.inner, H)
@@ -167,7 +185,9 @@ def linear_weight(entries: Entries, prefix: str, became: str, *shapes: tuple[int
     both = [*shapes, *[(*shape, 1) for shape in shapes]]
     if f"{prefix}weight_g" in entries:
         v = entries.take(f"{prefix}weight_v", f"{became}, its weight norm multiplied out", *both).flatten(1)
-        g = entries.take(f"{prefix}weight_g", f"{became}, its weight norm multiplied out", (len(v), 1), (len(v), 1, 1))
+        g = entries.take(
+            f"{prefix}weight_g", f"{became}, its weight norm multiplied out", (len(v), 1), (len(v), 1, 1)
+        )
         return v * (g.flatten(1) / v.norm(dim=1, keepdim=True))
     return entries.take(f"{prefix}weight", became, *both).flatten(1)
 
@@ -179,15 +199,17 @@ def norm_of(entries: Entries, prefix: str | None, H: int) -> tuple[str, dict[str
     names = set(entries.under(prefix))
     if names == {"m", "s"}:
         raise ValueError(
-            f"{prefix}m and {prefix}s are of the original's TransposedLN, a layer norm with one shift before it is "
-            "scaled, which transposed=True made: there is no counterpart"
+            f"{prefix}m and {prefix}s are of the original's TransposedLN, the layer norm of transposed=True, "
+            "which shifts before it scales: there is no counterpart"
         )
-    wanted = {"weight": (H,), "bias": (H,)}
+    wanted: dict[str, tuple[int, ...]] = {"weight": (H,), "bias": (H,)}
     batch = "running_mean" in names
     if batch:
         wanted |= {"running_mean": (H,), "running_var": (H,), "num_batches_tracked": ()}
     kind = "batch" if batch else "layer"
-    return kind, {name: entries.take(prefix + name, f"a {kind} norm", shape) for name, shape in wanted.items()}
+    return kind, {
+        name: entries.take(prefix + name, f"a {kind} norm", shape) for name, shape in wanted.items()
+    }
 
 
 def _feed_forward(entries: Entries, outer: str, H: int, kind: str) -> dict[str, Tensor]:
@@ -210,5 +232,3 @@ def _feed_forward(entries: Entries, outer: str, H: int, kind: str) -> dict[str, 
 
 def _ends(prefix: str, name: str) -> bool:
     return prefix == f"{name}." or prefix.endswith(f".{name}.")
-
-

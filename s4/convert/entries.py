@@ -102,5 +102,3 @@ def some(keys: Iterable[str]) -> str:
     """Up to eight names in a message."""
     keys = list(keys)
     return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "") or "no keys"
-
-

@@ -20,8 +20,8 @@ class Options(NamedTuple):
         """Whether the original has them, and they a counterpart."""
         if self.discretization == "dss":
             raise ValueError(
-                "discretization='dss' has no counterpart: its kernel is divided by a sum over its own length, so "
-                "no recurrence has it"
+                "discretization='dss' has no counterpart: its kernel is divided by a sum over its own "
+                "length, so no recurrence has it"
             )
         if self.discretization is not None:
             check_option("discretization", self.discretization, ("zoh", "bilinear"))
@@ -97,11 +97,14 @@ class Site(NamedTuple):
         for name in Options._fields:
             value, default = getattr(options, name), Options._field_defaults[name]
             if value != default and name not in self.kind.options and not self._redundant(name, value):
-                raise ValueError(f"{what}, which has no option {name}: leave it at {default!r}, got {value!r}")
+                raise ValueError(
+                    f"{what}, which has no option {name}: leave it at {default!r}, got {value!r}"
+                )
         given = options.discretization
         if self.dplr and given not in (None, "bilinear"):
             raise ValueError(
-                f"discretization must be None or 'bilinear', as {self.kernel}P makes this a DPLR layer, got {given!r}"
+                f"discretization must be None or 'bilinear', as {self.kernel}P makes this a DPLR layer, "
+                f"got {given!r}"
             )
         return options._replace(discretization="bilinear" if self.dplr else given or self.kind.discretization)
 
@@ -119,8 +122,9 @@ def sites(entries: Entries) -> list[Site]:
     prefixes = dict.fromkeys(key[: len(key) - len(_last(key))] for key in entries if _last(key) in marks)
     if not prefixes:
         raise ValueError(
-            "no S4 layer found: no key ends in inv_dt or A_real, as version 4 of the original has them, in log_dt "
-            f"or inv_w_real, as version 3, or in log_A_real, as its minimal S4D. There are {some(entries)}"
+            "no S4 layer of the original found: no key ends in inv_dt or A_real, as in its version 4, in "
+            f"log_dt or inv_w_real, as in version 3, or in log_A_real, as in its minimal S4D. There are "
+            f"{some(entries)}"
         )
     return [_site(entries, prefix) for prefix in prefixes]
 
@@ -135,14 +139,14 @@ def _site(entries: Entries, prefix: str) -> Site:
         )
     if {"w", "Q"} & names or ("log_w_real" in names and "L" not in names):
         raise ValueError(
-            f"{where} has names of version 2 or older, {some(sorted(names))}: it does not tell the length that its "
-            "C was made for. Load it with that version and save it under version 3 or 4"
+            f"{where} has names of version 2 or older, {some(sorted(names))}: it does not tell the length "
+            "that its C was made for, and its A may be of another form. There is no conversion"
         )
     kind = next((kind for kind in KINDS if kind.mark in names), None)
     if kind is None:
         raise ValueError(
-            f"{where} has {some(sorted(names))}, but no real parts of A, {', '.join(k.mark for k in KINDS)}: an "
-            "incomplete state dict, or a kernel of a kind that has no counterpart"
+            f"{where} has {some(sorted(names))}, but no real parts of A (one of "
+            f"{', '.join(k.mark for k in KINDS)}): the state dict is not complete, or there is no counterpart"
         )
     layer, nested = prefix, 0
     while nested < kind.nested and (layer == "kernel." or layer.endswith(".kernel.")):

@@ -26,35 +26,35 @@ def layer(
 ) -> S4Layer:
     """The S4 layer of a state dict of the original repository, github.com/state-spaces/s4.
 
-    The dict of its `FFTConv`, `S4Block`, `SSMKernelDPLR` or `SSMKernelDiag`, of the minimal `S4D`, or of
-    anything with one of these in it, under any prefix; names of version 4 or 3. The result is the linear part,
-    from which the original goes on with an activation: the same kernel, output, and state (real, then
-    imaginary parts). A kernel's dict has no D: it is 0. What it trains is converted exactly and rounded once,
-    to the dtype of the dict.
+    Of the dict of its `FFTConv`, `S4Block`, `SSMKernelDPLR` or `SSMKernelDiag`, of its minimal `S4D`, or of
+    anything with one of these in it, under any prefix, by the names of version 4 or 3. The layer is the
+    linear part, behind which the original has an activation: the same kernel, outputs and state (real, then
+    imaginary parts). A kernel's dict has no D, so it is 0. All is converted in float64 and rounded once.
 
-    Equal outputs are for sequences up to `l_max`, at which the original cuts its kernel. Its `rate` other than
-    1 is approximate for DPLR. Where `n_ssm` is neither 1 nor d_model, each channel gets an A and B of its own,
-    as ours share them in another order. With `dt_tie=False` the mean log step of a channel becomes its dt, the
-    rest goes into A and B; for DPLR the original's state is ours times the root of dt / `layer.dt`, by mode.
+    Outputs are the same for sequences up to `l_max`, where the original cuts its kernel; at a `rate` other
+    than 1 its DPLR kernel is approximate. Where `n_ssm` is neither 1 nor d_model, each channel gets its own A
+    and B, as channels share them in another order here. With `dt_tie=False` the mean of a channel's log steps
+    becomes its dt, what is left goes into A and B, and in DPLR also into P, C and the state.
 
-    A dict does not tell the following. The first four are arguments, with the defaults of the original's
-    classes, but the configurations of its train.py have dt_transform="softplus". `dt_fast`: replace inv_dt by
-    its sinh. `bandlimit`: zero C where dt |Im A| / 2 pi reaches half of it. `drop_kernel` has no counterpart.
+    A dict does not tell all. Arguments have the defaults of the original's classes, but mind that the
+    configurations of its train.py have dt_transform="softplus". What is no argument: for `dt_fast` give sinh
+    of inv_dt; for `bandlimit` zero C where dt |Im A| / (2 pi) is not below half of it; `drop_kernel` has no
+    counterpart.
 
     Args:
         state_dict: tensors by name; a checkpoint's "state_dict" or "model" is found.
-        discretization: `disc` of a diagonal kernel, "zoh" or "bilinear"; None is its default, "zoh", in version
-            3 "bilinear". DPLR is always bilinear.
+        discretization: `disc` of a diagonal kernel, "zoh" or "bilinear"; None is the default, "zoh", but in
+            version 3 "bilinear". DPLR is always bilinear.
         dt_transform, real_transform, imag_transform: what maps its parameters to dt and to the parts of -A:
-            "none", "exp", "relu", "sigmoid" or "softplus". Version 3 had but the second, S4D none of them.
+            "none", "exp", "relu", "sigmoid" or "softplus". Version 3 has the second alone, `S4D` none.
 
     Returns:
-        the layer, with parameters of the dict's dtype on its device. Of `layer.config()`, `init`, `dt_min` and
-        `dt_max` are not the original's, but what such shapes are made with.
+        the layer, with parameters of the dict's dtype on its device. Its `init`, `dt_min` and `dt_max` are
+        not the original's: any that have such shapes.
 
     Raises:
-        ValueError, TypeError: no layer, several, or one with no counterpart; keys that are missing or unknown;
-            the message says which and what to do.
+        ValueError, TypeError: no layer, several, or one with no counterpart; keys that are missing or
+            unknown; the message says which and what to do.
     """
     options = Options(discretization, dt_transform, real_transform, imag_transform)
     options.check()
@@ -70,13 +70,20 @@ def only(entries: Entries, name: str) -> Site:
     """
     found = sites(entries)
     if len(found) > 1:
-        places = [site.layer or "the top" for site in found]
+        places = [site.layer if name == "layer" else _outer(site.layer) for site in found]
         raise ValueError(
-            f"the state dict has {len(found)} S4 layers, at {some(places)}: s4.convert.model converts the whole, "
-            f"and s4.convert.{name} one of them, given {{k: v for k, v in state_dict.items() if "
+            f"the state dict has {len(found)} S4 layers, at {some(places)}: s4.convert.model converts a "
+            f"whole model, and s4.convert.{name} one of them, of {{k: v for k, v in state_dict.items() if "
             f"k.startswith({places[0]!r})}}"
         )
     return found[0]
+
+
+def _outer(prefix: str) -> str:
+    """That of the block, with its norm if there is one."""
+    while prefix == "layer." or prefix.endswith(".layer."):
+        prefix = prefix.removesuffix("layer.")
+    return prefix
 
 
 def read_layer(entries: Entries, site: Site, options: Options) -> S4Layer:
@@ -138,7 +145,9 @@ def _parameters(
     if site.real:
         found |= {"A_imag": torch.zeros(S, n), "B": _paired(B), "C": _paired(C)}
     else:
-        found["A_imag"] = kind.sign * positive(take(kind.imag, "A_imag", (S, n)), options.imag_transform, 1e-4)
+        found["A_imag"] = kind.sign * positive(
+            take(kind.imag, "A_imag", (S, n)), options.imag_transform, 1e-4
+        )
     if site.dplr:
         found["P"] = take("P", "P", (-1, S, n, 2))
     for name in kind.dead:
@@ -163,8 +172,8 @@ def _D(entries: Entries, site: Site, C: Tensor) -> Tensor:
     channels = 1 if D.dim() == 1 else len(D)
     if channels > 1:
         raise ValueError(
-            f"{site.layer}D has {channels} rows: {channels} outputs for each channel, of channels={channels} or "
-            "a gated activation ('glu', hyper_act) inside the layer. An S4Layer has one; there is no counterpart"
+            f"{site.layer}D has {channels} rows: {channels} outputs of each channel, by channels={channels} "
+            "or by a gated activation ('glu', hyper_act) inside the layer. There is no counterpart"
         )
     if rows > 2:
         raise ValueError(f"{site.kernel}C must have a row, or two if bidirectional, got {tuple(C.shape)}")
@@ -174,9 +183,9 @@ def _D(entries: Entries, site: Site, C: Tensor) -> Tensor:
 def _by_channel(found: dict[str, Tensor], log_dt: Tensor) -> dict[str, Tensor]:
     """With rows in our order, and one dt for each channel.
 
-    Channel h of the original has system h mod S, ours h // (H / S): the same for S = 1 and S = H. Steps dt_n of
-    each mode are the system diag(dt_n / dt) A with a step dt. Diagonal: Lambda and B times r = dt_n / dt. DPLR:
-    for its state over sqrt(r), diag(r Lambda) - P' P'* with P' = sqrt(r) P, B' = sqrt(r) B, C' = sqrt(r) C.
+    Channel h of the original has system h mod S, ours h // (H / S): the same if S is 1 or H. A step dt_n for
+    each mode is one step dt of the system diag(r) A, diag(r) B with r = dt_n / dt. In DPLR, for the state
+    over sqrt(r), that is diag(r Lambda) - P' P'*, with P' = sqrt(r) P, B' = sqrt(r) B and C' = sqrt(r) C.
     """
     H, S = len(log_dt), len(found["B"])
     tied = log_dt.shape[1] == 1
@@ -210,9 +219,7 @@ def _length(entries: Entries, site: Site) -> int:
 def _true_C(parameters: Mapping[str, Tensor], length: int, discretization: str) -> Tensor:
     """C of the system, from the C (I - Abar^length) that the original trains for its kernel's FFT."""
     p = parameters
-    systems = system(
-        p["log_dt"], p["log_A_real"], p["A_imag"], p["B"], p["C"], p["P"], 1.0, discretization
-    )
+    systems = system(p["log_dt"], p["log_A_real"], p["A_imag"], p["B"], p["C"], p["P"], 1.0, discretization)
     n = p["C"].shape[2]
     parts = []
     for rows in torch.arange(len(p["log_dt"])).split(max(1, _AT_ONCE // (4 * n * n))):
@@ -232,7 +239,7 @@ def positive(p: Tensor, transform: str, relu: float) -> Tensor:
         return p
     if transform == "relu":
         return F.relu(p) + relu
-    return {"exp": torch.exp, "sigmoid": torch.sigmoid, "softplus": F.softplus}[transform](p)
+    return F.softplus(p) if transform == "softplus" else getattr(torch, transform)(p)
 
 
 def log_positive(key: str, p: Tensor, transform: str, relu: float) -> Tensor:
@@ -248,8 +255,8 @@ def log_positive(key: str, p: Tensor, transform: str, relu: float) -> Tensor:
     value = positive(p, transform, relu)
     if not bool((value > 0).all()):
         raise ValueError(
-            f"{key} under the transform {transform!r} comes to {value.min():.3g}, but steps are above 0, and so "
-            "are the decays of a stable system: was it trained with another transform?"
+            f"{key} comes to {value.min():.3g} under the transform {transform!r}, but steps, and the decays "
+            "of a stable system, are above 0: was it trained with another transform?"
         )
     return torch.log(value)
 
