@@ -84,7 +84,7 @@ def block(
     options = Options(discretization, dt_transform, real_transform, imag_transform)
     options.check()
     style = Style(prenorm, activation, dropout, tie_dropout)
-    entries = Entries(state_dict)
+    entries = Entries.of(state_dict)
     check_one_way(entries)
     site = only(entries, "block")
     made = read_block(entries, site, place(entries, site), style, options)

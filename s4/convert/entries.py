@@ -9,7 +9,7 @@ from torch import Tensor, nn
 _WRAPPED = ("state_dict", "model", "model_state_dict")  # Lightning, the original's example.py, many others
 
 
-class Entries:
+class Entries(Mapping[str, Tensor]):
     """The tensors of a state dict.
 
     Attributes:
@@ -39,8 +39,16 @@ class Entries:
         self._tensors: Mapping[str, Tensor] = state_dict
         self.became: dict[str, str] = {}
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._tensors
+    @classmethod
+    def of(cls, state_dict: Any) -> "Entries":
+        """Of a state dict; `Entries` as they are, for one who wants to know what became of the keys."""
+        return state_dict if isinstance(state_dict, Entries) else cls(state_dict)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -58,7 +58,7 @@ def layer(
     """
     options = Options(discretization, dt_transform, real_transform, imag_transform)
     options.check()
-    entries = Entries(state_dict)
+    entries = Entries.of(state_dict)
     return read_layer(entries, only(entries, "layer"), options)
 
 

@@ -60,7 +60,7 @@ def model(
     options.check()
     if pooling is not None:
         check_option("pooling", pooling, ("none", "mean", "last"))
-    entries = Entries(state_dict)
+    entries = Entries.of(state_dict)
     check_one_way(entries)
     found = {site: place(entries, site).inner for site in sites(entries)}
     example = _numbered(found, "s4_layers", "")
@@ -74,6 +74,18 @@ def model(
         raise ValueError(f"no model found around the S4 layers at {some(found.values())}. {_FORMS}")
     entries.check_known()
     return made
+
+
+def form(entries: Entries) -> str:
+    """Whether a state dict is of a "model", a "block" or a "layer", by what is around its S4 layers."""
+    found = sites(entries)
+    if len(found) > 1 or any(name.startswith(("encoder.", "decoder.")) for name in entries):
+        return "model"
+    try:
+        place(entries, found[0])
+    except ValueError:
+        return "layer"
+    return "block"
 
 
 def _numbered(found: Mapping[Site, str], name: str, inner: str) -> tuple[str, dict[int, Site]] | None:
