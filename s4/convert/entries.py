@@ -1,6 +1,7 @@
 """A state dict while it is converted: its tensors by key, and what became of each."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -98,6 +99,13 @@ class Entries(Mapping[str, Tensor]):
         """The keys in the same place, or all."""
         prefix = key.rpartition(".")[0]
         return [each for each in self._tensors if each.rpartition(".")[0] == prefix] or list(self._tensors)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Modules are made on the CPU, whatever the default is, and draw none of the user's random numbers."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        yield
 
 
 def _fits(shape: torch.Size, wanted: tuple[int, ...]) -> bool:
