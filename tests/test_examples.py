@@ -18,10 +18,13 @@ from data.base import Batch, Spec
 from example_files import TINY, WRITERS, fails, step_losses, write_parquet
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
+from processes import printed, process
 from trainer import runs
 from trainer.checkpoints import CONTENT, CheckpointError, load_checkpoint
 from trainer.progress import LineProgress
 from trainer.task import SequenceTask
+
+from s4 import S4Model
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),
@@ -63,11 +66,36 @@ def test_recipe_trains_resumes_and_tests(
     assert {"last.ckpt", "config.yaml", "metrics.csv", "results.json", "model.safetensors"} <= kept
     assert all(torch.isfinite(parameter).all() for parameter in cli.model.parameters())
 
+    if (folder / "config.json").is_file():
+        adaptive = cli.model.adaptive
+        model = S4Model.from_pretrained(folder, modules={"encoder": adaptive} if adaptive else None)
+        assert all(
+            torch.equal(p, cli.model.model.state_dict()[name]) for name, p in model.state_dict().items()
+        )
+    else:
+        assert cli.model.compare is not None
+
     train.run([recipe, *options, *limits, "--ckpt_path", "stopped/last.ckpt"])
     assert {step: loss for step, loss in step_losses(tmp_path / "stopped").items() if step} == {
         step: loss for step, loss in losses.items() if step
     }
     train.run(["test", recipe, *options])
+
+
+def test_a_run_is_a_model_without_the_examples(tmp_path: Path) -> None:
+    """In a process that has no module of them: the logits that the trained model gives here."""
+    cli = train.run(["digits", *TINY, "--trainer.max_steps", "3"])
+    u = torch.rand(5, 64, 1)
+    torch.save(u, tmp_path / "u.pt")
+    program = """
+import sys, torch, s4
+model = s4.S4Model.from_pretrained("runs/digits")
+assert not {"trainer", "data", "lightning"} & set(sys.modules)
+torch.save(model(torch.load("u.pt")).detach(), "y.pt")
+"""
+    printed(process(program))
+    model = cli.model.model.cpu().eval()
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), model(u).detach(), rtol=1e-6, atol=1e-6)
 
 
 def test_recipes_have_the_values_of_the_paper() -> None:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ import torch
 from data.base import Batch, Spec
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanMetric, Metric, R2Score
 from torchmetrics.classification import MulticlassAccuracy
@@ -281,6 +283,17 @@ class SequenceTask(pl.LightningModule):
         # Not asked for at step 0: it would open the data before Lightning has restored its place in it.
         total = self.trainer.estimated_stepping_batches
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the model so that `s4.S4Model.from_pretrained(folder)` reads it, with none of this code.
+
+        What is no S4Model by itself, an LSTM and a model of pairs, is written as its weights alone.
+        """
+        if isinstance(self.model, S4Model) and self.compare is None:
+            self.model.save_pretrained(folder)
+            return
+        weights = {name: weight.contiguous() for name, weight in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
     def _loss(self, y: Tensor, targets: Tensor) -> Tensor:
         if self.adaptive is not None:
