@@ -102,10 +102,28 @@ def test_recipes_have_the_values_of_the_paper() -> None:
     recipe = yaml.safe_load((train.RECIPES / "scifar.yaml").read_text())
     model = recipe["model"]
     assert (model["n_layers"], model["d_model"], model["d_state"], model["dropout"]) == (6, 512, 64, 0.1)
+    assert model["residual_dropout"] == 0.1
     assert (model["lr"], model["ssm_lr"], model["weight_decay"]) == (0.01, 0.001, 0.05)
     assert (model["bidirectional"], model["prenorm"], model["tie_dropout"]) == (True, False, True)
     assert (model["mixer"], model["norm"], model["n_ssm"]) == ("glu", "layer", 2)
     assert (model["warmup_steps"], recipe["data"]["batch_size"]) == (900, 50)
+    for other in ("text", "retrieval", "listops"):
+        recipe = yaml.safe_load((train.RECIPES / f"{other}.yaml").read_text())
+        assert recipe["model"]["ssm_lr"] == {"dt": None, "A": 0.001, "B": 0.001}
+
+
+def test_a_rate_for_each_by_the_command_line(capsys: Capture) -> None:
+    rates = "{dt: null, A: 0.002, B: 0}"
+    cli = train.run(["digits", *TINY, "--trainer.max_steps", "2", "--model.ssm_lr", rates])
+    first = {g["name"]: g["initial_lr"] for g in cli.trainer.optimizers[0].param_groups}
+    lr = cli.model.lr
+    assert first == {"ssm dt": lr, "ssm A": 0.002, "ssm B": 0.0, "no_decay": lr, "decay": lr}
+    train.run(["test", "digits", *TINY])
+    fails(
+        capsys, 1, ["digits", *TINY, "--model.ssm_lr", "{dt: null, A: 1}"], "must be a number, or have dt, A"
+    )
+    wrong = "{dt: null, A: -1, B: 1}"
+    fails(capsys, 1, ["digits", *TINY, "--model.ssm_lr", wrong], "ssm_lr of A must be at least 0")
     assert recipe["trainer"]["max_epochs"] == 200
 
 
