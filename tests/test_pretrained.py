@@ -271,6 +271,14 @@ def replaced() -> S4Block:
     return block
 
 
+def quantised() -> S4Model:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = build().float()
+    quantize_(model, Int8WeightOnlyConfig(), lambda module, name: name == "blocks.0.mixer.0")
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], Pretrained], str]] = {
     "a replaced part": (replaced, "mixer was replaced by Sequential"),
     "parametrized": (
@@ -279,7 +287,8 @@ REFUSED: dict[str, tuple[Callable[[], Pretrained], str]] = {
         ),
         "encoder is parametrized",
     ),
-    "on meta": (lambda: S4Layer(6, 8, device="meta"), "log_dt must be whole and in memory.*meta"),
+    "quantised": (quantised, r"blocks\.0\.mixer\.0\.weight must be a plain tensor.*Int8Tensor"),
+    "on meta": (lambda: S4Layer(6, 8, device="meta"), "log_dt must be a plain tensor in memory.*on meta"),
 }
 
 
