@@ -272,10 +272,11 @@ def replaced() -> S4Block:
 
 
 def quantised() -> S4Model:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
+    quantization = pytest.importorskip("torchao.quantization")
     model = build().float()
-    quantize_(model, Int8WeightOnlyConfig(), lambda module, name: name == "blocks.0.mixer.0")
+    quantization.quantize_(
+        model, quantization.Int8WeightOnlyConfig(), lambda module, name: name == "blocks.0.mixer.0"
+    )
     return model
 
 
