@@ -174,6 +174,16 @@ def test_modules_of_ones_own_are_given(tmp_path: Path) -> None:
         S4Model.from_pretrained(tmp_path, modules={**given, "head": Own()})
 
 
+def test_a_module_that_was_changed_is_no_longer_described() -> None:
+    model = build()
+    model.encoder.forward = model.encoder.forward
+    assert model.config()["encoder"] == {"type": "torch.nn.modules.linear.Linear"}
+    with pytest.raises(
+        ValueError, match="encoder is torch.nn.modules.linear.Linear, which no config describes"
+    ):
+        S4Model.from_config(model.config())
+
+
 def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads((folder / "config.json").read_text())
     change(content)
@@ -312,6 +322,16 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="no space"):
         S4Layer(6, 8).save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    """Whoever reads the old one meanwhile goes on reading that."""
+    layer = S4Layer(6, 8)
+    layer.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with open(tmp_path / "model.safetensors", "rb") as file:
+        S4Layer(6, 8).save_pretrained(tmp_path)
+        assert file.read() == before != (tmp_path / "model.safetensors").read_bytes()
 
 
 @pytest.mark.promise(
