@@ -311,6 +311,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     layer.save_pretrained(tmp_path)
 
     def full(self: Path, text: str) -> int:
+        self.touch()
         raise OSError("no space left")
 
     monkeypatch.setattr(Path, "write_text", full)
