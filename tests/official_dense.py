@@ -99,11 +99,10 @@ def run(s: Systems, u: Array) -> tuple[Array, Array, Array]:
         x = np.einsum("hmn,hn->hm", s.A, x)
     y = u * s.D
     for t in range(length):
-        for j in range(length):
-            if j <= t:
-                y[:, t] += kernel[0, :, t - j] * u[:, j]
-            elif len(kernel) == 2:
-                y[:, t] += kernel[1, :, j - t - 1] * u[:, j]
+        past = kernel[0, :, : t + 1][:, ::-1]
+        y[:, t] += np.einsum("hj,bjh->bh", past, u[:, : t + 1])
+        if len(kernel) == 2:
+            y[:, t] += np.einsum("hj,bjh->bh", kernel[1, :, : length - t - 1], u[:, t + 1 :])
     state = np.zeros((len(u), *s.B.shape), complex)
     for t in range(length):
         state = np.einsum("hmn,bhn->bhm", s.A, state) + s.B * u[:, t, :, None]
