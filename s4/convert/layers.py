@@ -152,9 +152,9 @@ def _parameters(
         found["P"] = take("P", "P", (-1, S, n, 2))
     for name in kind.dead:
         take(name, "nothing: not used by the original either")
-    found = _by_channel(found, log_dt)
     entries.check_known(site.kernel, site.layer)
     dtype = reduce(torch.promote_types, [t.dtype for t in taken])
+    found = _by_channel(found, log_dt, dtype)
     return {name: value.double().contiguous() for name, value in found.items()}, dtype, taken[0].device
 
 
@@ -180,7 +180,7 @@ def _D(entries: Entries, site: Site, C: Tensor) -> Tensor:
     return D.reshape(H)
 
 
-def _by_channel(found: dict[str, Tensor], log_dt: Tensor) -> dict[str, Tensor]:
+def _by_channel(found: dict[str, Tensor], log_dt: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """With rows in our order, and one dt for each channel.
 
     Channel h of the original has system h mod S, ours h // (H / S): the same if S is 1 or H. A step dt_n for
@@ -195,7 +195,7 @@ def _by_channel(found: dict[str, Tensor], log_dt: Tensor) -> dict[str, Tensor]:
     found |= {name: found[name][rows] for name in ("log_A_real", "A_imag", "B")}
     if "P" in found:
         found["P"] = found["P"][:, rows]
-    mean = log_dt.mean(1)
+    mean = log_dt.mean(1).to(dtype).double()  # what rounding it would lose goes into A
     if not tied:
         rest = log_dt - mean[:, None]
         r = torch.exp(rest)
