@@ -10,7 +10,7 @@ import pytest
 import torch
 from official_parameters import Case, cases
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 import s4.convert
 from s4 import S4Block, S4Layer, S4Model
@@ -200,6 +200,19 @@ def test_a_layer_and_its_norm_of_a_model_are_a_block() -> None:
         assert all(torch.equal(v, block.state_dict()[k]) for k, v in model.blocks[i].state_dict().items())
         bare = {k: v for k, v in part.items() if "norms" not in k}
         assert s4.convert.block(bare).config()["norm"] == "none"
+
+
+def test_only_a_residual_block_of_version_4_has_to_be_told_how_steps_are_stored() -> None:
+    """Its train.py has another default than its classes."""
+    it = stored("example-minimal")
+    at = "s4_layers.0."
+    part = {k.replace(at, "layer."): v for k, v in it.parameters.items() if k.startswith(at)}
+    block = s4.convert.block(part)
+    assert torch.equal(block.layer.log_dt, it.parameters[f"{at}kernel.log_dt"])
+    assert block.prenorm
+    told = stored("residual-block").parameters
+    dt = s4.convert.block(told, dt_transform="softplus").layer.dt
+    torch.testing.assert_close(dt, nn.functional.softplus(told["layer.layer.kernel.inv_dt"])[:, 0])
 
 
 @pytest.mark.parametrize(

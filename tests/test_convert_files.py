@@ -128,10 +128,10 @@ def saved(name: str, folder: Path, dtype: torch.dtype = torch.float64) -> str:
     [
         ("dplr-transforms", S4Layer, "--dt-transform softplus --real-transform relu --imag-transform exp"),
         ("diag-bilinear", S4Layer, "--discretization bilinear"),
-        ("residual-block-batch-postnorm", S4Block, "--no-prenorm"),
+        ("residual-block-batch-postnorm", S4Block, "--no-prenorm --dt-transform exp"),
         ("example-minimal", S4Model, ""),
         ("example-dplr-prenorm", S4Model, "--prenorm"),
-        ("train-prenorm", S4Model, "--pooling last"),
+        ("train-prenorm", S4Model, "--pooling last --dt-transform exp"),
     ],
 )
 def test_a_file_becomes_a_folder(name: str, kind: Any, options: str, tmp_path: Path, capsys: Capture) -> None:
@@ -148,7 +148,7 @@ def test_a_file_becomes_a_folder(name: str, kind: Any, options: str, tmp_path: P
 
 def test_options_of_training_and_a_part_of_a_model(tmp_path: Path, capsys: Capture) -> None:
     source, out = saved("train-prenorm", tmp_path), str(tmp_path / "out")
-    prefix = ["--prefix", "model.layers.2."]
+    prefix = ["--prefix", "model.layers.2.", "--dt-transform", "exp"]
     main([source, out, *prefix, "--dropout", "0.2", "--tie-dropout", "--activation", "relu"])
     config = S4Block.from_pretrained(out).config()
     assert [config[key] for key in ("dropout", "residual_dropout", "tie_dropout", "activation")] == [
@@ -168,6 +168,7 @@ def test_options_of_training_and_a_part_of_a_model(tmp_path: Path, capsys: Captu
         ("dplr", ["--prenorm"], r"--prenorm is an option of a block or model; .*dplr.pt is of a layer"),
         ("block", ["--pooling", "mean"], r"--pooling is an option of a model; .*block.pt is of a block"),
         ("train-prenorm", [], "pooling must be given"),
+        ("train-prenorm", ["--pooling", "last"], "dt_transform must be given.*softplus"),
         ("train-prenorm", ["--part", "layer"], "2 S4 layers, at model.layers.0"),
         ("dplr", ["--official", "nowhere"], "no models/s4/s4.py in nowhere: give a checkout"),
         ("dplr", ["--prefix", "encoder."], "no S4 layer"),

@@ -181,6 +181,8 @@ def test_what_has_no_counterpart_is_refused(name: str) -> None:
         ("block", {"dropout": 1.0}, "dropout must be below 1"),
         ("train-prenorm", {"pooling": "sum"}, "pooling must be one of.*sum"),
         ("train-prenorm", {"pooling": None}, "pooling must be given.*mode"),
+        ("train-prenorm", {"dt_transform": None}, "dt_transform must be given: .*inv_dt.*softplus.*exp"),
+        ("residual-block", {"dt_transform": None}, "dt_transform must be given: .*inv_dt"),
         ("train-prenorm", {"prenorm": False}, "prenorm must be None or True.*there is model.norm.norm"),
         ("train-postnorm", {"prenorm": True}, "prenorm must be None or False.*there is no model.norm.norm"),
     ],
@@ -212,7 +214,7 @@ def test_several_layers_are_named(name: str) -> None:
         getattr(s4.convert, name)(it.parameters)
     prefix = re.findall(r"startswith\('(.*)'\)", str(e.value))[0]
     part = {key: value for key, value in it.parameters.items() if key.startswith(prefix)}
-    made = getattr(s4.convert, name)(part)  # what the message says to do
+    made = getattr(s4.convert, name)(part, dt_transform="exp")  # what the message says to do
     assert made.config()["d_model" if name == "layer" else "norm"] == (4 if name == "layer" else "layer")
 
 

@@ -139,7 +139,7 @@ def _parameters(
     C = take("C", "C", (-1, H, n, *pair), *[(H, n, *pair)] * site.minimal)
     B, C = B.reshape(shape), C.reshape(-1, H, n, *pair)
     D = _D(entries, site, C)
-    log_dt = log_positive(f"{site.kernel}{kind.dt}", dt.reshape(H, -1), options.dt_transform, 1e-4)
+    log_dt = log_positive(f"{site.kernel}{kind.dt}", dt.reshape(H, -1), options.dt_transform or "exp", 1e-4)
     log_real = log_positive(f"{site.kernel}{kind.mark}", real, options.real_transform, kind.relu)
     found = {"log_A_real": log_real, "B": B, "C": C, "D": D.to("cpu", torch.float64)}
     if site.real:
