@@ -17,7 +17,7 @@ def param_groups(
     model: nn.Module,
     lr: float | Tensor,
     weight_decay: float = 0.05,
-    ssm_lr: float | Mapping[str, float | None] = 1e-3,
+    ssm_lr: float | Mapping[str, float | int | None] = 1e-3,
 ) -> list[dict[str, Any]]:
     """Parameter groups for a torch optimizer, such as AdamW (S4 appendix D.2).
 
@@ -36,9 +36,9 @@ def param_groups(
         rates for each, "ssm dt", "ssm A" and "ssm B" in place of "ssm".
 
     Raises:
-        ValueError: a rate below 0, one of another parameter, or one that is left out; or an S4 layer whose SSM
-            parameters are not parameters of the model: after a parametrization (make the groups before it),
-            or in FSDP1 without `use_orig_params=True`.
+        ValueError: a rate below 0, of another parameter, or left out; or an S4 layer whose SSM parameters are
+            not parameters of the model: after a parametrization (make the groups before it), or in FSDP1
+            without `use_orig_params=True`.
     """
     check_module("model", model)
     check_number("lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr, 0)
@@ -83,7 +83,8 @@ def _most(ssm_lr: Any) -> dict[str, float]:
     for name, rate in ssm_lr.items():
         if rate is not None:
             check_number(f"ssm_lr[{name!r}]", rate, 0)
-    return {f"ssm {name}": math.inf if ssm_lr[name] is None else ssm_lr[name] for name in ("dt", "A", "B")}
+    rates = {name: math.inf if ssm_lr[name] is None else float(ssm_lr[name]) for name in ("dt", "A", "B")}
+    return {f"ssm {name}": rate for name, rate in rates.items()}
 
 
 def _at_most(lr: float | Tensor, most: float) -> float | Tensor:

@@ -130,9 +130,11 @@ class Pretrained(nn.Module):
             model = cls.from_config(content["config"], modules)
         tied: dict[str, str] = content.get("tied", {})
         try:
-            weights: dict[str, Tensor] = load_file(path / WEIGHTS, device=str(device or "cpu"))
+            found: dict[str, Tensor] = load_file(path / WEIGHTS, device=str(device or "cpu"))
         except Exception as error:  # a class of its own, which is no OSError
             raise ValueError(f"{path / WEIGHTS} cannot be read: {error}") from error
+        # Copies: aligned as torch aligns its own, on which the last digit of products depends.
+        weights = {each: value.clone() for each, value in found.items()}
         weights |= {again: weights[first] for again, first in tied.items() if first in weights}
         _check_fit(model, weights, path)
         model.load_state_dict(weights, assign=True)

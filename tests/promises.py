@@ -19,6 +19,7 @@ TOOLS = (
     "torch.func and forward mode",
     "devices without float64",
     "sharding and distributed training",
+    "torch.nn",
     "other libraries",
 )
 HEAD = """# What works with which tool

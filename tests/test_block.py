@@ -294,6 +294,42 @@ def test_tied_dropout_draws_one_mask_over_time() -> None:
             assert not torch.allclose(change[0], change[1])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_residual_dropout_zeroes_what_is_added(tied: bool) -> None:
+    """In training each sum is x, or x and twice what it is in evaluation; tied, the same at every time."""
+    block = build(residual_dropout=0.5, tie_dropout=tied, prenorm=True).eval()
+    x = torch.randn(4, L, D_MODEL).double()
+    added = block(x) - x
+    drawn = block.train()(x) - x
+    kept = drawn != 0
+    oracle.close(drawn, 2 * added * kept, 1e-12)
+    assert 0.3 < kept.double().mean() < 0.7
+    assert tied == bool((kept == kept[:, :1]).all())
+    assert not bool((kept == kept[:1]).all()), "a draw for each sequence"
+    y, _ = block.step(x[:, 0], block.initial_state(4))
+    assert bool((y == x[:, 0]).any())
+
+
+def test_residual_dropout_of_the_feed_forward_network() -> None:
+    block = build(residual_dropout=0.5, d_ff=7).train()
+    with torch.no_grad():
+        for p in block.mixer.parameters():
+            p.zero_()  # nothing is added by S4
+    x = torch.randn(4, L, D_MODEL).double()
+    kept = block(x) != x
+    assert 0.3 < kept.double().mean() < 0.7
+
+
+def test_blocks_without_norm_or_activation() -> None:
+    """x + mix(S4(x)), as the formula has it."""
+    block = build(norm="none", activation="none", mixer="linear", d_ff=5).eval()
+    x = torch.randn(2, L, D_MODEL).double()
+    y = x + block.mixer(block.layer(x))
+    up, down = block.feed_forward["up"], block.feed_forward["down"]
+    oracle.close(block(x), y + down(up(y)), 1e-12)
+    assert not any("norm" in name for name in block.state_dict())
+
+
 @pytest.mark.parametrize("d_ff", [0, 5])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradient_reaches_every_parameter(activation: str, d_ff: int) -> None:

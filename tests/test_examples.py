@@ -18,10 +18,13 @@ from data.base import Batch, Spec
 from example_files import TINY, WRITERS, fails, step_losses, write_parquet
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
+from processes import printed, process
 from trainer import runs
 from trainer.checkpoints import CONTENT, CheckpointError, load_checkpoint
 from trainer.progress import LineProgress
 from trainer.task import SequenceTask
+
+from s4 import S4Model
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),
@@ -63,6 +66,15 @@ def test_recipe_trains_resumes_and_tests(
     assert {"last.ckpt", "config.yaml", "metrics.csv", "results.json", "model.safetensors"} <= kept
     assert all(torch.isfinite(parameter).all() for parameter in cli.model.parameters())
 
+    if (folder / "config.json").is_file():
+        adaptive = cli.model.adaptive
+        model = S4Model.from_pretrained(folder, modules={"encoder": adaptive} if adaptive else None)
+        assert all(
+            torch.equal(p, cli.model.model.state_dict()[name]) for name, p in model.state_dict().items()
+        )
+    else:
+        assert cli.model.compare is not None
+
     train.run([recipe, *options, *limits, "--ckpt_path", "stopped/last.ckpt"])
     assert {step: loss for step, loss in step_losses(tmp_path / "stopped").items() if step} == {
         step: loss for step, loss in losses.items() if step
@@ -70,15 +82,49 @@ def test_recipe_trains_resumes_and_tests(
     train.run(["test", recipe, *options])
 
 
+def test_a_run_is_a_model_without_the_examples(tmp_path: Path) -> None:
+    """In a process that has no module of them: the logits that the trained model gives here."""
+    cli = train.run(["digits", *TINY, "--trainer.max_steps", "3"])
+    u = torch.rand(5, 64, 1)
+    torch.save(u, tmp_path / "u.pt")
+    program = """
+import sys, torch, s4
+model = s4.S4Model.from_pretrained("runs/digits")
+assert not {"trainer", "data", "lightning"} & set(sys.modules)
+torch.save(model(torch.load("u.pt")).detach(), "y.pt")
+"""
+    printed(process(program))
+    model = cli.model.model.cpu().eval()
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), model(u).detach(), rtol=1e-6, atol=1e-6)
+
+
 def test_recipes_have_the_values_of_the_paper() -> None:
     recipe = yaml.safe_load((train.RECIPES / "scifar.yaml").read_text())
     model = recipe["model"]
     assert (model["n_layers"], model["d_model"], model["d_state"], model["dropout"]) == (6, 512, 64, 0.1)
+    assert model["residual_dropout"] == 0.1
     assert (model["lr"], model["ssm_lr"], model["weight_decay"]) == (0.01, 0.001, 0.05)
     assert (model["bidirectional"], model["prenorm"], model["tie_dropout"]) == (True, False, True)
     assert (model["mixer"], model["norm"], model["n_ssm"]) == ("glu", "layer", 2)
     assert (model["warmup_steps"], recipe["data"]["batch_size"]) == (900, 50)
     assert recipe["trainer"]["max_epochs"] == 200
+    for other in ("text", "retrieval", "listops"):
+        recipe = yaml.safe_load((train.RECIPES / f"{other}.yaml").read_text())
+        assert recipe["model"]["ssm_lr"] == {"dt": None, "A": 0.001, "B": 0.001}
+
+
+def test_a_rate_for_each_by_the_command_line(capsys: Capture) -> None:
+    rates = "{dt: null, A: 0.002, B: 0}"
+    cli = train.run(["digits", *TINY, "--trainer.max_steps", "2", "--model.ssm_lr", rates])
+    first = {g["name"]: g["initial_lr"] for g in cli.trainer.optimizers[0].param_groups}
+    lr = cli.model.lr
+    assert first == {"ssm dt": lr, "ssm A": 0.002, "ssm B": 0.0, "no_decay": lr, "decay": lr}
+    train.run(["test", "digits", *TINY])
+    fails(
+        capsys, 1, ["digits", *TINY, "--model.ssm_lr", "{dt: null, A: 1}"], "must be a number, or have dt, A"
+    )
+    wrong = "{dt: null, A: -1, B: 1}"
+    fails(capsys, 1, ["digits", *TINY, "--model.ssm_lr", wrong], "ssm_lr of A must be at least 0")
 
 
 def test_fit_test_and_predict(tmp_path: Path) -> None:

@@ -74,6 +74,40 @@ def test_the_ssm_rate_is_never_above_the_other() -> None:
     assert settings(layer)["D"] == (LR, 0.0)
 
 
+def test_a_rate_for_each_of_dt_A_and_B() -> None:
+    """As published recipes have it, with dt at the rate of all others; 0 leaves a parameter where it is."""
+    model = build()
+    groups = param_groups(model, lr=LR, weight_decay=DECAY, ssm_lr={"A": 1e-3, "B": 0, "dt": None})
+    got = {id(p): (g["lr"], g["weight_decay"], g["name"]) for g in groups for p in g["params"]}
+    assert len(got) == sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    want = {"log_dt": (LR, 0.0, "ssm dt"), "B": (0, 0.0, "ssm B")}
+    want |= dict.fromkeys(("log_A_real", "A_imag", "P"), (1e-3, 0.0, "ssm A"))
+    for name, p in model.named_parameters():
+        if name.split(".")[-2] == "layer" and name.split(".")[-1] in SSM:
+            assert got[id(p)] == want[name.split(".")[-1]], name
+    optimizer = torch.optim.AdamW(groups)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.randint(7, (2, 9))).square().sum().backward()
+    optimizer.step()
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert still == {"blocks.0.layer.B", "blocks.1.layer.B"}
+    capped = param_groups(model, lr=1e-4, ssm_lr={"dt": 1e-3, "A": 1e-5, "B": 1e-3})
+    assert [(g["name"], g["lr"]) for g in capped][:3] == [("ssm dt", 1e-4), ("ssm A", 1e-5), ("ssm B", 1e-4)]
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"dt": 1e-3}, "ssm_lr must be a number, or have 'dt', 'A' and 'B', got .'dt'"),
+        ({"dt": 1e-3, "A": 1e-3, "B": 1e-3, "C": 1e-3}, "ssm_lr must be a number, or have"),
+        ({"dt": 1e-3, "A": -1.0, "B": 1e-3}, "ssm_lr.'A'. must be finite and at least 0"),
+        ({"dt": 1e-3, "A": "fast", "B": 1e-3}, "ssm_lr.'A'. must be a number"),
+    ],
+)
+def test_rates_of_other_parameters_are_refused(rates: dict[str, Any], message: str) -> None:
+    refuses(EITHER, message, lambda: param_groups(build(), lr=LR, ssm_lr=rates))
+
+
 def test_a_norm_over_two_dimensions_does_not_decay() -> None:
     model = nn.Sequential(nn.LayerNorm((3, 4)), S4Layer(4, 8))
     assert settings(model)["0.weight"] == settings(model)["0.bias"] == (LR, 0.0)

@@ -32,7 +32,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.markup import escape
-from safetensors.torch import save_file
 
 from trainer.checkpoints import AtomicCheckpointIO, CheckpointError, ConfigError, load_checkpoint
 from trainer.progress import BarProgress, LineProgress
@@ -264,8 +263,7 @@ class ExampleCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         best = kept is not None and kept.name == "best.ckpt"
-        weights = {name: weight.contiguous() for name, weight in self.model.state_dict().items()}
-        save_file(weights, folder / "model.safetensors", {"recipe": self.recipe, "commit": git_commit()})
+        self.model.save_pretrained(folder)
         self.results = {
             "recipe": self.recipe,
             **{name.replace("/", " "): value for name, value in scores.items()},

@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ import torch
 from data.base import Batch, Spec
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanMetric, Metric, R2Score
 from torchmetrics.classification import MulticlassAccuracy
@@ -42,7 +44,8 @@ class SequenceTask(pl.LightningModule):
         pooling: what a label is decoded from: the mean over the sequence, or its last position.
         norm: layer, batch or rms.
         prenorm: normalise before each S4 layer and after the last block, else after each residual sum.
-        dropout: probability.
+        dropout: probability, of what follows S4 and, with `d_ff`, of hidden features.
+        residual_dropout: probability, of what is added to the residual stream.
         tie_dropout: drop whole channels, the same at every step.
         mixer: glu or linear, what follows the activation.
         d_ff: hidden width of feed-forward networks, 0 for none.
@@ -51,7 +54,8 @@ class SequenceTask(pl.LightningModule):
             given, an embedding and a linear map.
         embedding_dropout: probability, of an adaptive embedding and of the inputs of its softmax.
         lr: peak learning rate.
-        ssm_lr: peak learning rate of dt, A and B.
+        ssm_lr: peak learning rate of dt, A and B, at most lr; or of each, as {dt: null, A: 0.001, B: 0.001},
+            where null is lr and 0 leaves it as it is.
         weight_decay: of everything but the state space parameters, norms and biases.
         warmup_steps: steps of the linear warm-up.
         compile: torch.compile the model.
@@ -76,6 +80,7 @@ class SequenceTask(pl.LightningModule):
         norm: Literal["layer", "batch", "rms"] = "layer",
         prenorm: bool = True,
         dropout: float = 0.0,
+        residual_dropout: float = 0.0,
         tie_dropout: bool = False,
         mixer: Literal["glu", "linear"] = "glu",
         d_ff: int = 0,
@@ -83,7 +88,7 @@ class SequenceTask(pl.LightningModule):
         cutoffs: list[int] | None = None,
         embedding_dropout: float = 0.0,
         lr: float = 1e-2,
-        ssm_lr: float = 1e-3,
+        ssm_lr: float | dict[str, float | None] = 1e-3,
         weight_decay: float = 0.05,
         warmup_steps: int = 0,
         compile: bool = False,
@@ -91,9 +96,13 @@ class SequenceTask(pl.LightningModule):
         super().__init__()
         # With them `test` rebuilds the model of a checkpoint by itself.
         self.save_hyperparameters(ignore="spec")
+        rates = ssm_lr if isinstance(ssm_lr, dict) else {"dt, A, B": ssm_lr}
+        if isinstance(ssm_lr, dict) and set(ssm_lr) != {"dt", "A", "B"}:
+            raise ValueError(f"model.ssm_lr must be a number, or have dt, A and B, got {list(ssm_lr)}")
         for least, values in (
             (1, {"d_model": d_model, "n_layers": n_layers, "ff_every": ff_every}),
-            (0, {"warmup_steps": warmup_steps, "lr": lr, "ssm_lr": ssm_lr, "weight_decay": weight_decay}),
+            (0, {"warmup_steps": warmup_steps, "lr": lr, "weight_decay": weight_decay}),
+            (0, {f"ssm_lr of {name}": rate for name, rate in rates.items() if rate is not None}),
         ):
             for name, value in values.items():
                 if not value >= least:
@@ -143,6 +152,7 @@ class SequenceTask(pl.LightningModule):
                 norm=norm,
                 prenorm=prenorm,
                 dropout=dropout,
+                residual_dropout=residual_dropout,
                 tie_dropout=tie_dropout,
                 mixer=mixer,
                 d_ff=0 if (index + 1) % ff_every else d_ff,
@@ -281,6 +291,17 @@ class SequenceTask(pl.LightningModule):
         # Not asked for at step 0: it would open the data before Lightning has restored its place in it.
         total = self.trainer.estimated_stepping_batches
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the model so that `s4.S4Model.from_pretrained(folder)` reads it, with none of this code.
+
+        What is no S4Model by itself, an LSTM and a model of pairs, is written as its weights alone.
+        """
+        if isinstance(self.model, S4Model) and self.compare is None:
+            self.model.save_pretrained(folder)
+            return
+        weights = {name: weight.contiguous() for name, weight in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
     def _loss(self, y: Tensor, targets: Tensor) -> Tensor:
         if self.adaptive is not None:

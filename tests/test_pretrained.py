@@ -1,0 +1,390 @@
+"""Configs of layers, blocks and models, and their folders: what is written is read, or it says why not."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stacks import build, inputs
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from s4 import S4Block, S4Layer, S4Model, hippo
+from s4.pretrained import Pretrained
+
+hub = pytest.importorskip("huggingface_hub")
+
+
+def half(layer: S4Layer) -> S4Layer:
+    """In bfloat16 but for what keeps time, as the README advises."""
+    exact = layer.log_dt.detach().clone(), layer.A_imag.detach().clone()
+    layer.bfloat16()
+    layer.log_dt.data, layer.A_imag.data = exact
+    return layer
+
+
+def tied() -> S4Model:
+    encoder, decoder = nn.Embedding(11, 6, padding_idx=0), nn.Linear(6, 11, bias=False)
+    decoder.weight = encoder.weight
+    return S4Model(encoder, [S4Block(S4Layer(6, 8))], decoder, norm=nn.RMSNorm(6, eps=1e-3))
+
+
+def batch_normed() -> S4Model:
+    """With running statistics away from where they begin."""
+    model = build("mixed", "batch", "mean")
+    model.train()(inputs(4))
+    return model
+
+
+LAYERS: dict[str, Callable[[], Pretrained]] = {
+    "dplr": lambda: S4Layer(6, 8),
+    "rank 2, systems": lambda: S4Layer(6, 8, init="legt", n_ssm=3, dt_min=0.01, mode="scan"),
+    "diag, both": lambda: S4Layer(6, 8, variant="diag", init="inv", bidirectional=True, dtype="float64"),
+    "bilinear": lambda: S4Layer(6, 8, variant="diag", discretization="bilinear", backend="torch"),
+    "own": lambda: S4Layer(6, 8, init=hippo.dplr("legt", 8)),
+    "mixed dtypes": lambda: half(S4Layer(6, 8)),
+}
+BLOCKS: dict[str, Callable[[], Pretrained]] = {
+    "block": lambda: S4Block(S4Layer(6, 8)),
+    "other block": lambda: S4Block(
+        S4Layer(6, 8, variant="diag"),
+        norm="batch",
+        prenorm=False,
+        activation="silu",
+        dropout=0.1,
+        residual_dropout=0.2,
+        tie_dropout=True,
+        mixer="linear",
+        d_ff=5,
+    ),
+    "bare block": lambda: S4Block(S4Layer(6, 8), norm="none", activation="none"),
+}
+MODELS: dict[str, Callable[[], Pretrained]] = {
+    "stack": lambda: build("mixed", "final norm", "mean"),
+    "batch norm": batch_normed,
+    "tied": tied,
+}
+EVERY = {**LAYERS, **BLOCKS, **MODELS}
+
+
+def input_of(module: Pretrained) -> torch.Tensor:
+    encoder = getattr(module, "encoder", None)
+    if isinstance(encoder, nn.Embedding):
+        return torch.randint(11, (2, 9))
+    p = next(module.parameters())
+    return torch.randn(2, 9, 3 if encoder is not None else 6).to(p.dtype)
+
+
+def equal(a: Pretrained, b: Pretrained) -> None:
+    """Same kinds, parameters of one name, dtype and value, and outputs."""
+    assert str(a.eval()) == str(b.eval())
+    assert list(a.state_dict()) == list(b.state_dict())
+    for name, value in a.state_dict().items():
+        other = b.state_dict()[name]
+        assert value.dtype == other.dtype, name
+        assert torch.equal(value, other), name
+    assert [n for n, _ in a.named_parameters()] == [n for n, _ in b.named_parameters()]
+    u = input_of(a)
+    assert torch.equal(a(u), b(u))
+
+
+@pytest.mark.promise(
+    "other libraries", "`save_pretrained` and `from_pretrained` of layers, blocks and models, as safetensors"
+)
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_folder_holds_the_module(kind: str, tmp_path: Path) -> None:
+    module = EVERY[kind]()
+    for p in module.parameters():
+        p.data += 0.01 * torch.randn_like(p)
+    module.save_pretrained(tmp_path / "new" / "folder")
+    before = torch.get_rng_state()
+    again = type(module).from_pretrained(tmp_path / "new" / "folder")
+    assert torch.equal(before, torch.get_rng_state()), "reading draws no numbers"
+    assert not again.training
+    equal(module, again)
+    assert all(p.requires_grad for p in again.parameters())
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_config_makes_a_module_of_the_same_kind(kind: str) -> None:
+    module = EVERY[kind]()
+    config = json.loads(json.dumps(module.config()))
+    again = type(module).from_config(config)
+    assert json.loads(json.dumps(again.config())) == config
+    assert {n: p.shape for n, p in again.state_dict().items()} == {
+        n: p.shape for n, p in module.state_dict().items()
+    }
+    assert all(bool(torch.isfinite(p).all()) for p in again.parameters()), "it begins as a new one does"
+
+
+def test_tied_parameters_are_written_once_and_tied_again(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    tied().save_pretrained(tmp_path)
+    assert "decoder.weight" not in load_file(tmp_path / "model.safetensors")
+    again = S4Model.from_pretrained(tmp_path)
+    assert again.decoder.weight is again.encoder.weight
+    assert isinstance(again.norm, nn.RMSNorm)
+    assert (again.norm.eps, again.encoder.padding_idx) == (1e-3, 0)
+
+
+def test_the_file_is_one_of_safetensors_with_plain_names(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    layer = S4Layer(6, 8)
+    layer.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == set(layer.state_dict())
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["config"] == layer.config()
+    assert (content["format"], content["type"]) == (1, "S4Layer")
+
+
+class Own(nn.Module):
+    """An encoder that no config describes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 6)
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        """(B, L, 3) to (B, L, 6)."""
+        return self.inner(u).tanh()
+
+
+def test_modules_of_ones_own_are_given(tmp_path: Path) -> None:
+    model = S4Model(Own(), [S4Block(S4Layer(6, 8))], nn.Sequential(nn.Linear(6, 6), nn.Softmax(-1)))
+    model.save_pretrained(tmp_path)
+    given = {"encoder": Own(), "decoder.1": nn.Softmax(-1)}
+    again = S4Model.from_pretrained(tmp_path, modules=given)
+    equal(model, again)
+    with pytest.raises(ValueError, match=r"encoder is .*test_pretrained\.Own.*modules=\{'encoder': "):
+        S4Model.from_pretrained(tmp_path, modules={"decoder.1": nn.Softmax(-1)})
+    with pytest.raises(ValueError, match=r"decoder\.1 is .*Softmax.*modules=\{'decoder\.1': "):
+        S4Model.from_pretrained(tmp_path, modules={"encoder": Own()})
+    with pytest.raises(ValueError, match=r"modules of S4Model.*encoder, norm, decoder.*'head'"):
+        S4Model.from_pretrained(tmp_path, modules={**given, "head": Own()})
+
+
+def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    change(content)
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    found = load_file(folder / "model.safetensors")
+    change(found)
+    save_file(found, folder / "model.safetensors")
+
+
+# What is done to the folder of a model, the error, and what it says.
+DAMAGE: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        FileNotFoundError,
+        "no config.json.*save_pretrained",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "no model.safetensors"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json is no JSON"),
+    "of others": (
+        lambda f: (f / "config.json").write_text('{"model_type": "bert"}'),
+        ValueError,
+        "not written by save_pretrained of s4.*'format' and 'config'",
+    ),
+    "newer": (lambda f: edited(f, lambda c: c.update(format=2, s4="9.0")), ValueError, "format 2, of s4 9.0"),
+    "another class": (
+        lambda f: edited(f, lambda c: c.update(type="S4Layer")),
+        ValueError,
+        "describes an S4Layer: load it with S4Layer.from_pretrained",
+    ),
+    "an option that is not": (
+        lambda f: edited(f, lambda c: c["config"]["blocks"][0].update(colour="red")),
+        ValueError,
+        "config of S4Block has no 'colour'; it has layer, norm",
+    ),
+    "an option of the layer that is not": (
+        lambda f: edited(f, lambda c: c["config"]["blocks"][0]["layer"].update(l_max=9)),
+        ValueError,
+        "config of S4Layer has no 'l_max'",
+    ),
+    "an argument that is not": (
+        lambda f: edited(f, lambda c: c["config"]["encoder"].update(size=9)),
+        ValueError,
+        "config of Linear of encoder has no 'size'",
+    ),
+    "a value that is not": (
+        lambda f: edited(f, lambda c: c["config"]["blocks"][1]["layer"].update(mode="fast")),
+        ValueError,
+        "mode must be one of.*'fast'",
+    ),
+    "no layer": (
+        lambda f: edited(f, lambda c: c["config"]["blocks"][0].pop("layer")),
+        ValueError,
+        "needs 'layer'",
+    ),
+    "other sizes": (
+        lambda f: edited(f, lambda c: c["config"]["blocks"][1]["layer"].update(d_state=10)),
+        ValueError,
+        r"does not fit config.json: blocks.1.layer.log_A_real has shape \(1, 4\) instead of \(1, 5\)",
+    ),
+    "missing": (
+        lambda f: weights(f, lambda w: w.pop("blocks.0.layer.C")),
+        ValueError,
+        "blocks.0.layer.C is missing",
+    ),
+    "too many": (
+        lambda f: weights(f, lambda w: w.update(extra=torch.ones(2))),
+        ValueError,
+        "extra is in no such",
+    ),
+    "truncated": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
+        ValueError,
+        "model.safetensors cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_what_does_not_fit_is_named(kind: str, tmp_path: Path) -> None:
+    damage, error, message = DAMAGE[kind]
+    build().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(error, match=message):
+        S4Model.from_pretrained(tmp_path)
+
+
+def replaced() -> S4Block:
+    block = S4Block(S4Layer(6, 8))
+    block.mixer = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6))
+    return block
+
+
+REFUSED: dict[str, tuple[Callable[[], Pretrained], str]] = {
+    "a replaced part": (replaced, "mixer was replaced by Sequential"),
+    "parametrized": (
+        lambda: S4Model(
+            parametrizations.weight_norm(nn.Linear(3, 6)), [S4Block(S4Layer(6, 8))], nn.Identity()
+        ),
+        "encoder is parametrized",
+    ),
+    "on meta": (lambda: S4Layer(6, 8, device="meta"), "log_dt must be whole and in memory.*meta"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_written_says_so_and_writes_nothing(kind: str, tmp_path: Path) -> None:
+    make, message = REFUSED[kind]
+    with pytest.raises(ValueError, match=message):
+        make().save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = S4Layer(6, 8)
+    layer.save_pretrained(tmp_path)
+
+    def full(self: Path, text: str) -> int:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        S4Layer(6, 8).save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.promise(
+    "other libraries", "`from_pretrained` of a model on the Hugging Face hub, and `push_to_hub`"
+)
+def test_a_model_of_the_hub(tmp_path: Path) -> None:
+    """From the cache that huggingface_hub keeps, laid out as it does, with no network."""
+    model = build("mixed", "final norm", "mean")
+    cached = tmp_path / "models--someone--small"
+    model.save_pretrained(cached / "snapshots" / "0123abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abc")
+    again = S4Model.from_pretrained("someone/small", cache_dir=tmp_path, local_files_only=True)
+    equal(model, again)
+    with pytest.raises(FileNotFoundError, match="no folder someone/other, and no such model on the hub"):
+        S4Model.from_pretrained("someone/other", cache_dir=tmp_path, local_files_only=True)
+    for name in ("./someone/small", "a/b/c", "no such name"):
+        with pytest.raises(FileNotFoundError, match=f"no folder {name}"):
+            S4Model.from_pretrained(name, cache_dir=tmp_path, local_files_only=True)
+
+
+def test_push_to_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is handed to huggingface_hub: a repository, and one commit of three files that can be read."""
+    made: dict[str, Any] = {}
+
+    class Api:
+        def __init__(self, token: str | None) -> None:
+            made["token"] = token
+
+        def create_repo(self, name: str, private: bool | None, exist_ok: bool) -> Any:
+            made.update(name=name, private=private)
+            assert exist_ok
+            return type("Url", (), {"repo_id": f"me/{name}"})
+
+        def file_exists(self, name: str, file: str, revision: str | None) -> bool:
+            return False
+
+        def upload_folder(self, repo_id: str, folder_path: str, **keywords: object) -> Any:
+            made.update(repo_id=repo_id, **keywords)
+            made["files"] = sorted(path.name for path in Path(folder_path).iterdir())
+            made["card"] = (Path(folder_path) / "README.md").read_text()
+            made["model"] = S4Model.from_pretrained(folder_path)
+            return type("Commit", (), {"commit_url": "there"})
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    model = build()
+    assert model.push_to_hub("small", private=True, token="secret") == "there"
+    equal(model, made["model"])
+    assert made["files"] == ["README.md", "config.json", "model.safetensors"]
+    assert 'S4Model.from_pretrained("me/small")' in made["card"]
+    assert (made["name"], made["private"], made["token"]) == ("small", True, "secret")
+
+
+def test_missing_packages_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    S4Layer(6, 8).save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    S4Layer.from_pretrained(tmp_path)  # a folder needs none
+    with pytest.raises(FileNotFoundError, match=r"no folder someone/small.*pip install huggingface_hub"):
+        S4Layer.from_pretrained("someone/small")
+    with pytest.raises(ImportError, match="pip install huggingface_hub"):
+        S4Layer(6, 8).push_to_hub("someone/small")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for call in (S4Layer(6, 8).save_pretrained, S4Layer.from_pretrained):
+        with pytest.raises(ImportError, match="pip install safetensors"):
+            call(tmp_path)
+
+
+class Mine(S4Layer):
+    """A subclass is of the same kind, and one of its own."""
+
+
+def test_subclasses(tmp_path: Path) -> None:
+    Mine(6, 8).save_pretrained(tmp_path / "mine")
+    S4Layer(6, 8).save_pretrained(tmp_path / "plain")
+    assert type(Mine.from_pretrained(tmp_path / "mine")) is Mine
+    assert type(Mine.from_pretrained(tmp_path / "plain")) is Mine
+    with pytest.raises(ValueError, match="describes an Mine"):
+        S4Layer.from_pretrained(tmp_path / "mine")
+
+
+def test_to_a_device(tmp_path: Path) -> None:
+    S4Layer(6, 8).save_pretrained(tmp_path)
+    assert S4Layer.from_pretrained(tmp_path, device="cpu").D.device.type == "cpu"
+    with pytest.raises(ValueError, match="modules of S4Layer may be given for none, got 'encoder'"):
+        S4Layer.from_pretrained(tmp_path, modules={"encoder": nn.Identity()})
