@@ -85,6 +85,11 @@ class S4Config(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check what is given: as transformers has it, fields of the base class are in `kwargs`."""
+        if "format" in kwargs and "s4" in kwargs:
+            raise ValueError(
+                "this config.json is s4's own: S4Model.from_pretrained reads it, and from_s4 of "
+                "S4ForCausalLM or S4ForSequenceClassification makes a model of transformers of that"
+            )
         super().__post_init__(**kwargs)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
             check_integer(name, getattr(self, name), 1)

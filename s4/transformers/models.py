@@ -196,6 +196,7 @@ class S4ForCausalLM(Headed, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        next_sequence_length: int | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
@@ -205,15 +206,21 @@ class S4ForCausalLM(Headed, GenerationMixin):
         """What `generate` calls the model with; `kwargs` are its own.
 
         Raises:
-            ValueError: prompts padded on the right.
+            ValueError: prompts padded on the right, or no token that the cache has not seen.
         """
         if is_first_iteration and attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
             raise ValueError(
                 "generate needs prompts that are padded on the left, got attention_mask with 0 in its last "
                 "column: set tokenizer.padding_side = 'left'"
             )
+        if next_sequence_length is not None and next_sequence_length < 1:
+            raise ValueError(
+                "generate with a cache needs all tokens so far and new ones behind them, or the new ones and "
+                f"an attention_mask of all, got {tuple(input_ids.shape)} and a cache that has seen as many"
+            )
         inputs = super().prepare_inputs_for_generation(
             input_ids,
+            next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
