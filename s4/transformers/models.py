@@ -70,7 +70,9 @@ class Headed(S4PreTrainedModel):
         )
         if id2label is None and model.pooling != "none":
             id2label = {i: f"LABEL_{i}" for i in range(_outputs(model.decoder))}
-        config = S4Config.from_s4(model, {**fields, "tie_word_embeddings": tied, "id2label": id2label})
+        fields |= {"tie_word_embeddings": tied, "id2label": id2label}
+        fields["label2id"] = None if id2label is None else {name: i for i, name in id2label.items()}
+        config = S4Config.from_s4(model, fields)
         with torch.device("meta"):
             made = cls(config)
         parts = {"decoder": cls._head}
@@ -208,10 +210,11 @@ class S4ForCausalLM(Headed, GenerationMixin):
         Raises:
             ValueError: prompts padded on the right, or no token that the cache has not seen.
         """
-        if is_first_iteration and attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
+        mask = attention_mask
+        if is_first_iteration and mask is not None and bool(((mask[:, -1] == 0) & (mask != 0).any(1)).any()):
             raise ValueError(
-                "generate needs prompts that are padded on the left, got attention_mask with 0 in its last "
-                "column: set tokenizer.padding_side = 'left'"
+                "generate needs prompts that are padded on the left, got an attention_mask that ends "
+                "with 0: set tokenizer.padding_side = 'left'"
             )
         if next_sequence_length is not None and next_sequence_length < 1:
             raise ValueError(
