@@ -27,10 +27,10 @@ from typing import Literal
 
 import matplotlib.pyplot as plt
 import torch
+from contenders.language_models import LSTM, Sizes, Transformer, matched, n_parameters, s4_model
+from contenders.layers import HEAD_DIM
 from harness import Budget, Peak, Report, first_line, lost, result_file, run, show, synchronize, usable
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
-from peers.language_models import LSTM, Sizes, Transformer, matched, n_parameters, s4_model
-from peers.layers import HEAD_DIM
 from torch import Tensor, nn
 
 from s4 import State

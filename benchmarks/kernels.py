@@ -17,9 +17,9 @@ from typing import Literal
 
 import matplotlib.pyplot as plt
 import torch
+from contenders.layers import BROADCAST_LIMIT, Official, original_kernel
 from harness import Budget, Contender, Measured, Report, measure, result_file, run, show, usable
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
-from peers.layers import BROADCAST_LIMIT, Official, original_kernel
 from rich.console import Console
 from torch import Tensor, nn
 

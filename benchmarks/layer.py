@@ -29,9 +29,9 @@ from unittest import mock
 
 import matplotlib.pyplot as plt
 import torch
+from contenders.layers import BROADCAST_LIMIT, HEAD_DIM, Attention, Official, fft_convolution, original_kernel
 from harness import Budget, Contender, Measured, Report, measure, milliseconds, result_file, run, show, usable
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
-from peers.layers import BROADCAST_LIMIT, HEAD_DIM, Attention, Official, fft_convolution, original_kernel
 from rich.console import Console
 from torch import Tensor, nn
 

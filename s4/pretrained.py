@@ -243,10 +243,10 @@ def _once(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} must be a tensor to be saved, got {type(value).__name__}")
-        if value.is_meta or hasattr(value, "device_mesh"):
+        if value.is_meta or type(value) not in (Tensor, nn.Parameter):
+            got = "one on meta" if value.is_meta else type(value).__name__
             raise ValueError(
-                f"{name} must be whole and in memory to be saved, got "
-                f"{'one on meta' if value.is_meta else 'a shard: gather the state dict first'}"
+                f"{name} must be a plain tensor in memory to be saved, got {got}: gather it first"
             )
         if id(value) in first:
             tied[name] = first[id(value)]

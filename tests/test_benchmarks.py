@@ -343,19 +343,9 @@ def test_generation_names_a_budget_that_is_too_small(tmp_path: Path) -> None:
 
 # Those that are run; `make gpu-bundle` by hand, as it downloads.
 SCRIPTS = [
-    "accuracy",
-    "compiled",
-    "deploy",
-    "distributed",
-    "generation",
-    "gpu",
-    "gpu_bundle",
-    "half",
-    "kernels",
-    "layer",
-    "sequences",
-    "training",
-]
+    "accuracy", "compiled", "deploy", "distributed", "generation", "gpu", "gpu_bundle", "half", "kernels",
+    "layer", "peers", "sequences", "training",
+]  # fmt: skip
 
 
 HELP = """

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peers.layers import Attention
+from contenders.layers import Attention
 from s4 import S4Block, S4Layer, S4Model
 
 TOLERANCE = 0.05  # of the parameter counts

@@ -1,0 +1,104 @@
+"""A state dict while it is converted: its tensors by key, and what became of each."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_WRAPPED = ("state_dict", "model", "model_state_dict")  # Lightning, the original's example.py, many others
+
+
+class Entries:
+    """The tensors of a state dict.
+
+    Attributes:
+        became: what was made of each key that was read, in words.
+
+    Raises:
+        TypeError: it is none.
+    """
+
+    def __init__(self, state_dict: Any) -> None:
+        if isinstance(state_dict, nn.Module):
+            raise TypeError("state_dict must be a dict of tensors, got a module: give module.state_dict()")
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"state_dict must be a dict of tensors by name, got {type(state_dict).__name__}: "
+                "s4.convert.load reads one from a file"
+            )
+        for name in _WRAPPED:
+            if isinstance(state_dict.get(name), Mapping):
+                state_dict = state_dict[name]
+        for key, value in state_dict.items():
+            if not isinstance(key, str) or not isinstance(value, Tensor):
+                raise TypeError(
+                    f"state_dict must hold tensors by name, got {key!r}: {type(value).__name__}. Of a "
+                    "checkpoint give the part that holds the weights, of a module its state_dict()"
+                )
+        self._tensors: Mapping[str, Tensor] = state_dict
+        self.became: dict[str, str] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def under(self, prefix: str) -> list[str]:
+        """The keys that begin with a prefix, without it."""
+        return [key[len(prefix) :] for key in self._tensors if key.startswith(prefix)]
+
+    def take(self, key: str, became: str, *shapes: tuple[int, ...]) -> Tensor:
+        """A tensor, detached, and a note of what it became.
+
+        Args:
+            key: its name.
+            became: the note.
+            shapes: those it may have; -1 is any size of at least 1. None given: any.
+
+        Raises:
+            ValueError: there is none, or it is of another shape or not finite.
+        """
+        if key not in self._tensors:
+            raise ValueError(f"{key} is missing: the state dict has {some(self._near(key))}")
+        value = self._tensors[key].detach()
+        if shapes and not any(_fits(value.shape, shape) for shape in shapes):
+            wanted = " or ".join(str(shape).replace("-1", "any") for shape in shapes)
+            raise ValueError(f"{key} must have shape {wanted}, got {tuple(value.shape)}")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{key} is not finite: it has nan or inf, so no layer can be made of it")
+        self.became[key] = became
+        return value
+
+    def unread(self) -> list[str]:
+        """The keys that were not taken."""
+        return [key for key in self._tensors if key not in self.became]
+
+    def check_known(self, *prefixes: str) -> None:
+        """That all was taken of what is directly under these prefixes; with none, of all.
+
+        Raises:
+            ValueError: it was not; the message has the keys.
+        """
+        places = [prefix[:-1] for prefix in prefixes]
+        left = [key for key in self.unread() if not prefixes or key.rpartition(".")[0] in places]
+        if left:
+            raise ValueError(f"{some(left)}: of these keys nothing is known, so they cannot be converted")
+
+    def _near(self, key: str) -> list[str]:
+        """The keys in the same place, or all."""
+        prefix = key.rpartition(".")[0]
+        return [each for each in self._tensors if each.rpartition(".")[0] == prefix] or list(self._tensors)
+
+
+def _fits(shape: torch.Size, wanted: tuple[int, ...]) -> bool:
+    return len(shape) == len(wanted) and all(
+        n == w or (w == -1 and n > 0) for n, w in zip(shape, wanted, strict=True)
+    )
+
+
+def some(keys: Iterable[str]) -> str:
+    """Up to eight names in a message."""
+    keys = list(keys)
+    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "") or "no keys"

@@ -1,0 +1,65 @@
+"""Checkpoints and state dicts from files, of which no code is run."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Unknown:
+    """Stands for an object of a checkpoint that is no tensor: nothing of it is made or kept."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def load(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """What a checkpoint holds, on the CPU: a state dict, or a dict with one in it, to be converted.
+
+    Args:
+        path: a file of torch.save, as Lightning's checkpoints are, or a .safetensors file. It is read with
+            weights_only=True: none of its code is run, and objects of other libraries in it, such as the
+            configuration in a checkpoint of the original's train.py, are left empty.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read so, or it holds no dict.
+        ImportError: it ends in .safetensors, and that package is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    advice = "Where you trust it, load it with what wrote it, and save its state_dict() alone by torch.save"
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # of a format that has none, or no checkpoint
+        names = []
+    empty: list[Any] = [(dict if name == "collections.defaultdict" else Unknown, name) for name in names]
+    try:
+        with torch.serialization.safe_globals(empty):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many classes
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read with weights_only=True: {why}. {advice}") from error
+    if not isinstance(found, Mapping):
+        what = "a pickled module or other object" if isinstance(found, Unknown) else type(found).__name__
+        raise ValueError(f"{path} holds {what}, no dict of tensors. {advice}")
+    return found
+
+
+def _safetensors(path: Path) -> Mapping[str, Any]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(f"{path} needs the package safetensors: pip install safetensors") from error
+    try:
+        return load_file(path)
+    except Exception as error:  # a class of its own, which is no OSError
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
