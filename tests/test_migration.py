@@ -20,8 +20,8 @@ ORIGINAL = {
     "FFTConv": """d_model l_max channels swap_channels bidirectional activation transposed dropout tie_dropout
         drop_kernel mode kernel""",
     "its kernels": """d_model channels l_max lr wd verbose d_state deterministic dt_min dt_max dt_tie
-        dt_transform rank n_ssm measure init init_args disc dt_fast real_transform imag_transform bandlimit backend
-        is_real""",
+        dt_transform rank n_ssm measure init init_args disc dt_fast real_transform imag_transform bandlimit
+        backend is_real""",
     "S4Block": """d_model bottleneck gate mult_act final_act postact initializer weight_norm dropout
         tie_dropout transposed""",
     "SequenceModel and its blocks": """d_model n_layers transposed dropout tie_dropout prenorm bidirectional
