@@ -244,9 +244,9 @@ def _once(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} must be a tensor to be saved, got {type(value).__name__}")
         if value.is_meta or type(value) not in (Tensor, nn.Parameter):
+            got = "one on meta" if value.is_meta else type(value).__name__
             raise ValueError(
-                f"{name} must be a plain tensor in memory to be saved, got "
-                f"{'one on meta' if value.is_meta else type(value).__name__}: bring its numbers together first"
+                f"{name} must be a plain tensor in memory to be saved, got {got}: gather it first"
             )
         if id(value) in first:
             tied[name] = first[id(value)]
