@@ -15,12 +15,18 @@ torch.set_num_threads(1)
 
 
 class Unchecked(PathFinder):
-    """Imports the Triton kernels as they are: on Python 3.10 jaxtyping checks also what asks not to be."""
+    """Imports as it is what jaxtyping cannot check.
+
+    The Triton kernels: on Python 3.10 it checks also what asks not to be. A config of transformers: it knows
+    the fields of a dataclass alone.
+    """
+
+    modules = ("s4.backends.triton.kernels", "s4.transformers.config")
 
     @classmethod
     def find_spec(cls, fullname: str, *arguments: Any) -> ModuleSpec | None:
-        """Of this one module; None leaves the others to jaxtyping."""
-        return super().find_spec(fullname, *arguments) if fullname == "s4.backends.triton.kernels" else None
+        """Of these modules; None leaves the others to jaxtyping."""
+        return super().find_spec(fullname, *arguments) if fullname in cls.modules else None
 
 
 sys.meta_path.insert(0, Unchecked)

@@ -12,8 +12,8 @@ import s4
 ROOT = Path(s4.__file__).parent
 # Each may import what stands after it, and itself.
 ORDER = [
-    "s4.info", "s4.deploy", "s4.convert", "s4", "s4.model", "s4.generation", "s4.state", "s4.optim",
-    "s4.block", "s4.layer", "s4.distributed",
+    "s4.info", "s4.deploy", "s4.convert", "s4.transformers", "s4", "s4.model", "s4.generation", "s4.state",
+    "s4.optim", "s4.block", "s4.layer", "s4.distributed",
     "s4.sequence", "s4.kernel", "s4.ops", "s4.powers", "s4.system", "s4.options", "s4.hippo",
 ]  # fmt: skip
 # Which import nothing of s4 but each other.
@@ -116,7 +116,7 @@ def test_private_names_stay_private(name: str) -> None:
 def test_optional_libraries_are_imported_where_they_are_needed(name: str) -> None:
     """Inside the function of a backend, so that s4 loads without them."""
     tree = modules()[name]
-    if name == "s4.backends.triton.kernels":  # itself imported in a function
+    if name in ("s4.backends.triton.kernels", "s4.transformers.installed"):  # which users import by name
         return
     for node in tree.body:
         for module, _ in imports(node) if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) else ():
