@@ -115,7 +115,9 @@ def test_recipes_have_the_values_of_the_paper() -> None:
 
 def test_a_rate_for_each_by_the_command_line(capsys: Capture) -> None:
     rates = "{dt: null, A: 0.002, B: 0}"
-    cli = train.run(["digits", *TINY, "--trainer.max_steps", "2", "--model.ssm_lr", rates])
+    dropped = ["--model.residual_dropout", "0.3"]
+    cli = train.run(["digits", *TINY, *dropped, "--trainer.max_steps", "2", "--model.ssm_lr", rates])
+    assert [block.residual_dropout.p for block in cli.model.model.blocks] == [0.3]
     first = {g["name"]: g["initial_lr"] for g in cli.trainer.optimizers[0].param_groups}
     lr = cli.model.lr
     assert first == {"ssm dt": lr, "ssm A": 0.002, "ssm B": 0.0, "no_decay": lr, "decay": lr}

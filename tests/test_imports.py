@@ -12,8 +12,8 @@ import s4
 ROOT = Path(s4.__file__).parent
 # Each may import what stands after it, and itself.
 ORDER = [
-    "s4.info", "s4.deploy", "s4.transformers",
-    "s4", "s4.model", "s4.generation", "s4.state", "s4.optim", "s4.block", "s4.layer", "s4.distributed",
+    "s4.info", "s4.deploy", "s4.convert", "s4.transformers", "s4", "s4.model", "s4.generation", "s4.state",
+    "s4.optim", "s4.block", "s4.layer", "s4.distributed",
     "s4.sequence", "s4.kernel", "s4.ops", "s4.powers", "s4.system", "s4.options", "s4.hippo",
 ]  # fmt: skip
 # Which import nothing of s4 but each other.

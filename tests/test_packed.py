@@ -33,7 +33,7 @@ def sequences(name: str) -> list[Tensor]:
 
 
 @pytest.mark.promise(
-    "nn.GRU's habits", "a `PackedSequence` in and out, sorted or not, with states in the order of `h_0`"
+    "torch.nn", "a `PackedSequence` in and out, sorted or not, with states in the order of `h_0`"
 )
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("name", modules())

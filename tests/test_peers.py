@@ -248,6 +248,12 @@ def test_the_originals_sums_sit_out_where_they_do_not_fit() -> None:
         assert len(libraries.original(official, 128, 64, L)) == count
 
 
+def test_a_step_is_one_of_those_that_were_timed() -> None:
+    measured = harness.Measured(32.0, 16.0, 48.0, 7.0)
+    assert peers.each(measured, "step") == harness.Measured(2.0, 1.0, 3.0, 7.0)
+    assert peers.each(measured, "forward") == measured
+
+
 def test_refusals() -> None:
     with (
         mock.patch.object(sys, "argv", ["peers", "--d_state", "3"]),

@@ -4,12 +4,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from s4.block import S4Block
 from s4.checks import check_flag
-from s4.convert.entries import Entries
+from s4.convert.entries import Entries, undisturbed
 from s4.convert.kinds import Options, Site
 from s4.convert.layers import only, read_layer
 
@@ -84,10 +83,11 @@ def block(
     options = Options(discretization, dt_transform, real_transform, imag_transform)
     options.check()
     style = Style(prenorm, activation, dropout, tie_dropout)
-    entries = Entries(state_dict)
+    entries = Entries.of(state_dict)
     check_one_way(entries)
     site = only(entries, "block")
-    made = read_block(entries, site, place(entries, site), style, options)
+    with undisturbed():
+        made = read_block(entries, site, place(entries, site), style, options)
     entries.check_known()
     return made
 
@@ -151,18 +151,17 @@ def read_block(
         d_ff = len(weights["feed_forward.up.weight"])
     if style.prenorm is not None:
         check_flag("prenorm", style.prenorm)
-    with torch.random.fork_rng(devices=[]):
-        made = S4Block(
-            layer,
-            norm=kind,
-            prenorm=at.prenorm if style.prenorm is None else style.prenorm,
-            activation=style.activation,
-            dropout=style.dropout,
-            residual_dropout=style.dropout if at.whole else 0.0,
-            tie_dropout=style.tie_dropout,
-            mixer="glu" if glu else "linear",
-            d_ff=d_ff,
-        )
+    made = S4Block(
+        layer,
+        norm=kind,
+        prenorm=at.prenorm if style.prenorm is None else style.prenorm,
+        activation=style.activation,
+        dropout=style.dropout,
+        residual_dropout=style.dropout if at.whole else 0.0,
+        tie_dropout=style.tie_dropout,
+        mixer="glu" if glu else "linear",
+        d_ff=d_ff,
+    )
     own = {f"layer.{name}": value for name, value in layer.state_dict().items()}
     made.load_state_dict(own | weights)
     return made

@@ -1,6 +1,7 @@
 """A state dict while it is converted: its tensors by key, and what became of each."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 _WRAPPED = ("state_dict", "model", "model_state_dict")  # Lightning, the original's example.py, many others
 
 
-class Entries:
+class Entries(Mapping[str, Tensor]):
     """The tensors of a state dict.
 
     Attributes:
@@ -39,8 +40,16 @@ class Entries:
         self._tensors: Mapping[str, Tensor] = state_dict
         self.became: dict[str, str] = {}
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._tensors
+    @classmethod
+    def of(cls, state_dict: Any) -> "Entries":
+        """Of a state dict; `Entries` as they are, for one who wants to know what became of the keys."""
+        return state_dict if isinstance(state_dict, Entries) else cls(state_dict)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -90,6 +99,13 @@ class Entries:
         """The keys in the same place, or all."""
         prefix = key.rpartition(".")[0]
         return [each for each in self._tensors if each.rpartition(".")[0] == prefix] or list(self._tensors)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Modules are made on the CPU, whatever the default is, and draw none of the user's random numbers."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        yield
 
 
 def _fits(shape: torch.Size, wanted: tuple[int, ...]) -> bool:

@@ -41,7 +41,7 @@ def load(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # of a format that has none, or no checkpoint
         names = []
-    empty: list[Any] = [(dict if name == "collections.defaultdict" else Unknown, name) for name in names]
+    empty: list[Any] = [(_dict if name == "collections.defaultdict" else Unknown, name) for name in names]
     try:
         with torch.serialization.safe_globals(empty):
             found = torch.load(path, map_location="cpu", weights_only=True)
@@ -52,6 +52,11 @@ def load(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         what = "a pickled module or other object" if isinstance(found, Unknown) else type(found).__name__
         raise ValueError(f"{path} holds {what}, no dict of tensors. {advice}")
     return found
+
+
+def _dict(*_: Any) -> dict[Any, Any]:
+    """For a dict with a default, whose items follow."""
+    return {}
 
 
 def _safetensors(path: Path) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from s4.convert.entries import Entries, some
+from s4.convert.entries import Entries, some, undisturbed
 from s4.convert.kinds import Options, Site, sites
 from s4.layer import S4Layer
 from s4.system import dense, discretize, readout, row_modes, system
@@ -58,8 +58,9 @@ def layer(
     """
     options = Options(discretization, dt_transform, real_transform, imag_transform)
     options.check()
-    entries = Entries(state_dict)
-    return read_layer(entries, only(entries, "layer"), options)
+    entries = Entries.of(state_dict)
+    with undisturbed():
+        return read_layer(entries, only(entries, "layer"), options)
 
 
 def only(entries: Entries, name: str) -> Site:
@@ -93,17 +94,16 @@ def read_layer(entries: Entries, site: Site, options: Options) -> S4Layer:
     parameters, dtype, device = _parameters(entries, site, options)
     H, n = parameters["C"].shape[1:3]
     rank = len(parameters["P"]) if "P" in parameters else 0
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        made = S4Layer(
-            H,
-            2 * n,
-            variant="dplr" if rank else "diag",
-            init=_init(parameters, rank),
-            discretization=options.discretization,
-            n_ssm=len(parameters["B"]),
-            bidirectional=len(parameters["C"]) == 2,
-            dtype=torch.float64,
-        )
+    made = S4Layer(
+        H,
+        2 * n,
+        variant="dplr" if rank else "diag",
+        init=_init(parameters, rank),
+        discretization=options.discretization,
+        n_ssm=len(parameters["B"]),
+        bidirectional=len(parameters["C"]) == 2,
+        dtype=torch.float64,
+    )
     if length:
         parameters["C"] = _true_C(parameters, length, str(options.discretization))
     made.load_state_dict(parameters)

@@ -4,13 +4,12 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from s4.block import S4Block
 from s4.checks import check_option
 from s4.convert.blocks import Style, check_one_way, norm_of, place, read_block
-from s4.convert.entries import Entries, some
+from s4.convert.entries import Entries, some, undisturbed
 from s4.convert.kinds import Options, Site, sites
 from s4.model import S4Model
 
@@ -60,20 +59,33 @@ def model(
     options.check()
     if pooling is not None:
         check_option("pooling", pooling, ("none", "mean", "last"))
-    entries = Entries(state_dict)
+    entries = Entries.of(state_dict)
     check_one_way(entries)
     found = {site: place(entries, site).inner for site in sites(entries)}
     example = _numbered(found, "s4_layers", "")
     tie = bool(example) if tie_dropout is None else tie_dropout
     style = Style(prenorm, activation, dropout, tie)
-    if example:
-        made = _example(entries, *example, style, options, "mean" if pooling is None else pooling)
-    elif backbone := _numbered(found, "layers", "layer."):
-        made = _backbone(entries, *backbone, style, options, pooling)
-    else:
-        raise ValueError(f"no model found around the S4 layers at {some(found.values())}. {_FORMS}")
+    with undisturbed():
+        if example:
+            made = _example(entries, *example, style, options, "mean" if pooling is None else pooling)
+        elif backbone := _numbered(found, "layers", "layer."):
+            made = _backbone(entries, *backbone, style, options, pooling)
+        else:
+            raise ValueError(f"no model found around the S4 layers at {some(found.values())}. {_FORMS}")
     entries.check_known()
     return made
+
+
+def form(entries: Entries) -> str:
+    """Whether a state dict is of a "model", a "block" or a "layer", by what is around its S4 layers."""
+    found = sites(entries)
+    if len(found) > 1 or any(name.startswith(("encoder.", "decoder.")) for name in entries):
+        return "model"
+    try:
+        place(entries, found[0])
+    except ValueError:
+        return "layer"
+    return "block"
 
 
 def _numbered(found: Mapping[Site, str], name: str, inner: str) -> tuple[str, dict[int, Site]] | None:
@@ -175,8 +187,7 @@ def _ends(entries: Entries, encoder: str, decoder: str) -> tuple[nn.Module, nn.M
 def _linear(entries: Entries, prefix: str, became: str) -> nn.Module:
     weight = entries.take(f"{prefix}weight", became, (-1, -1))
     bias = entries.take(f"{prefix}bias", became, (len(weight),))
-    with torch.random.fork_rng(devices=[]):
-        return _loaded(nn.Linear(weight.shape[1], weight.shape[0]), {"weight": weight, "bias": bias})
+    return _loaded(nn.Linear(weight.shape[1], weight.shape[0]), {"weight": weight, "bias": bias})
 
 
 def _loaded(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
