@@ -182,7 +182,7 @@ def test_going_on_from_a_state(model: Any, ids: Tensor, monkeypatch: pytest.Monk
 
 @pytest.mark.promise(
     "torch.compile",
-    "`s4.transformers`: masked batches, losses and calls with a cache, each in one graph; `generate` with them",
+    "`s4.transformers`: masked batches, losses and calls with a cache in one graph each, `generate` with them",
 )
 @pytest.mark.usefixtures("unchecked")
 def test_compiled(model: Any, ids: Tensor) -> None:

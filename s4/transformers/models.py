@@ -245,7 +245,7 @@ class S4ForCausalLM(Headed, GenerationMixin):
                 f"{generation_config.cache_implementation!r}"
             )
         if generation_config.use_cache is not False:
-            given = given_cache(model_kwargs.get("cache"), model_kwargs.pop("past_key_values", None))
+            given = given_cache(model_kwargs.pop("cache", None), model_kwargs.pop("past_key_values", None))
             model_kwargs[CACHE] = S4Cache() if given is None else given
 
 
