@@ -181,6 +181,22 @@ def test_going_on_from_a_state(model: Any, ids: Tensor, monkeypatch: pytest.Monk
 
 
 @pytest.mark.promise(
+    "torch.compile",
+    "`s4.transformers`: masked batches, losses and calls with a cache in one graph each, `generate` with them",
+)
+@pytest.mark.usefixtures("unchecked")
+def test_compiled(model: Any, ids: Tensor) -> None:
+    """A mask that a graph cannot look into gives what it gives where it can be seen."""
+    want = model(**ragged(ids), labels=ids)
+    made = model.generate(**ragged(ids), max_new_tokens=3, do_sample=False)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    got = model(**ragged(ids), labels=ids)
+    oracle.close(got.logits, want.logits, 1e-9)
+    oracle.close(got.loss, want.loss, 1e-6)
+    assert torch.equal(model.generate(**ragged(ids), max_new_tokens=3, do_sample=False), made)
+
+
+@pytest.mark.promise(
     "other libraries",
     "`s4.transformers`: assisted and contrastive decoding, static caches, prompts padded on the right",
     supported=False,

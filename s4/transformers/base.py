@@ -11,7 +11,7 @@ from s4.block import normed
 from s4.model import S4Model
 from s4.padding import zero_padding
 from s4.state import State
-from s4.transformers.cache import S4Cache, Unmasked, given_cache
+from s4.transformers.cache import S4Cache, Unmasked, apart, given_cache, together
 from s4.transformers.config import S4Config
 from s4.transformers.installed import CACHE, BaseModelOutputWithPast, PreTrainedModel
 
@@ -101,7 +101,7 @@ class S4BaseModel(S4PreTrainedModel):
         unmasked = Unmasked.of(attention_mask, batch, L, passed is not None)
         lengths = None if unmasked is None else unmasked.lengths
         if unmasked is not None:
-            u = unmasked.together(u)
+            u = together(u, unmasked)
         heard: list[Tensor] | None = (
             [] if chosen(output_hidden_states, self.config.output_hidden_states) else None
         )
@@ -115,7 +115,7 @@ class S4BaseModel(S4PreTrainedModel):
             passed.state, passed.seen = _after(x, layers, before, lengths), passed.seen + L
         features = [*(heard or ()), x]
         if unmasked is not None:
-            features = [unmasked.apart(each) for each in features]
+            features = [apart(each, unmasked) for each in features]
         output = BaseModelOutputWithPast(
             last_hidden_state=features[-1],
             hidden_states=None if heard is None else tuple(features),

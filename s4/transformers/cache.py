@@ -152,12 +152,14 @@ class Unmasked(NamedTuple):
         )
         return cls(mask, order, place, mask.sum(1))
 
-    def together(self, u: Tensor) -> Tensor:
-        """Inputs (B, L, ...) with what is not masked in front, and zeros behind."""
-        index = self.order.view(*self.order.shape, *(1,) * (u.dim() - 2)).expand_as(u)
-        return zero_padding(u.gather(1, index), self.lengths)
 
-    def apart(self, y: Tensor) -> Tensor:
-        """Outputs (B, L, H) at the positions of their inputs again, and zeros where those are masked."""
-        place, mask = self.place.to(y.device), self.mask.to(y.device)
-        return y.gather(1, place[..., None].expand_as(y)).masked_fill(~mask[..., None], 0)
+def together(u: Tensor, unmasked: Unmasked) -> Tensor:
+    """Inputs (B, L, ...) with what is not masked in front, and zeros behind."""
+    index = unmasked.order.view(*unmasked.order.shape, *(1,) * (u.dim() - 2)).expand_as(u)
+    return zero_padding(u.gather(1, index), unmasked.lengths)
+
+
+def apart(y: Tensor, unmasked: Unmasked) -> Tensor:
+    """Outputs (B, L, H) at the positions of their inputs again, and zeros where those are masked."""
+    place, mask = unmasked.place.to(y.device), unmasked.mask.to(y.device)
+    return y.gather(1, place[..., None].expand_as(y)).masked_fill(~mask[..., None], 0)

@@ -5,7 +5,9 @@ import inspect
 _NEEDS = "s4.transformers needs transformers 5.4 or newer: pip install 's4-pytorch[transformers]'"
 try:
     import transformers
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if error.name != "transformers":  # which is there, but something that it needs is not
+        raise
     raise ImportError(_NEEDS) from error
 if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < (5, 4):
     raise ImportError(f"{_NEEDS}; version {transformers.__version__} is installed")

@@ -210,29 +210,27 @@ class S4ForCausalLM(Headed, GenerationMixin):
         Raises:
             ValueError: prompts padded on the right, or no token that the cache has not seen.
         """
-        mask = attention_mask
-        if is_first_iteration and mask is not None and bool(((mask[:, -1] == 0) & (mask != 0).any(1)).any()):
+        step = bool(use_cache) and next_sequence_length == 1 and not is_first_iteration
+        mask = None if step else attention_mask  # a new token is no padding
+        if mask is not None and bool(((mask[:, -1] == 0) & (mask != 0).any(1)).any()):
             raise ValueError(
-                "generate needs prompts that are padded on the left, got an attention_mask that ends "
-                "with 0: set tokenizer.padding_side = 'left'"
+                "generate needs prompts that are padded on the left, got an attention_mask that ends with 0: "
+                "set tokenizer.padding_side = 'left'"
             )
         if next_sequence_length is not None and next_sequence_length < 1:
             raise ValueError(
                 "generate with a cache needs all tokens so far and new ones behind them, or the new ones and "
                 f"an attention_mask of all, got {tuple(input_ids.shape)} and a cache that has seen as many"
             )
-        inputs = super().prepare_inputs_for_generation(
+        return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if use_cache and not is_first_iteration:  # new tokens are no padding
-            inputs["attention_mask"] = None
-        return inputs
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -247,7 +245,7 @@ class S4ForCausalLM(Headed, GenerationMixin):
                 f"{generation_config.cache_implementation!r}"
             )
         if generation_config.use_cache is not False:
-            given = given_cache(model_kwargs.get("cache"), model_kwargs.pop("past_key_values", None))
+            given = given_cache(model_kwargs.pop("cache", None), model_kwargs.pop("past_key_values", None))
             model_kwargs[CACHE] = S4Cache() if given is None else given
 
 
