@@ -162,7 +162,7 @@ class S4Layer(Pretrained):
     def from_config(cls, config: Mapping[str, Any], modules: Modules | None = None) -> "S4Layer":
         """`S4Layer(**config)`; a layer takes no modules."""
         check_known(config, (*_FIXED, *_OPTIONS, "dtype"), cls.__name__)
-        check_unused(modules, (), cls.__name__)
+        check_unused(modules, {}, cls.__name__)
         return cls(**config)
 
     @property
