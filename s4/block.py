@@ -171,7 +171,7 @@ class S4Block(Pretrained):
         Outputs past a sequence's end mean nothing.
         """
         if isinstance(x, PackedSequence):
-            return through_padded(self, x, state, lengths, resets, rate, return_state)
+            return through_padded(S4Block.forward, self, x, state, lengths, resets, rate, return_state)
         check_features("x", x, self.layer.d_model, "batch", "length")
         given = x, state, lengths, resets, rate
         piece = distributed.piece(self, *given, return_state) if distributed.engaged else None

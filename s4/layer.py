@@ -247,7 +247,7 @@ class S4Layer(Pretrained):
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
         if isinstance(u, PackedSequence):
-            return through_padded(self, u, state, lengths, resets, rate, return_state)
+            return through_padded(S4Layer.forward, self, u, state, lengths, resets, rate, return_state)
         causal = "state" if state is not None else "return_state" if return_state else ""
         dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, causal)
         given = u, state, lengths, resets, rate

@@ -146,7 +146,7 @@ class S4Model(Pretrained):
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
         if isinstance(u, PackedSequence):
-            return through_padded(self, u, state, lengths, resets, rate, return_state)
+            return through_padded(S4Model.forward, self, u, state, lengths, resets, rate, return_state)
         if not isinstance(u, Tensor) or u.dim() < 2:
             raise ValueError(f"u must be a tensor of shape (batch, length, ...), got {kind_of(u)}")
         given = u, state, lengths, resets, rate
