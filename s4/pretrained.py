@@ -284,7 +284,10 @@ def _read(file: Path, cls: type[Pretrained]) -> dict[str, Any]:
         or not isinstance(content.get("config"), dict)
         or "format" not in content
     ):
-        raise ValueError(f"{file} was not written by save_pretrained of s4: it has no 'format' and 'config'")
+        what = f"{file} was not written by save_pretrained of s4: it has no 'format' and 'config'"
+        if isinstance(content, dict) and content.get("model_type") == "s4":
+            what += ". It is of s4.transformers: load it with that, and take the model's s4()"
+        raise ValueError(what)
     if content["format"] != FORMAT:
         raise ValueError(
             f"{file} has format {content['format']!r}, of s4 {content.get('s4')}; s4 {__version__}, which is "

@@ -225,9 +225,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "no model.safetensors"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json is no JSON"),
     "of others": (
-        lambda f: (f / "config.json").write_text('{"model_type": "bert"}'),
+        lambda f: (f / "config.json").write_text('{"model_type": "s4"}'),
         ValueError,
-        "not written by save_pretrained of s4.*'format' and 'config'",
+        r"not written by save_pretrained of s4.*'format' and 'config'\. It is of s4\.transformers",
     ),
     "newer": (lambda f: edited(f, lambda c: c.update(format=2, s4="9.0")), ValueError, "format 2, of s4 9.0"),
     "another class": (

@@ -239,7 +239,7 @@ def _true_C(parameters: Mapping[str, Tensor], length: int, discretization: str) 
         )  # fmt: skip
         A = dense(discretize(some_of))
         left = torch.eye(2 * n, dtype=A.dtype) - torch.linalg.matrix_power(A, length)
-        parts.append(torch.linalg.solve(left, readout(some_of.C)[..., None, :], left=False)[..., 0, :])
+        parts.append(torch.linalg.solve_ex(left, readout(some_of.C)[..., None, :], left=False)[0][..., 0, :])
     return torch.view_as_real(row_modes(torch.cat(parts, 1)))
 
 
