@@ -168,6 +168,17 @@ def test_blocks_and_models_are_found_under_any_prefix(name: str, prefix: str) ->
     assert apart(output(converted(it, more), it), it.truth["y"]) < 1e-10
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+@pytest.mark.parametrize(
+    ("name", "module"), [("example-dplr-prenorm", "s4_layers.1."), ("train-prenorm", "layers.2.")]
+)
+def test_modules_that_were_wrapped_one_by_one(name: str, module: str, wrapper: str) -> None:
+    it = stored(name)
+    more = {key.replace(module, f"{module}{wrapper}."): value for key, value in it.parameters.items()}
+    assert more.keys() != it.parameters.keys()
+    assert apart(output(converted(it, more), it), it.truth["y"]) < 1e-10
+
+
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict"])
 def test_a_state_dict_is_found_in_a_checkpoint(wrapper: str) -> None:
     it = stored("example-minimal")

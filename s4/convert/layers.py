@@ -178,6 +178,11 @@ def _D(entries: Entries, site: Site, C: Tensor) -> Tensor:
                 "more, and a kernel's dict does not tell which. Give the dict of the whole layer, with its D"
             )
         return torch.zeros(H)
+    if f"{site.layer}D" not in entries:
+        raise ValueError(
+            f"{site.layer}D is missing beside {site.kernel}C. Of a kernel with no layer around it, give the "
+            "parameters without 'kernel.' before their names"
+        )
     D = entries.take(f"{site.layer}D", "D", (-1, H), *[(H,)] * site.minimal)
     channels = 1 if D.dim() == 1 else len(D)
     if channels > 1:
