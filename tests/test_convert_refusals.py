@@ -147,6 +147,10 @@ DICTS: dict[str, tuple[str, Change, str]] = {
                    for k, v in p.items()},
         "layers.0 is an FFN with no S4 block right before it",
     ),
+    "an FFN with another norm": (
+        "train-postnorm", without("model.layers.1.norm.norm.weight", "model.layers.1.norm.norm.bias"),
+        "model.layers.1.norm is of kind 'none', but that of the S4 block before it 'layer'",
+    ),
     "another encoder": (
         "train-prenorm", renamed("encoder.0.", "encoder.0.conv."),
         "encoder must be one linear",
