@@ -132,6 +132,10 @@ DICTS: dict[str, tuple[str, Change, str]] = {
         "log_A_real, B and D.*this library.*load_state_dict",
     ),
     "no layer": ("dplr", lambda _: dict(nn.Linear(2, 2).state_dict()), "no S4 layer.*There are weight, bias"),
+    "compiled and not": (
+        "dplr", lambda p: p | {f"_orig_mod.{key}": value for key, value in p.items()},
+        "the same twice, with _orig_mod.D, .* and without",
+    ),
     "nothing": ("dplr", lambda _: {}, "no S4 layer.*no keys"),
     "a model of another form": (
         "example-minimal", renamed("s4_layers", "stack"),
