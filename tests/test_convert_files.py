@@ -197,7 +197,6 @@ def test_options_of_training_and_a_part_of_a_model(tmp_path: Path, capsys: Captu
         ("block", ["--pooling", "mean"], r"--pooling is an option of a model; .*block.pt is of a block"),
         ("train-prenorm", [], "pooling must be given"),
         ("train-prenorm", ["--pooling", "last"], "dt_transform must be given.*softplus"),
-        ("minimal", ["--part", "model"], "no model found around the S4 layers at the top"),
         ("train-prenorm", ["--part", "layer"], "2 S4 layers, at model.layers.0"),
         ("dplr", ["--official", "nowhere"], "no models/s4/s4.py in nowhere: give a checkout"),
         ("dplr", ["--prefix", "encoder."], "no S4 layer"),
@@ -211,6 +210,12 @@ def test_what_is_wrong_is_a_line_of_text(
         main([saved(name, tmp_path), str(out), *options])
     assert not out.exists()
     assert capsys.readouterr().out == ""
+
+
+def test_a_layer_is_no_model() -> None:
+    parameters = {key.removeprefix("_orig_mod."): value for key, value in stored("block").parameters.items()}
+    with pytest.raises(ValueError, match=r"no model found around the S4 layers at the top\. "):
+        s4.convert.model(parameters)
 
 
 def test_a_folder_is_replaced_only_if_told(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def _assumed(made: S4Layer | S4Block | S4Model, entries: Entries, options: dict[
     """The options that outputs depend on and that a wrong value of would not be seen by."""
     blocks = made.blocks if isinstance(made, S4Model) else [made]
     config = blocks[0].config()
-    taken = {name: config[name] for name in ("prenorm", "activation") if name in config}
+    taken: dict[str, Any] = {name: config[name] for name in ("prenorm", "activation") if name in config}
     if isinstance(made, S4Model):
         taken["pooling"] = made.pooling
     layer = config.get("layer", config)
