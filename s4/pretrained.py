@@ -320,6 +320,10 @@ def _download(
     local_files_only: bool,
 ) -> Path:
     """The folder in the hub's cache that holds a model."""
+    if Path(name).is_file():
+        raise FileNotFoundError(
+            f"{name} is a file: from_pretrained takes the folder that save_pretrained wrote"
+        )
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"there is no folder {name}")
     try:
@@ -336,9 +340,7 @@ def _download(
             allow_patterns=[CONFIG, WEIGHTS],
         )
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"there is no folder {name}, and no such model on the hub: {error}"
-        ) from error
+        raise FileNotFoundError(f"there is no folder {name}, and the hub gave none: {error}") from error
     return Path(found)
 
 
