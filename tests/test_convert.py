@@ -292,8 +292,9 @@ def test_the_default_device_does_not_matter() -> None:
 def test_half_precision_and_mixed_dtypes() -> None:
     it = stored("diag-zoh", torch.bfloat16)
     assert {p.dtype for p in converted(it).parameters()} == {torch.bfloat16}
-    mixed = it.parameters | {"kernel.inv_dt": it.parameters["kernel.inv_dt"].float()}
-    assert {p.dtype for p in converted(it, mixed).parameters()} == {torch.float32}
+    for key in ("kernel.inv_dt", "D"):
+        mixed = it.parameters | {key: it.parameters[key].float()}
+        assert {p.dtype for p in converted(it, mixed).parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ["dplr-rank3-both-ways", "residual-block", "example-minimal"])

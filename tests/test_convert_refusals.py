@@ -105,6 +105,14 @@ DICTS: dict[str, tuple[str, Change, str]] = {
         "dplr", set_to("kernel.inv_dt", lambda dt: dt[:3]),
         "kernel.A_real has 4 rows.*3 channels",
     ),
+    "steps of another number of modes": (
+        "dplr", set_to("kernel.inv_dt", lambda dt: dt.repeat(1, 3)),
+        r"kernel.inv_dt must have 1 or 4 columns, got \(4, 3\)",
+    ),
+    "steps that are 0": (
+        "dplr", set_to("kernel.inv_dt", lambda dt: dt - 800),
+        "the kernel at 'kernel.', C would have inf or nan, with steps from 0 to 0: .*another dt_transform",
+    ),
     "length below 0": (
         "dplr", set_to("kernel.l_kernel", lambda n: n - 99),
         "l_kernel must be an integer.*-83",
@@ -203,6 +211,12 @@ def test_options_that_say_what_is_so_are_taken() -> None:
         it = stored(name)
         made = s4.convert.layer(it.parameters, discretization=discretization)
         assert made.discretization == discretization
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_layer_has_a_transform() -> None:
+    with pytest.raises(ValueError, match=r"dt_transform must be one of 'none', 'exp'.*None"):
+        s4.convert.layer(stored("dplr").parameters, dt_transform=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["layer", "block"])

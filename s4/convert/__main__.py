@@ -25,7 +25,7 @@ examples:
   a checkpoint of its train.py:
     python -m s4.convert last.ckpt lra --pooling mean --dt-transform softplus
   one layer of a model:
-    python -m s4.convert last.ckpt first --part layer --prefix model.layers.0.
+    python -m s4.convert last.ckpt first --part layer --prefix model.layers.0. --dt-transform softplus
   beside the original, in a checkout of it:
     python -m s4.convert layer.pt layer --official ../state-spaces
 

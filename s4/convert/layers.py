@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from s4.checks import check_option
 from s4.convert.entries import Entries, some, undisturbed
-from s4.convert.kinds import Options, Site, sites
+from s4.convert.kinds import TRANSFORMS, Options, Site, sites
 from s4.layer import S4Layer
 from s4.system import dense, discretize, readout, row_modes, system
 
@@ -56,6 +57,7 @@ def layer(
         ValueError, TypeError: no layer, several, or one with no counterpart; keys that are missing or
             unknown; the message says which and what to do.
     """
+    check_option("dt_transform", dt_transform, TRANSFORMS)
     options = Options(discretization, dt_transform, real_transform, imag_transform)
     options.check()
     entries = Entries.of(state_dict)
@@ -107,7 +109,13 @@ def read_layer(entries: Entries, site: Site, options: Options) -> S4Layer:
     if length:
         parameters["C"] = _true_C(parameters, length, str(options.discretization))
     made.load_state_dict(parameters)
-    return made.to(device, dtype)
+    made = made.to(device, dtype)
+    if wrong := [name for name, p in made.named_parameters() if not bool(torch.isfinite(p).all())]:
+        raise ValueError(
+            f"of the kernel at {site.kernel!r}, {some(wrong)} would have inf or nan, with steps from "
+            f"{made.dt.min():.3g} to {made.dt.max():.3g}: was it trained with another dt_transform?"
+        )
+    return made
 
 
 def _init(parameters: Mapping[str, Tensor], rank: int) -> Any:
@@ -132,6 +140,8 @@ def _parameters(
     dt = take(kind.dt, "log_dt", (-1,), (-1, 1), (-1, -1))
     real = take(kind.mark, "log_A_real", (-1, -1))
     (S, n), H = real.shape, len(dt)
+    if dt.dim() == 2 and dt.shape[1] not in (1, n):
+        raise ValueError(f"{site.kernel}{kind.dt} must have 1 or {n} columns, got {tuple(dt.shape)}")
     if H % S:
         raise ValueError(f"{site.kernel}{kind.mark} has {S} rows, which do not divide the {H} channels of dt")
     shape = (S, n, *pair)
@@ -153,7 +163,7 @@ def _parameters(
     for name in kind.dead:
         take(name, "nothing: not used by the original either")
     entries.check_known(site.kernel, site.layer)
-    dtype = reduce(torch.promote_types, [t.dtype for t in taken])
+    dtype = reduce(torch.promote_types, [t.dtype for t in ([] if site.alone else [D]) + taken])
     found = _by_channel(found, log_dt, dtype)
     return {name: value.double().contiguous() for name, value in found.items()}, dtype, taken[0].device
 
@@ -234,7 +244,7 @@ def _true_C(parameters: Mapping[str, Tensor], length: int, discretization: str) 
         )  # fmt: skip
         A = dense(discretize(some_of))
         left = torch.eye(2 * n, dtype=A.dtype) - torch.linalg.matrix_power(A, length)
-        parts.append(torch.linalg.solve(left, readout(some_of.C)[..., None, :], left=False)[..., 0, :])
+        parts.append(torch.linalg.solve_ex(left, readout(some_of.C)[..., None, :], left=False)[0][..., 0, :])
     return torch.view_as_real(row_modes(torch.cat(parts, 1)))
 
 
