@@ -169,7 +169,7 @@ def residual_block(seed: int, batch: bool, prenorm: bool) -> Case:
             u, lambda x: inner(p, "layer.", x), lambda x: norm(p, "norm.norm", x), prenorm
         )
 
-    return Case("block", {} if prenorm else {"prenorm": False}, *blocks(seed, stack))
+    return Case("block", {"dt_transform": "exp", "prenorm": prenorm}, *blocks(seed, stack))
 
 
 def example(seed: int, prenorm: bool) -> Case:
@@ -232,7 +232,7 @@ def backbone(seed: int, prenorm: bool) -> Case:
     if prenorm:
         x = norm(p, "model.norm.norm", x)[:, -1]
     y = linear(p, "decoder.0.output_transform", x)
-    return Case("model", {"pooling": "last" if prenorm else "none"}, p, u, {"y": y})
+    return Case("model", {"pooling": "last" if prenorm else "none", "dt_transform": "exp"}, p, u, {"y": y})
 
 
 def cases() -> dict[str, Case]:

@@ -18,6 +18,7 @@ from scripts import ROOT, run
 
 pytest.importorskip("lightning", reason="the benchmarks need the extra 'examples'")
 
+import convert
 import generation
 import half
 import harness
@@ -235,6 +236,9 @@ def test_layer_says_where_auto_is_wrong_and_who_sits_out() -> None:
         (kernels, "--out /dev/null/x.json", "--out cannot write /dev/null"),
         (kernels, f"--out {harness.RESULTS}/kernels-cpu.json", "committed result --replace true"),
         (kernels, "--no-such-option 1", "no-such-option"),
+        (convert, "", "--official give a checkout"),
+        (convert, "--official nowhere", "--official there is no folder nowhere"),
+        (convert, "--official {here}", "--official no models/s4/s4.py"),
         (layer, "--shapes [[1,65,8]]", "--shapes multiple of 64 65"),
         (layer, "--shapes [[1,64,-8]]", "shapes v>0"),
         (layer, "--shapes [1,64,8]", "shapes tuple"),
@@ -343,8 +347,8 @@ def test_generation_names_a_budget_that_is_too_small(tmp_path: Path) -> None:
 
 # Those that are run; `make gpu-bundle` by hand, as it downloads.
 SCRIPTS = [
-    "accuracy", "compiled", "deploy", "distributed", "generation", "gpu", "gpu_bundle", "half", "kernels",
-    "layer", "peers", "sequences", "training",
+    "accuracy", "compiled", "convert", "deploy", "distributed", "generation", "gpu", "gpu_bundle", "half",
+    "kernels", "layer", "peers", "sequences", "training",
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from official_parameters import Case, cases
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 import s4.convert
 from s4 import S4Block, S4Layer, S4Model
@@ -168,6 +168,17 @@ def test_blocks_and_models_are_found_under_any_prefix(name: str, prefix: str) ->
     assert apart(output(converted(it, more), it), it.truth["y"]) < 1e-10
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+@pytest.mark.parametrize(
+    ("name", "module"), [("example-dplr-prenorm", "s4_layers.1."), ("train-prenorm", "layers.2.")]
+)
+def test_modules_that_were_wrapped_one_by_one(name: str, module: str, wrapper: str) -> None:
+    it = stored(name)
+    more = {key.replace(module, f"{module}{wrapper}."): value for key, value in it.parameters.items()}
+    assert more.keys() != it.parameters.keys()
+    assert apart(output(converted(it, more), it), it.truth["y"]) < 1e-10
+
+
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict"])
 def test_a_state_dict_is_found_in_a_checkpoint(wrapper: str) -> None:
     it = stored("example-minimal")
@@ -200,6 +211,19 @@ def test_a_layer_and_its_norm_of_a_model_are_a_block() -> None:
         assert all(torch.equal(v, block.state_dict()[k]) for k, v in model.blocks[i].state_dict().items())
         bare = {k: v for k, v in part.items() if "norms" not in k}
         assert s4.convert.block(bare).config()["norm"] == "none"
+
+
+def test_only_a_residual_block_of_version_4_has_to_be_told_how_steps_are_stored() -> None:
+    """Its train.py has another default than its classes."""
+    it = stored("example-minimal")
+    at = "s4_layers.0."
+    part = {k.replace(at, "layer."): v for k, v in it.parameters.items() if k.startswith(at)}
+    block = s4.convert.block(part)
+    assert torch.equal(block.layer.log_dt, it.parameters[f"{at}kernel.log_dt"])
+    assert block.prenorm
+    told = stored("residual-block").parameters
+    dt = s4.convert.block(told, dt_transform="softplus").layer.dt
+    torch.testing.assert_close(dt, nn.functional.softplus(told["layer.layer.kernel.inv_dt"])[:, 0])
 
 
 @pytest.mark.parametrize(
@@ -268,8 +292,9 @@ def test_the_default_device_does_not_matter() -> None:
 def test_half_precision_and_mixed_dtypes() -> None:
     it = stored("diag-zoh", torch.bfloat16)
     assert {p.dtype for p in converted(it).parameters()} == {torch.bfloat16}
-    mixed = it.parameters | {"kernel.inv_dt": it.parameters["kernel.inv_dt"].float()}
-    assert {p.dtype for p in converted(it, mixed).parameters()} == {torch.float32}
+    for key in ("kernel.inv_dt", "D"):
+        mixed = it.parameters | {key: it.parameters[key].float()}
+        assert {p.dtype for p in converted(it, mixed).parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ["dplr-rank3-both-ways", "residual-block", "example-minimal"])

@@ -80,7 +80,7 @@ DICTS: dict[str, tuple[str, Change, str]] = {
         "train-prenorm", plus(model__layers__0__residual__affine=(1,)),
         "residual.affine",
     ),
-    "missing D": ("dplr", without("D"), "D is missing"),
+    "missing D": ("dplr", without("D"), "D is missing beside kernel.C.*without 'kernel.'"),
     "missing C": ("dplr", without("kernel.C"), "kernel.C is missing: the state dict has kernel"),
     "missing B": ("dplr", without("kernel.B"), "kernel.B is missing"),
     "missing A_imag": ("dplr", without("kernel.A_imag"), "kernel.A_imag is missing"),
@@ -104,6 +104,14 @@ DICTS: dict[str, tuple[str, Change, str]] = {
     "shape of dt": (
         "dplr", set_to("kernel.inv_dt", lambda dt: dt[:3]),
         "kernel.A_real has 4 rows.*3 channels",
+    ),
+    "steps of another number of modes": (
+        "dplr", set_to("kernel.inv_dt", lambda dt: dt.repeat(1, 3)),
+        r"kernel.inv_dt must have 1 or 4 columns, got \(4, 3\)",
+    ),
+    "steps that are 0": (
+        "dplr", set_to("kernel.inv_dt", lambda dt: dt - 800),
+        "the kernel at 'kernel.', C would have inf or nan, with steps from 0 to 0: .*another dt_transform",
     ),
     "length below 0": (
         "dplr", set_to("kernel.l_kernel", lambda n: n - 99),
@@ -153,6 +161,11 @@ DICTS: dict[str, tuple[str, Change, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.promise(
+    "other libraries",
+    "of the original: `channels` above 1, gates, bottlenecks, `disc='dss'`, kernels of version 2",
+    supported=False,
+)
 @pytest.mark.parametrize("name", DICTS)
 def test_what_has_no_counterpart_is_refused(name: str) -> None:
     file, change, message = DICTS[name]
@@ -181,6 +194,8 @@ def test_what_has_no_counterpart_is_refused(name: str) -> None:
         ("block", {"dropout": 1.0}, "dropout must be below 1"),
         ("train-prenorm", {"pooling": "sum"}, "pooling must be one of.*sum"),
         ("train-prenorm", {"pooling": None}, "pooling must be given.*mode"),
+        ("train-prenorm", {"dt_transform": None}, "dt_transform must be given: .*inv_dt.*softplus.*exp"),
+        ("residual-block", {"dt_transform": None}, "dt_transform must be given: .*inv_dt"),
         ("train-prenorm", {"prenorm": False}, "prenorm must be None or True.*there is model.norm.norm"),
         ("train-postnorm", {"prenorm": True}, "prenorm must be None or False.*there is no model.norm.norm"),
     ],
@@ -198,6 +213,12 @@ def test_options_that_say_what_is_so_are_taken() -> None:
         assert made.discretization == discretization
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_layer_has_a_transform() -> None:
+    with pytest.raises(ValueError, match=r"dt_transform must be one of 'none', 'exp'.*None"):
+        s4.convert.layer(stored("dplr").parameters, dt_transform=None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["layer", "block"])
 def test_several_layers_are_named(name: str) -> None:
     it = stored("train-prenorm")
@@ -212,7 +233,7 @@ def test_several_layers_are_named(name: str) -> None:
         getattr(s4.convert, name)(it.parameters)
     prefix = re.findall(r"startswith\('(.*)'\)", str(e.value))[0]
     part = {key: value for key, value in it.parameters.items() if key.startswith(prefix)}
-    made = getattr(s4.convert, name)(part)  # what the message says to do
+    made = getattr(s4.convert, name)(part, dt_transform="exp")  # what the message says to do
     assert made.config()["d_model" if name == "layer" else "norm"] == (4 if name == "layer" else "layer")
 
 

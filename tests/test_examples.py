@@ -19,6 +19,7 @@ from example_files import TINY, WRITERS, fails, step_losses, write_parquet
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from processes import printed, process
+from trainer import cli as command_line
 from trainer import runs
 from trainer.checkpoints import CONTENT, CheckpointError, load_checkpoint
 from trainer.progress import LineProgress
@@ -36,6 +37,8 @@ pytestmark = [
 LABELS = Spec("label", 1, 10)
 EXAMPLES = Path(train.__file__).parent
 RECIPES = sorted(path.stem for path in train.RECIPES.glob("*.yaml"))
+TASKS = {name: yaml.safe_load((train.RECIPES / f"{name}.yaml").read_text())["task"] for name in RECIPES}
+PLOTTED = {task: name for name, task in reversed(TASKS.items())}  # a recipe of each task
 Capture = pytest.CaptureFixture[str]
 
 
@@ -49,15 +52,23 @@ def test_recipe_trains_resumes_and_tests(
     values = yaml.safe_load((train.RECIPES / f"{recipe}.yaml").read_text())
     options = [*TINY, "--data.batch_size", "8", *WRITERS[values["task"]](tmp_path / "data", values)]
     limits = ["--trainer.max_steps", "3", "--trainer.max_epochs", "-1", "--save_every", "1"]
-    save = runs.LastCheckpoint._save
+    save, commands = runs.LastCheckpoint._save, command_line.ExampleCLI.subcommands()
+
+    def only(command: str) -> None:
+        """The parser of this command alone: to make those of the others takes longer than the run."""
+        one = {command: commands[command]}
+        monkeypatch.setattr(command_line.ExampleCLI, "subcommands", staticmethod(lambda: one))
 
     def keep_the_first(self: runs.LastCheckpoint, trainer: Trainer) -> None:
         save(self, trainer)
         if trainer.global_step == 1:
             shutil.copytree(self.file.parent, "stopped")
 
+    only("fit")
     with monkeypatch.context() as patched:
         patched.setattr(runs.LastCheckpoint, "_save", keep_the_first)
+        if recipe != PLOTTED[values["task"]]:  # what is plotted is of the task
+            patched.setattr(command_line, "learning_curve", lambda folder: None)
         cli = train.run([recipe, *options, *limits])
     folder = tmp_path / "runs" / recipe
     losses = step_losses(folder)
@@ -75,10 +86,14 @@ def test_recipe_trains_resumes_and_tests(
     else:
         assert cli.model.compare is not None
 
+    assert (folder / "learning_curve.png").is_file() == (recipe == PLOTTED[values["task"]])
+
+    monkeypatch.setattr(command_line, "learning_curve", lambda folder: None)
     train.run([recipe, *options, *limits, "--ckpt_path", "stopped/last.ckpt"])
     assert {step: loss for step, loss in step_losses(tmp_path / "stopped").items() if step} == {
         step: loss for step, loss in losses.items() if step
     }
+    only("test")
     train.run(["test", recipe, *options])
 
 

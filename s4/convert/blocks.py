@@ -29,14 +29,12 @@ class Place(NamedTuple):
 
     inner: prefix of the original's `S4Block` or `S4D`, without norm and residual.
     norm: prefix of the norm around it; None if there is none.
-    whole: whether it is one of a residual block, with the dropout of its sum.
-    prenorm: the default where it stands.
+    around: "nothing", the "residual" block of the original's train.py, or its "example" of a model.
     """
 
     inner: str
     norm: str | None
-    whole: bool
-    prenorm: bool
+    around: str
 
 
 def block(
@@ -47,7 +45,7 @@ def block(
     dropout: float = 0.0,
     tie_dropout: bool = False,
     discretization: str | None = None,
-    dt_transform: str = "exp",
+    dt_transform: str | None = None,
     real_transform: str = "exp",
     imag_transform: str = "none",
 ) -> S4Block:
@@ -70,7 +68,9 @@ def block(
         dropout: after the activation and, of a whole residual block, before the sum. The original draws a
             second time before the activation where that is within its layer.
         tie_dropout: as in `S4Block`; True in example.py.
-        discretization, dt_transform, real_transform, imag_transform: as in `s4.convert.layer`.
+        discretization, real_transform, imag_transform: as in `s4.convert.layer`.
+        dt_transform: as there; None is "exp". A `SequenceResidualBlock` of version 4 needs it: train.py has
+            "softplus" in its configurations.
 
     Returns:
         the block, with parameters of the dict's dtype on its device; `glu` or `linear` by the shape of
@@ -128,18 +128,25 @@ def place(entries: Entries, site: Site) -> Place:
             )
     listed = re.fullmatch(r"(|.*\.)s4_layers\.(\d+)\.", inner)  # of example.py
     if listed and entries.under(norm := f"{listed[1]}norms.{listed[2]}."):
-        return Place(inner, norm, True, False)
+        return Place(inner, norm, "example")
     if _ends(inner, "layer"):  # of a SequenceResidualBlock, whose norm may be none
         outer = inner.removesuffix("layer.")
         norms = [outer + name for name in ("norm.norm.", "norm.") if entries.under(outer + name)]
-        return Place(inner, norms[0] if norms else None, True, True)
-    return Place(inner, None, False, True)
+        return Place(inner, norms[0] if norms else None, "residual")
+    return Place(inner, None, "nothing")
 
 
 def read_block(
     entries: Entries, site: Site, at: Place, style: Style, options: Options, ff: str = ""
 ) -> S4Block:
     """A block from its place in a state dict; `ff` is the prefix of a feed-forward block that joins it."""
+    if options.dt_transform is None:
+        if at.around == "residual" and "dt_transform" in site.kind.options:
+            raise ValueError(
+                f"dt_transform must be given: {site.kernel}inv_dt does not tell whether it is 'softplus', as "
+                "the configurations of the original's train.py have it, or 'exp', the default of its classes"
+            )
+        options = options._replace(dt_transform="exp")
     layer = read_layer(entries, site, options)
     H = layer.d_model
     weights, glu = _mixer(entries, at.inner, H)
@@ -154,10 +161,10 @@ def read_block(
     made = S4Block(
         layer,
         norm=kind,
-        prenorm=at.prenorm if style.prenorm is None else style.prenorm,
+        prenorm=at.around != "example" if style.prenorm is None else style.prenorm,
         activation=style.activation,
         dropout=style.dropout,
-        residual_dropout=style.dropout if at.whole else 0.0,
+        residual_dropout=0.0 if at.around == "nothing" else style.dropout,
         tie_dropout=style.tie_dropout,
         mixer="glu" if glu else "linear",
         d_ff=d_ff,

@@ -1,5 +1,6 @@
 """A state dict while it is converted: its tensors by key, and what became of each."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 _WRAPPED = ("state_dict", "model", "model_state_dict")  # Lightning, the original's example.py, many others
+
+# Names that torch.compile, FSDP and activation checkpointing put between those of modules.
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 class Entries(Mapping[str, Tensor]):
@@ -37,7 +41,7 @@ class Entries(Mapping[str, Tensor]):
                     f"state_dict must hold tensors by name, got {key!r}: {type(value).__name__}. Of a "
                     "checkpoint give the part that holds the weights, of a module its state_dict()"
                 )
-        self._tensors: Mapping[str, Tensor] = state_dict
+        self._tensors: dict[str, Tensor] = {_WRAPPERS.sub("", k): value for k, value in state_dict.items()}
         self.became: dict[str, str] = {}
 
     @classmethod

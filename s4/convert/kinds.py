@@ -12,7 +12,7 @@ class Options(NamedTuple):
     """What a state dict does not tell of its layers: see `s4.convert.layer`."""
 
     discretization: str | None = None
-    dt_transform: str = "exp"
+    dt_transform: str | None = "exp"  # None in blocks and models until it is known where they stand
     real_transform: str = "exp"
     imag_transform: str = "none"
 
@@ -26,7 +26,7 @@ class Options(NamedTuple):
         if self.discretization is not None:
             check_option("discretization", self.discretization, ("zoh", "bilinear"))
         for name, value in self._asdict().items():
-            if name != "discretization":
+            if name != "discretization" and value is not None:
                 check_option(name, value, TRANSFORMS)
 
 

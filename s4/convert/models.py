@@ -29,7 +29,7 @@ def model(
     dropout: float = 0.0,
     tie_dropout: bool | None = None,
     discretization: str | None = None,
-    dt_transform: str = "exp",
+    dt_transform: str | None = None,
     real_transform: str = "exp",
     imag_transform: str = "none",
 ) -> S4Model:
@@ -45,8 +45,9 @@ def model(
             mode, "last", or "mean" for "pool", where it gives one output for a sequence, else "none".
         activation, dropout: as in `s4.convert.block`.
         tie_dropout: as there; None is True in example.py, else False.
-        discretization, dt_transform, real_transform, imag_transform: as in `s4.convert.layer`. The
-            configurations of train.py have dt_transform="softplus".
+        discretization, real_transform, imag_transform: as in `s4.convert.layer`.
+        dt_transform: as there; None is "exp". A `SequenceModel` of version 4 needs it: "softplus", unless its
+            configuration had another.
 
     Returns:
         the model, with parameters of the dict's dtype on its device.
@@ -71,7 +72,8 @@ def model(
         elif backbone := _numbered(found, "layers", "layer."):
             made = _backbone(entries, *backbone, style, options, pooling)
         else:
-            raise ValueError(f"no model found around the S4 layers at {some(found.values())}. {_FORMS}")
+            places = some(at or "the top" for at in found.values())
+            raise ValueError(f"no model found around the S4 layers at {places}. {_FORMS}")
     entries.check_known()
     return made
 
@@ -104,7 +106,7 @@ def _example(
     _check_numbers(layers, f"{root}s4_layers")
     blocks = []
     for i, site in sorted(layers.items()):
-        at = place(entries, site)._replace(norm=f"{root}norms.{i}.", whole=True)
+        at = place(entries, site)._replace(norm=f"{root}norms.{i}.", around="example")
         blocks.append(read_block(entries, site, at, style, options))
     encoder = _linear(entries, f"{root}encoder.", "encoder")
     return S4Model(encoder, blocks, _linear(entries, f"{root}decoder.", "decoder"), pooling=pooling)
