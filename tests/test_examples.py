@@ -23,6 +23,7 @@ from trainer import cli as command_line
 from trainer import runs
 from trainer.checkpoints import CONTENT, CheckpointError, load_checkpoint
 from trainer.progress import LineProgress
+from trainer.report import learning_curve
 from trainer.task import SequenceTask
 
 from s4 import S4Model
@@ -45,6 +46,7 @@ Capture = pytest.CaptureFixture[str]
 # Recipes and the command line
 
 
+@pytest.mark.usefixtures("brief_runs")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_trains_resumes_and_tests(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -52,23 +54,17 @@ def test_recipe_trains_resumes_and_tests(
     values = yaml.safe_load((train.RECIPES / f"{recipe}.yaml").read_text())
     options = [*TINY, "--data.batch_size", "8", *WRITERS[values["task"]](tmp_path / "data", values)]
     limits = ["--trainer.max_steps", "3", "--trainer.max_epochs", "-1", "--save_every", "1"]
-    save, commands = runs.LastCheckpoint._save, command_line.ExampleCLI.subcommands()
-
-    def only(command: str) -> None:
-        """The parser of this command alone: to make those of the others takes longer than the run."""
-        one = {command: commands[command]}
-        monkeypatch.setattr(command_line.ExampleCLI, "subcommands", staticmethod(lambda: one))
+    save = runs.LastCheckpoint._save
 
     def keep_the_first(self: runs.LastCheckpoint, trainer: Trainer) -> None:
         save(self, trainer)
         if trainer.global_step == 1:
             shutil.copytree(self.file.parent, "stopped")
 
-    only("fit")
     with monkeypatch.context() as patched:
         patched.setattr(runs.LastCheckpoint, "_save", keep_the_first)
-        if recipe != PLOTTED[values["task"]]:  # what is plotted is of the task
-            patched.setattr(command_line, "learning_curve", lambda folder: None)
+        if recipe == PLOTTED[values["task"]]:  # what is plotted is of the task
+            patched.setattr(command_line, "learning_curve", learning_curve)
         cli = train.run([recipe, *options, *limits])
     folder = tmp_path / "runs" / recipe
     losses = step_losses(folder)
@@ -88,12 +84,10 @@ def test_recipe_trains_resumes_and_tests(
 
     assert (folder / "learning_curve.png").is_file() == (recipe == PLOTTED[values["task"]])
 
-    monkeypatch.setattr(command_line, "learning_curve", lambda folder: None)
     train.run([recipe, *options, *limits, "--ckpt_path", "stopped/last.ckpt"])
     assert {step: loss for step, loss in step_losses(tmp_path / "stopped").items() if step} == {
         step: loss for step, loss in losses.items() if step
     }
-    only("test")
     train.run(["test", recipe, *options])
 
 
