@@ -82,6 +82,11 @@ def test_missing_packages_say_what_to_install(tmp_path: Path, monkeypatch: pytes
         S4Layer.from_pretrained("someone/small")
     with pytest.raises(ImportError, match="pip install huggingface_hub"):
         S4Layer(6, 8).push_to_hub("someone/small")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "numpy", None)  # which safetensors does not bring
+        with pytest.raises(ImportError, match="pip install safetensors numpy"):
+            S4Layer(6, 8).save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for call in (S4Layer(6, 8).save_pretrained, S4Layer.from_pretrained):
