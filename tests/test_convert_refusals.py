@@ -132,6 +132,10 @@ DICTS: dict[str, tuple[str, Change, str]] = {
         "log_A_real, B and D.*this library.*load_state_dict",
     ),
     "no layer": ("dplr", lambda _: dict(nn.Linear(2, 2).state_dict()), "no S4 layer.*There are weight, bias"),
+    "compiled and not": (
+        "dplr", lambda p: p | {f"_orig_mod.{key}": value for key, value in p.items()},
+        "the same twice, with _orig_mod.D, .* and without",
+    ),
     "nothing": ("dplr", lambda _: {}, "no S4 layer.*no keys"),
     "a model of another form": (
         "example-minimal", renamed("s4_layers", "stack"),
@@ -146,6 +150,10 @@ DICTS: dict[str, tuple[str, Change, str]] = {
         lambda p: {k.replace("layers.1.", "layers.9.").replace("layers.0.", "layers.1.").replace("9", "0"): v
                    for k, v in p.items()},
         "layers.0 is an FFN with no S4 block right before it",
+    ),
+    "an FFN with another norm": (
+        "train-postnorm", without("model.layers.1.norm.norm.weight", "model.layers.1.norm.norm.bias"),
+        "model.layers.1.norm is of kind 'none', but that of the S4 block before it 'layer'",
     ),
     "another encoder": (
         "train-prenorm", renamed("encoder.0.", "encoder.0.conv."),

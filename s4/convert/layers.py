@@ -160,7 +160,7 @@ def _parameters(
         )
     if site.dplr:
         found["P"] = take("P", "P", (-1, S, n, 2))
-    for name in kind.dead:
+    for name in site.names.intersection(kind.dead):
         take(name, "nothing: not used by the original either")
     entries.check_known(site.kernel, site.layer)
     dtype = reduce(torch.promote_types, [t.dtype for t in ([] if site.alone else [D]) + taken])
