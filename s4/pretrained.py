@@ -1,5 +1,6 @@
 """Layers, blocks and models in a folder or on the Hugging Face hub: config.json and model.safetensors."""
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -62,13 +63,13 @@ class Pretrained(nn.Module):
         """Write `config.json` and `model.safetensors` to a folder, which is made where it is missing.
 
         Parameters keep their dtypes; those that are one tensor under two names are written once. Needs the
-        package safetensors.
+        packages safetensors and numpy.
 
         Raises:
             ValueError: a part that no config describes, or numbers that are not here (on meta, or sharded).
-            ImportError: no safetensors.
+            ImportError: no safetensors, or no numpy.
         """
-        save_file = _safetensors().save_file
+        save_file = _safetensors(saving=True).save_file
         for name, module in self.named_modules():
             if is_parametrized(module):
                 raise ValueError(f"{name or 'this module'} is parametrized: remove that before saving")
@@ -313,12 +314,15 @@ def _check_fit(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> N
         raise ValueError(f"{path / WEIGHTS} does not fit {CONFIG}: {', '.join(wrong[:5])}{more}")
 
 
-def _safetensors() -> Any:
+def _safetensors(saving: bool = False) -> Any:
     try:
         import safetensors.torch
+
+        if saving and importlib.util.find_spec("numpy") is None:
+            raise ImportError("safetensors writes by numpy, and does not bring it")
     except ImportError as error:
         raise ImportError(
-            "save_pretrained and from_pretrained need: pip install safetensors, or s4-pytorch[hub]"
+            "save_pretrained and from_pretrained need: pip install safetensors numpy, or s4-pytorch[hub]"
         ) from error
     return safetensors.torch
 
@@ -339,6 +343,10 @@ def _download(
     local_files_only: bool,
 ) -> Path:
     """The folder in the hub's cache that holds a model."""
+    if Path(name).is_file():
+        raise FileNotFoundError(
+            f"{name} is a file: from_pretrained takes the folder that save_pretrained wrote"
+        )
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"there is no folder {name}")
     try:
@@ -355,9 +363,7 @@ def _download(
             allow_patterns=[CONFIG, WEIGHTS],
         )
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"there is no folder {name}, and no such model on the hub: {error}"
-        ) from error
+        raise FileNotFoundError(f"there is no folder {name}, and the hub gave none: {error}") from error
     return Path(found)
 
 

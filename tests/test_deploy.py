@@ -1,6 +1,7 @@
 """s4.deploy.freeze: constants that compute what the model does, and what it refuses."""
 
 import copy
+import sys
 from pathlib import Path
 
 import oracle
@@ -328,6 +329,15 @@ def test_files_of_blocks_in_half_precision(part: str, dtype: torch.dtype, tmp_pa
 def test_wrong_options(options: dict[str, object], match: str) -> None:
     with pytest.raises((TypeError, ValueError), match=match):
         freeze(**{"model": layer_of("dplr"), **options})  # type: ignore[arg-type]
+
+
+def test_onnx_needs_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    refuses(
+        ImportError,
+        "pip install onnx onnxscript",
+        lambda: export(layer_of("dplr"), tmp_path / "x.onnx", max_length=5),
+    )
 
 
 @pytest.mark.usefixtures("unchecked")

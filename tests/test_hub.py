@@ -30,11 +30,16 @@ def test_a_model_of_the_hub(tmp_path: Path) -> None:
     (cached / "refs" / "main").write_text("0123abc")
     again = S4Model.from_pretrained("someone/small", cache_dir=tmp_path, local_files_only=True)
     equal(model, again)
-    with pytest.raises(FileNotFoundError, match="no folder someone/other, and no such model on the hub"):
+    with pytest.raises(FileNotFoundError, match="no folder someone/other, and the hub gave none"):
         S4Model.from_pretrained("someone/other", cache_dir=tmp_path, local_files_only=True)
     for name in ("./someone/small", "a/b/c", "no such name"):
         with pytest.raises(FileNotFoundError, match=f"no folder {name}"):
             S4Model.from_pretrained(name, cache_dir=tmp_path, local_files_only=True)
+    weights = cached / "snapshots" / "0123abc" / "model.safetensors"
+    with pytest.raises(
+        FileNotFoundError, match=r"model.safetensors is a file: from_pretrained takes the folder"
+    ):
+        S4Model.from_pretrained(weights)
 
 
 def test_push_to_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +82,11 @@ def test_missing_packages_say_what_to_install(tmp_path: Path, monkeypatch: pytes
         S4Layer.from_pretrained("someone/small")
     with pytest.raises(ImportError, match="pip install huggingface_hub"):
         S4Layer(6, 8).push_to_hub("someone/small")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "numpy", None)  # which safetensors does not bring
+        with pytest.raises(ImportError, match="pip install safetensors numpy"):
+            S4Layer(6, 8).save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for call in (S4Layer(6, 8).save_pretrained, S4Layer.from_pretrained):

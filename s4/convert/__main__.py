@@ -104,11 +104,27 @@ def convert(arguments: argparse.Namespace) -> str:
     lines = [f"{source}: {len(entries)} tensors, of them {len(entries.became)} read"]
     lines += [f"  {key} -> {became}" for key, became in entries.became.items()]
     lines += [f"left out: {some(entries.unread()) if entries.unread() else 'nothing'}"]
+    lines.append(f"what weights do not tell, as given or by default: {_assumed(made, entries, options)}")
     if arguments.official is not None:
         known = {name: options[name] for name in Options._fields if name in options}
         lines += _differences(arguments.official, entries, Options(**known))
     made.save_pretrained(folder)
     return "\n".join([*lines, f"{folder}: {CONFIG} and {WEIGHTS} of {type(made).__name__}"])
+
+
+def _assumed(made: S4Layer | S4Block | S4Model, entries: Entries, options: dict[str, Any]) -> str:
+    """The options that outputs depend on and that a wrong value of would not be seen by."""
+    blocks = made.blocks if isinstance(made, S4Model) else [made]
+    config = blocks[0].config()
+    taken: dict[str, Any] = {name: config[name] for name in ("prenorm", "activation") if name in config}
+    if isinstance(made, S4Model):
+        taken["pooling"] = made.pooling
+    layer = config.get("layer", config)
+    if layer["variant"] == "diag":
+        taken["discretization"] = layer["discretization"]
+    if any("dt_transform" in site.kind.options for site in sites(entries)):
+        taken["dt_transform"] = options.get("dt_transform", "exp")
+    return ", ".join(f"{name}={value}" for name, value in taken.items())
 
 
 def _differences(path: Path, entries: Entries, options: Options) -> list[str]:

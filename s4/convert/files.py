@@ -46,12 +46,19 @@ def load(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         with torch.serialization.safe_globals(empty):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many classes
-        why = (str(error) or type(error).__name__).splitlines()[0]
+        why = _why(error)
         raise ValueError(f"{path} cannot be read with weights_only=True: {why}. {advice}") from error
     if not isinstance(found, Mapping):
         what = "a pickled module or other object" if isinstance(found, Unknown) else type(found).__name__
         raise ValueError(f"{path} holds {what}, no dict of tensors. {advice}")
     return found
+
+
+def _why(error: Exception) -> str:
+    """The sentence of an error that says what is wrong, which torch puts behind advice to trust the file."""
+    lines = [line.strip() for line in str(error).partition("WeightsUnpickler error:")[2].splitlines()]
+    lines = [line for line in [*lines, *str(error).splitlines(), type(error).__name__] if line]
+    return lines[0].rstrip(".")
 
 
 def _dict(*_: Any) -> dict[Any, Any]:

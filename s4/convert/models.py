@@ -72,7 +72,8 @@ def model(
         elif backbone := _numbered(found, "layers", "layer."):
             made = _backbone(entries, *backbone, style, options, pooling)
         else:
-            raise ValueError(f"no model found around the S4 layers at {some(found.values())}. {_FORMS}")
+            places = some(at or "the top" for at in found.values())
+            raise ValueError(f"no model found around the S4 layers at {places}. {_FORMS}")
     entries.check_known()
     return made
 

@@ -55,6 +55,7 @@ def export(
         ValueError: another suffix; a part that the model has not; no max_length; no example where needed;
             bfloat16 for .onnx.
         FileNotFoundError: no such folder.
+        ImportError: .onnx without the package onnxscript, by which torch writes it.
     """
     path = Path(path)
     if path.suffix not in _SUFFIXES:
@@ -63,6 +64,8 @@ def export(
         raise FileNotFoundError(f"path must be in a folder that is there, got {path}")
     check_option("part", part, PARTS)
     onnx = path.suffix == ".onnx"
+    if onnx:
+        _check_onnxscript()
     module = _frozen(model, part, max_length, chunk, rate, onnx)
     example = _example(module) if example is None else example
     kinds = {example.dtype, *(t.dtype for t in (*module.parameters(), *module.buffers()))}
@@ -100,6 +103,13 @@ def export(
             verbose=False,
         )
     return path
+
+
+def _check_onnxscript() -> None:
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError("a file .onnx needs: pip install onnx onnxscript") from error
 
 
 def _frozen(
