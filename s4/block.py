@@ -23,7 +23,7 @@ from s4.checks import (
 from s4.distributed import Piece
 from s4.layer import S4Layer
 from s4.ops import dispatch
-from s4.padding import Sequences, padding, through_padded, zero_padding
+from s4.padding import Sequences, padding, zero_padding
 from s4.pretrained import Modules, Pretrained, check_known, check_unused, described_part
 from s4.sharded import first_state, hooked
 
@@ -171,7 +171,7 @@ class S4Block(Pretrained):
         Outputs past a sequence's end mean nothing.
         """
         if isinstance(x, PackedSequence):
-            return through_padded(S4Block.forward, self, x, state, lengths, resets, rate, return_state)
+            return distributed.packed(S4Block.forward, self, x, state, lengths, resets, rate, return_state)
         check_features("x", x, self.layer.d_model, "batch", "length")
         given = x, state, lengths, resets, rate
         piece = distributed.piece(self, *given, return_state) if distributed.engaged else None

@@ -15,7 +15,7 @@ in the same way and go through the powers of the transposed A.
 
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from s4.checks import unread
 from s4.ops import dispatch
 from s4.ops.chunks import states
 from s4.ops.ranks import FAR, Ring, Sum, Way, gathered, hand
 from s4.ops.response import continuation, response
-from s4.padding import padding, zero_padding
+from s4.padding import padding, through_padded, zero_padding
 from s4.sequence import sequence
 from s4.system import discretize, system
 
@@ -110,6 +111,13 @@ def refuse(what: str) -> None:
             f"{what} takes no piece of a sequence and cannot run inside sequence_parallel: call it outside; "
             "a state that forward returned inside is the whole sequence's on every rank"
         )
+
+
+def packed(forward: Callable[..., Any], module: nn.Module, u: PackedSequence, *arguments: Any) -> Any:
+    """`padding.through_padded`, of whole sequences: raises ValueError inside `sequence_parallel`."""
+    if engaged:
+        refuse("a call with a PackedSequence")
+    return through_padded(forward, module, u, *arguments)
 
 
 @dispatch.eager

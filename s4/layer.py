@@ -22,7 +22,7 @@ from s4.checks import (
 )
 from s4.ops import dispatch, step
 from s4.ops.kept import Kept
-from s4.padding import Sequences, through_padded, zero_padding
+from s4.padding import Sequences, zero_padding
 from s4.precision import double
 from s4.pretrained import Modules, Pretrained, check_known, check_unused
 from s4.sequence import sequence, states_at
@@ -247,7 +247,7 @@ class S4Layer(Pretrained):
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
         if isinstance(u, PackedSequence):
-            return through_padded(S4Layer.forward, self, u, state, lengths, resets, rate, return_state)
+            return distributed.packed(S4Layer.forward, self, u, state, lengths, resets, rate, return_state)
         causal = "state" if state is not None else "return_state" if return_state else ""
         dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, causal)
         given = u, state, lengths, resets, rate

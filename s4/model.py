@@ -25,7 +25,7 @@ from s4.checks import (
 )
 from s4.distributed import Piece
 from s4.generation import Sampler, Stop, check_generation, feed_back, greedy
-from s4.padding import Sequences, through_padded, zero_padding
+from s4.padding import Sequences, zero_padding
 from s4.pretrained import Modules, Pretrained, built, check_known, check_unused, described, described_part
 from s4.sharded import hooked
 from s4.state import State
@@ -146,7 +146,7 @@ class S4Model(Pretrained):
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
         if isinstance(u, PackedSequence):
-            return through_padded(S4Model.forward, self, u, state, lengths, resets, rate, return_state)
+            return distributed.packed(S4Model.forward, self, u, state, lengths, resets, rate, return_state)
         if not isinstance(u, Tensor) or u.dim() < 2:
             raise ValueError(f"u must be a tensor of shape (batch, length, ...), got {kind_of(u)}")
         given = u, state, lengths, resets, rate

@@ -27,6 +27,7 @@ from stacks import D_IN, D_OUT, VOCABULARY, build, incoming, small
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 from s4 import S4Block, S4Layer
@@ -370,6 +371,9 @@ def refused() -> None:
         refuses(ValueError, "lengths.*0..12", lambda: module(u, lengths=torch.tensor([13, 1])))
         refuses(ValueError, "rate.*number", lambda: module(u, rate=torch.ones(2)))
         refuses(ValueError, "states.*sequence_parallel", lambda: module.states(u, torch.zeros(2, 1).long()))
+        for each, x in ((module, u), (block, torch.zeros(2, 3, 4)), (model, tokens)):
+            packed = pack_sequence(list(x))
+            refuses(ValueError, "PackedSequence.*sequence_parallel", lambda f=each, x=packed: f(x))
         refuses(ValueError, "torch.func", lambda: torch.func.vmap(module)(u[None]))
         x = u.clone().requires_grad_()
         grad = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)[0]

@@ -139,8 +139,8 @@ def test_a_group_of_one(passes: Passes) -> None:
 
 @pytest.mark.promise(
     "sharding and distributed training",
-    "`step`, `generate`, `torch.func` and second derivatives inside `sequence_parallel`, ranks with calls of "
-    "different kinds, shapes, dtypes, lengths or rates: they raise",
+    "`step`, `generate`, `PackedSequence`, `torch.func` and second derivatives inside `sequence_parallel`, "
+    "ranks with calls of different kinds, shapes, dtypes, lengths or rates: they raise",
     supported=False,
 )
 def test_what_is_refused(passes: Passes) -> None:
