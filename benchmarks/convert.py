@@ -4,8 +4,8 @@
     python benchmarks/convert.py --official DIR [--out FILE.json]
 
 DIR is a checkout of github.com/state-spaces/s4. Its layers, after some steps of training, are converted by
-s4.convert: kernels, outputs, and the state and outputs of chunks and of steps, in float64; then kernels in
-float32, in which the original is compared with its own float64, too. Then whole models as its example.py and,
+s4.convert: kernels, outputs, and the state and outputs of chunks and of steps, in float64 and float32; in
+float32 the original is compared with its own float64, too. Then whole models as its example.py and,
 where hydra and omegaconf are installed, its train.py have them. Prints tables of the largest errors as
 fractions of the largest value, and writes them with machine, versions and commit.
 """
@@ -26,15 +26,7 @@ from torch import Tensor, nn
 from s4 import S4Layer, convert
 
 H, L, STEPS = 8, 256, 5
-COLUMNS = (
-    "kernel",
-    "output",
-    "state",
-    "output after a state",
-    "steps",
-    "kernel, float32",
-    "original in float32",
-)
+COLUMNS = ("kernel", "output", "state", "output after it", "steps")
 _DPLR: dict[str, Any] = {"mode": "dplr"}
 _DIAG: dict[str, Any] = {"mode": "diag"}
 LAYERS: dict[str, dict[str, Any]] = {
@@ -116,8 +108,8 @@ def converted(module: nn.Module, options: dict[str, Any]) -> S4Layer:
     return convert.layer(module.state_dict(), **told).eval()
 
 
-def of_layer(models: ModuleType, options: dict[str, Any]) -> dict[str, float | None]:
-    """The columns of one layer."""
+def of_layer(models: ModuleType, options: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The errors of one layer in float64, in float32, and of the original in float32."""
     options = dict(options)
     steps, first = options.pop("steps", STEPS), options.pop("first", L)
     arguments = {"backend": "naive", "verbose": False, "activation": None, "transposed": False, **options}
@@ -131,26 +123,34 @@ def of_layer(models: ModuleType, options: dict[str, Any]) -> dict[str, float | N
     copy.load_state_dict(layer.state_dict())
     exact, theirs = converted(copy.double(), options), in_float64(copy)
     u = torch.randn(2, L, H, dtype=torch.float64)
+    both = options.get("bidirectional", False)
+    # Its state of real systems is complex, and that of DPLR with a dt for each mode has another scale.
+    stateless = (
+        both or options.get("is_real") or (options["mode"] == "dplr" and not options.get("dt_tie", True))
+    )
     with torch.no_grad():
-        truth = theirs.kernel(L=L)[0]
-        both = options.get("bidirectional", False)
-        found: dict[str, float | None] = {
-            "kernel": apart(exact.kernel(L) if both else exact.kernel(L)[None], truth),
-            "output": apart(exact(u), theirs(u)[0]),
-            "kernel, float32": apart(narrow.kernel(L) if both else narrow.kernel(L)[None], truth),
-            "original in float32": apart(layer.eval().kernel(L=L)[0], truth),
+        truth, y = theirs.kernel(L=L)[0], theirs(u)[0]
+        found: dict[str, dict[str, float]] = {}
+        for kind, ours, given in (("float64", exact, u), ("float32", narrow, u.float())):
+            kernel = ours.kernel(L)
+            found[kind] = {
+                "kernel": apart(kernel if both else kernel[None], truth),
+                "output": apart(ours(given), y),
+            }
+        if not stateless:
+            for kind, errors in states(theirs, {"float64": exact, "float32": narrow}, u).items():
+                found[kind] |= errors
+        own = {"kernel": layer.eval().kernel(L=L)[0], "output": layer(u.float())[0]}
+        found["original in float32"] = {
+            "kernel": apart(own["kernel"], truth),
+            "output": apart(own["output"], y),
         }
-        # Its state of real systems is complex, and of channels with a dt for each mode another scale.
-        if not (
-            both or options.get("is_real") or (options["mode"] == "dplr" and not options.get("dt_tie", True))
-        ):
-            found |= states(theirs, exact, u)
-    return {name: found.get(name) for name in COLUMNS}
+    return found
 
 
-def states(theirs: Any, exact: S4Layer, u: Tensor) -> dict[str, float]:
+def states(theirs: Any, layers: dict[str, S4Layer], u: Tensor) -> dict[str, dict[str, float]]:
     """A chunk from a random state, and steps from none."""
-    kernel, n = theirs.kernel, exact.d_state // 2
+    kernel, n = theirs.kernel, next(iter(layers.values())).d_state // 2
     z = torch.randn(len(u), H, n, dtype=torch.complex128)
     given = kernel.default_state(len(u))
     given[..., :n] = z
@@ -160,18 +160,23 @@ def states(theirs: Any, exact: S4Layer, u: Tensor) -> dict[str, float]:
     k, rest = kernel(L=L, state=given)
     y = torch.fft.irfft(torch.fft.rfft(u.mT, 2 * L) * torch.fft.rfft(k[0], 2 * L), 2 * L)[..., :L].mT
     y = y + rest[:, 0].mT + u * theirs.D[0]
-    ours, state = exact(u, torch.cat([z.real, z.imag], -1), return_state=True)
-    found = {
-        "state": apart(state, torch.cat([after.real, after.imag], -1)),
-        "output after a state": apart(ours, y),
-    }
     theirs.setup_step()
-    one, other, worst = theirs.default_state(len(u)), exact.initial_state(len(u)), []
+    one, steps = theirs.default_state(len(u)), []
     for t in range(L):
         y_t, one = theirs.step(u[:, t], one)
-        z_t, other = exact.step(u[:, t], other)
-        worst.append((y_t, z_t))
-    found["steps"] = apart(torch.stack([b for _, b in worst]), torch.stack([a for a, _ in worst]))
+        steps.append(y_t)
+    found = {}
+    for kind, layer in layers.items():
+        own, state, stepped = u.to(layer.D.dtype), layer.initial_state(len(u)), []
+        for t in range(L):
+            z_t, state = layer.step(own[:, t], state)
+            stepped.append(z_t)
+        ours, last = layer(own, torch.cat([z.real, z.imag], -1).to(own.dtype), return_state=True)
+        found[kind] = {
+            "state": apart(last, torch.cat([after.real, after.imag], -1)),
+            "output after it": apart(ours, y),
+            "steps": apart(torch.stack(stepped), torch.stack(steps)),
+        }
     return found
 
 
@@ -288,11 +293,15 @@ def main(official: Path | None = None, out: Path | None = None, replace: bool = 
         backbone = None
     torch.manual_seed(0)
     layers = {name: of_layer(models, options) for name, options in LAYERS.items()}
-    rows = [
-        [name, *("" if (e := row[c]) is None else f"{e:.0e}" for c in COLUMNS)]
-        for name, row in layers.items()
-    ]
-    show(("layer", *COLUMNS), rows, f"errors of converted layers, N = 64, L = {L}, {STEPS} steps trained")
+    for kind in ("float64", "float32"):
+        own = ("original's kernel", "its output") if kind == "float32" else ()
+        rows = []
+        for name, row in layers.items():
+            errors = [row[kind].get(c) for c in COLUMNS]
+            errors += list(row["original in float32"].values()) if own else []
+            rows.append([name, *("" if e is None else f"{e:.0e}" for e in errors)])
+        title = f"errors of converted layers in {kind}, N = 64, L = {L}, {STEPS} steps trained"
+        show(("layer", *COLUMNS, *own), rows, title)
     whole = of_models(models, minimal, backbone)
     kinds = ("float64", "float32", "original in float32")
     show(("logits of", *kinds), [[name, *(f"{row[k]:.0e}" for k in kinds)] for name, row in whole.items()])

@@ -6,7 +6,8 @@
 What is installed takes part, at one width H, with N numbers of state a channel where a layer has the choice:
 
 - S4, S4D: `S4Layer`, with mode="auto".
-- official ...: with --official, the original repository's FFTConv for both variants, by its backends.
+- official ...: with --official, the original repository's FFTConv for both variants, by its backends; its
+  steps in the mode that it sets up by default.
 - GRU, LSTM: `torch.nn`, whose state is as wide as the layer.
 - S5: `s5.S5` of the package s5-pytorch, one state of H complex numbers for all channels.
 - Mamba, Mamba2 of mamba-ssm, GLA and GatedDeltaNet of flash-linear-attention, on a GPU: with H * N numbers of

@@ -24,7 +24,7 @@ from s4.distributed import Piece
 from s4.layer import S4Layer
 from s4.ops import dispatch
 from s4.padding import Sequences, padding, through_padded, zero_padding
-from s4.pretrained import Modules, Pretrained, check_known, check_unused
+from s4.pretrained import Modules, Pretrained, check_known, check_unused, described_part
 from s4.sharded import first_state, hooked
 
 _ACTIVATION_OPTIONS: dict[str, type[nn.Module]] = {
@@ -129,8 +129,7 @@ class S4Block(Pretrained):
             (nn.Sequential, nn.Linear, nn.GLU): "glu",
         }
         tie = _option("dropout", self.dropout, {"each": nn.Dropout, "tied": nn.Dropout1d})
-        return {
-            "layer": self.layer.config(),
+        options: dict[str, Any] = {
             "norm": _option("norm", self.norm, {**_NORM_OPTIONS, "batch": nn.modules.batchnorm._BatchNorm}),
             "prenorm": self.prenorm,
             "activation": _option("activation", self.activation, _ACTIVATION_OPTIONS),
@@ -140,13 +139,19 @@ class S4Block(Pretrained):
             "mixer": mixers.get(kinds) or _option("mixer", self.mixer, {}),
             "d_ff": 0 if self.feed_forward is None else self.feed_forward["up"].out_features,
         }
+        with torch.device("meta"):
+            made = S4Block(S4Layer(self.layer.d_model, 2), **options)
+        for name, part in self.named_children():
+            if name != "layer" and not _alike(part, getattr(made, name)):
+                raise ValueError(f"{name} was replaced by {part}, which no option of S4Block makes")
+        return {"layer": described_part(self.layer, S4Layer, "layer"), **options}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], modules: Modules | None = None) -> "S4Block":
         """`S4Block(layer, ...)` of these options; a block takes no modules."""
         names = list(inspect.signature(S4Block.__init__).parameters)[1:]
         check_known(config, names, cls.__name__)
-        check_unused(modules, (), cls.__name__)
+        check_unused(modules, {}, cls.__name__)
         if "layer" not in config:
             raise ValueError(f"a config of {cls.__name__} needs 'layer', that of its layer")
         return cls(**{**config, "layer": S4Layer.from_config(config["layer"])})
@@ -166,7 +171,7 @@ class S4Block(Pretrained):
         Outputs past a sequence's end mean nothing.
         """
         if isinstance(x, PackedSequence):
-            return through_padded(self, x, state, lengths, resets, rate, return_state)
+            return through_padded(S4Block.forward, self, x, state, lengths, resets, rate, return_state)
         check_features("x", x, self.layer.d_model, "batch", "length")
         given = x, state, lengths, resets, rate
         piece = distributed.piece(self, *given, return_state) if distributed.engaged else None
@@ -267,6 +272,13 @@ def normed(norm: nn.Module, x: Tensor, lengths: Tensor | None, piece: Piece | No
         torch._check(inside.shape[0] > 1)
     some = norm(flat.index_select(0, inside)).to(x.dtype)
     return flat.detach().index_copy(0, inside, some).view_as(x)
+
+
+def _alike(a: nn.Module, b: nn.Module) -> bool:
+    """Whether torch shows the same arguments of two modules, and of all their parts."""
+    parts = dict(a.named_children()), dict(b.named_children())
+    same = a.extra_repr() == b.extra_repr() and parts[0].keys() == parts[1].keys()
+    return same and all(_alike(part, parts[1][name]) for name, part in parts[0].items())
 
 
 def _option(name: str, part: nn.Module, options: Mapping[str, type[nn.Module]]) -> str:

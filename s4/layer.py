@@ -162,7 +162,7 @@ class S4Layer(Pretrained):
     def from_config(cls, config: Mapping[str, Any], modules: Modules | None = None) -> "S4Layer":
         """`S4Layer(**config)`; a layer takes no modules."""
         check_known(config, (*_FIXED, *_OPTIONS, "dtype"), cls.__name__)
-        check_unused(modules, (), cls.__name__)
+        check_unused(modules, {}, cls.__name__)
         return cls(**config)
 
     @property
@@ -247,7 +247,7 @@ class S4Layer(Pretrained):
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
         if isinstance(u, PackedSequence):
-            return through_padded(self, u, state, lengths, resets, rate, return_state)
+            return through_padded(S4Layer.forward, self, u, state, lengths, resets, rate, return_state)
         causal = "state" if state is not None else "return_state" if return_state else ""
         dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, causal)
         given = u, state, lengths, resets, rate

@@ -26,7 +26,7 @@ from s4.checks import (
 from s4.distributed import Piece
 from s4.generation import Sampler, Stop, check_generation, feed_back, greedy
 from s4.padding import Sequences, through_padded, zero_padding
-from s4.pretrained import Modules, Pretrained, built, check_known, check_unused, described
+from s4.pretrained import Modules, Pretrained, built, check_known, check_unused, described, described_part
 from s4.sharded import hooked
 from s4.state import State
 
@@ -93,7 +93,7 @@ class S4Model(Pretrained):
         """
         return {
             "encoder": described(self.encoder),
-            "blocks": [block.config() for block in self.blocks],
+            "blocks": [described_part(each, S4Block, f"blocks.{i}") for i, each in enumerate(self.blocks)],
             "decoder": described(self.decoder),
             "norm": described(self.norm),
             "pooling": self.pooling,
@@ -112,8 +112,8 @@ class S4Model(Pretrained):
             ValueError, TypeError: a module that has to be given, or an option that does not exist.
         """
         check_known(config, ("encoder", "blocks", "decoder", "norm", "pooling"), cls.__name__)
-        check_unused(modules, ("encoder", "norm", "decoder"), cls.__name__)
-        parts = {name: built(config.get(name), name, modules) for name in ("encoder", "decoder", "norm")}
+        parts = {name: built(config.get(name), name, modules) for name in ("encoder", "norm", "decoder")}
+        check_unused(modules, parts, cls.__name__)
         blocks = [S4Block.from_config(each) for each in config.get("blocks", ())]
         return cls(blocks=blocks, pooling=config.get("pooling", "none"), **parts)  # type: ignore[arg-type]
 
@@ -146,7 +146,7 @@ class S4Model(Pretrained):
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
         if isinstance(u, PackedSequence):
-            return through_padded(self, u, state, lengths, resets, rate, return_state)
+            return through_padded(S4Model.forward, self, u, state, lengths, resets, rate, return_state)
         if not isinstance(u, Tensor) or u.dim() < 2:
             raise ValueError(f"u must be a tensor of shape (batch, length, ...), got {kind_of(u)}")
         given = u, state, lengths, resets, rate

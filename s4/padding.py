@@ -1,6 +1,6 @@
 """Batches of sequences of several lengths: packed into rows with resets, or padded."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -190,6 +190,7 @@ def left_padding(lengths: Tensor, L: int) -> Tensor:
 
 
 def through_padded(
+    forward: Callable[..., Any],
     module: nn.Module,
     packed: PackedSequence,
     state: Any,
@@ -200,6 +201,7 @@ def through_padded(
 ) -> Any:
     """What a layer, block or model makes of a PackedSequence of torch.nn.utils.rnn: outputs packed alike.
 
+    `forward` is that of its class: the module itself was called, and its hooks run once.
     Rows of the state, of resets and of rate are in the order that the sequences were packed from, as those of
     `h_0` of nn.GRU are. What a model pools is a plain tensor.
     """
@@ -207,7 +209,7 @@ def through_padded(
         raise ValueError("lengths must be left out with a PackedSequence, which has its own")
     u, own = pad_packed_sequence(packed, batch_first=True)
     own = own.to(u.device)
-    out = module(u, state, lengths=own, resets=resets, rate=rate, return_state=return_state)
+    out = forward(module, u, state, lengths=own, resets=resets, rate=rate, return_state=return_state)
     y, *after = out if return_state else (out,)
     if getattr(module, "pooling", "none") == "none":
         order = packed.sorted_indices

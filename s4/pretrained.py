@@ -129,20 +129,21 @@ class Pretrained(nn.Module):
         content = _read(path / CONFIG, cls)
         with torch.device("meta"):  # shapes alone: no number is drawn
             model = cls.from_config(content["config"], modules)
-        tied: dict[str, str] = content.get("tied", {})
         try:
             found: dict[str, Tensor] = load_file(path / WEIGHTS, device=str(device or "cpu"))
         except Exception as error:  # a class of its own, which is no OSError
             raise ValueError(f"{path / WEIGHTS} cannot be read: {error}") from error
         # Copies: aligned as torch aligns its own, on which the last digit of products depends.
         weights = {each: value.clone() for each, value in found.items()}
-        weights |= {again: weights[first] for again, first in tied.items() if first in weights}
+        tied = {again: first for again, first in content.get("tied", {}).items() if first in weights}
+        weights |= {again: weights[first] for again, first in tied.items()}
         _check_fit(model, weights, path)
         model.load_state_dict(weights, assign=True)
         for again, first in tied.items():
             owner, _, leaf = again.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
-        return model.eval()
+            other, _, same = first.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, getattr(model.get_submodule(other), same))
+        return model.to(device or "cpu").eval()  # what is in no file, too: buffers of the user's modules
 
     def push_to_hub(
         self,
@@ -182,8 +183,9 @@ def described(module: nn.Module | None) -> dict[str, Any] | None:
     if module is None:
         return None
     kind = type(module)
-    if kind is nn.Sequential:
-        return {"type": "Sequential", "modules": [described(each) for each in module.children()]}
+    numbers = [str(i) for i in range(len(module._modules))]
+    if kind is nn.Sequential and [*module._modules] == numbers:  # of modules that may be there twice
+        return {"type": "Sequential", "modules": [described(each) for each in module._modules.values()]}
     if kind not in _ARGUMENTS or _changed(module):
         return {"type": f"{kind.__module__}.{kind.__qualname__}"}
     values: dict[str, Any] = {name: getattr(module, name, None) for name in _ARGUMENTS[kind]}
@@ -192,6 +194,20 @@ def described(module: nn.Module | None) -> dict[str, Any] | None:
     if "normalized_shape" in values:
         values["normalized_shape"] = list(values["normalized_shape"])
     return {"type": kind.__name__, **values}
+
+
+def described_part(part: Pretrained, kind: type[Pretrained], name: str) -> dict[str, Any]:
+    """The config of a part, of which `kind.from_config` makes one like it.
+
+    Raises:
+        ValueError: a subclass that computes something else.
+    """
+    if type(part).forward is not kind.forward:
+        raise ValueError(
+            f"{name} is {type(part).__name__}, with a forward of its own, which no config of {kind.__name__} "
+            "describes: save the state_dict of the whole instead"
+        )
+    return part.config()
 
 
 def built(config: Mapping[str, Any] | None, name: str, modules: Modules | None = None) -> nn.Module | None:
@@ -225,10 +241,11 @@ def check_known(config: Any, names: Sequence[str], of: str) -> None:
         )
 
 
-def check_unused(modules: Modules | None, names: Sequence[str], of: str) -> None:
+def check_unused(modules: Modules | None, parts: Mapping[str, nn.Module | None], of: str) -> None:
     """Raise ValueError for a module that is given for a place which is not there."""
-    if wrong := [name for name in modules or () if name.split(".")[0] not in names]:
-        takes = f"only {', '.join(names)}" if names else "none"
+    used = [each for part in parts.values() if part is not None for each in part.modules()]
+    if wrong := [name for name, module in (modules or {}).items() if not any(module is u for u in used)]:
+        takes = f"only {', '.join(parts)}, and what is in a Sequential there" if parts else "none"
         raise ValueError(f"modules of {of} may be given for {takes}, got {', '.join(map(repr, wrong))}")
 
 
@@ -268,7 +285,10 @@ def _read(file: Path, cls: type[Pretrained]) -> dict[str, Any]:
         or not isinstance(content.get("config"), dict)
         or "format" not in content
     ):
-        raise ValueError(f"{file} was not written by save_pretrained of s4: it has no 'format' and 'config'")
+        what = f"{file} was not written by save_pretrained of s4: it has no 'format' and 'config'"
+        if isinstance(content, dict) and content.get("model_type") == "s4":
+            what += ". It is of s4.transformers: load it with that, and take the model's s4()"
+        raise ValueError(what)
     if content["format"] != FORMAT:
         raise ValueError(
             f"{file} has format {content['format']!r}, of s4 {content.get('s4')}; s4 {__version__}, which is "

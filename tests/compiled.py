@@ -18,13 +18,14 @@ from s4 import S4Layer
 
 LENGTHS, BATCHES = (2, 31, 65, 257), (2, 5)
 ALL_LENGTHS, ALL_BATCHES = (2, 3, 5, 8, 13, 31, 64, 65, 100, 128, 200, 257), (2, 3, 5)
-SMALL = (
+ALL_SMALL = (
     (70, 1),
     (1, 2),
     (1, 1),
     (0, 3),
     (7, 0),
 )  # lengths and batches that torch has graphs of their own for
+SMALL = {"fft": ((70, 1), (1, 2), (0, 3), (7, 0)), "scan": ((1, 1), (0, 3), (7, 0)), "auto": ()}
 D_MODEL, D_STATE = 3, 8
 
 
@@ -54,10 +55,9 @@ def cases(mode: str, whole: bool) -> list[Case]:
                 found.append(Case(mode, variant, both, how, what, backend, ""))
     for variant, what in (("dplr", "state, lengths, resets"), ("diag", "lengths")):
         found.append(Case(mode, variant, variant == "diag", "eval without gradients", what, "auto", ""))
-    found.append(
-        Case(mode, "dplr", False, "training", "" if mode == "auto" else "state and lengths", "auto", "")
-    )
-    found.append(Case(mode, "diag", False, "training", "state", "auto", ""))
+    dplr, diag = ("", "state") if mode == "auto" else ("state", "state and lengths")
+    found.append(Case(mode, "dplr", False, "training", dplr, "auto", ""))
+    found.append(Case(mode, "diag", False, "training", diag, "auto", ""))
     found.append(Case(mode, "dplr", True, "training", "lengths, resets", "auto", ""))
     found.append(Case(mode, "diag", False, "eval", "state and lengths", "torch", "mark_dynamic"))
     rate = ", rate" if mode == "auto" else ""
@@ -100,12 +100,11 @@ def count(case: Case, whole: bool) -> tuple[int, float, float]:
     differentiated = case.how != "eval without gradients"
     value = gradient = 0.0
     graphs = 0
-    some = case.mode != "auto" and (case.variant, case.bidirectional) == ("dplr", False)
-    odd = case.how == "training" and (whole or some)  # "auto" is one of the others
-    small = SMALL if odd and not case.dynamic else ()
-    shapes = itertools.product(*((ALL_LENGTHS, ALL_BATCHES) if whole else (LENGTHS, BATCHES)))
-    for L, B in (*shapes, *small):
-        if SMALL[0] == (L, B):
+    few = SMALL[case.mode] if (case.variant, case.bidirectional) == ("diag", False) else ()
+    small = (ALL_SMALL if whole else few) if case.how == "training" and not case.dynamic else ()
+    shapes = [*itertools.product(*((ALL_LENGTHS, ALL_BATCHES) if whole else (LENGTHS, BATCHES)))]
+    for i, (L, B) in enumerate((*shapes, *small)):
+        if i == len(shapes):
             graphs = counters["stats"]["unique_graphs"]
         u, options = arguments(case, B, L)
         with torch.set_grad_enabled(differentiated):

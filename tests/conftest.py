@@ -105,3 +105,19 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(base, "default_cache", lambda: tmp_path / "cache")
+
+
+@pytest.fixture
+def brief_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs make the parser of their own command alone and plot nothing; both take longer than they train."""
+    from trainer import cli
+
+    commands, run_recipe = cli.ExampleCLI.subcommands(), cli.run_recipe
+
+    def run(command: str, *arguments: Any) -> Any:
+        one = {command: commands[command]}
+        monkeypatch.setattr(cli.ExampleCLI, "subcommands", staticmethod(lambda: one))
+        return run_recipe(command, *arguments)
+
+    monkeypatch.setattr(cli, "run_recipe", run)
+    monkeypatch.setattr(cli, "learning_curve", lambda folder: None)

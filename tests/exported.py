@@ -88,12 +88,20 @@ def worst(module: nn.Module, call: Callable[..., Any], automatic: bool) -> tuple
     return found, ", ".join(ranges)
 
 
+# Of each mode both variants, both directions, and dimensions by name and automatic (True); together, of each
+# variant both directions.
+LAYERS = {
+    "fft": (("dplr", False, False), ("diag", True, True)),
+    "scan": (("diag", False, True), ("dplr", True, False)),
+    "auto": (("dplr", False, True), ("diag", True, False)),
+}
+
+
 def cases(mode: str) -> Iterator[tuple[str, nn.Module, Callable[..., Any], bool]]:
-    for variant, automatic in (("dplr", False), ("diag", True)):
-        layer = S4Layer(D_MODEL, D_STATE, variant=variant, mode=mode)
-        both = S4Layer(D_MODEL, D_STATE, variant=variant, mode=mode, bidirectional=True)
-        yield f"{variant} layer with state and lengths", layer, with_state, automatic
-        yield f"{variant} layer both ways with lengths", both, with_lengths, not automatic
+    for variant, both, automatic in LAYERS[mode]:
+        layer = S4Layer(D_MODEL, D_STATE, variant=variant, mode=mode, bidirectional=both)
+        name, call = ("both ways with", with_lengths) if both else ("with state and", with_state)
+        yield f"{variant} layer {name} lengths", layer, call, automatic
     plain = S4Layer(D_MODEL, D_STATE, mode=mode, backend="torch")
     if mode != "auto":
         yield "layer of plain PyTorch", plain, with_state, False
@@ -103,8 +111,8 @@ def cases(mode: str) -> Iterator[tuple[str, nn.Module, Callable[..., Any], bool]
         for variant, norm in (("dplr", "layer"), ("diag", "batch"))
     ]
     yield "block", blocks[0], with_state, False
-    for pooling in ("none", "mean", "last"):
-        model = S4Model(nn.Linear(D_MODEL, D_MODEL), blocks, nn.Linear(D_MODEL, 2), pooling=pooling).eval()
+    for pooling, stack in (("none", blocks[1:]), ("mean", blocks[:1]), ("last", blocks)):
+        model = S4Model(nn.Linear(D_MODEL, D_MODEL), stack, nn.Linear(D_MODEL, 2), pooling=pooling).eval()
         yield f"model with pooling {pooling}", model, with_state, False
     yield "step of a layer", plain, stepping, False
     yield "step of a model", model, stepping, False

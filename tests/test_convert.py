@@ -149,6 +149,53 @@ def test_a_length_of_one_and_a_C_of_that_length_undo_each_other() -> None:
         assert apart(again.C.detach(), plain.C.detach()) < 1e-9
 
 
+# Other names of the same
+
+
+def test_version_3_without_a_parameter_that_it_never_used() -> None:
+    it = stored("version3-diag")
+    later = {key: value for key, value in it.parameters.items() if not key.endswith(".A")}
+    assert len(later) == len(it.parameters) - 1
+    assert apart(output(converted(it, later), it), it.truth["y"]) < 1e-10
+
+
+def test_real_parts_of_version_3() -> None:
+    """Its relu adds nothing, that of version 4 adds 1e-4; before it had the option, all were exponentials."""
+    it, key = stored("version3-dplr"), "kernel.kernel.inv_w_real"
+    plain = converted(
+        it._replace(arguments={"real_transform": "relu"}), it.parameters | {key: it.parameters[key].exp()}
+    )
+    assert apart(output(plain, it), it.truth["y"]) < 1e-10
+    older = {k.replace("inv_w_real", "log_w_real"): value for k, value in it.parameters.items()}
+    assert apart(output(converted(it, older), it), it.truth["y"]) < 1e-10
+
+
+def test_steps_by_mode_lose_nothing_but_a_rounding_of_A() -> None:
+    """dt A of each mode, of which dt alone would be off by more."""
+    it = stored("diag-dt-per-mode", torch.float32)
+    made = converted(it)
+    theirs = {key.rpartition(".")[2]: value.double() for key, value in it.parameters.items()}
+    want = -theirs["inv_dt"] * theirs["A_imag"][torch.arange(4) % 2]
+    got = (made.log_dt.double().exp()[:, None] * made.A_imag.double()).detach()
+    assert float(((got - want) / want).abs().max()) < 1.01 * 2**-24
+
+
+def test_batch_norms_of_a_SequenceModel() -> None:
+    it = stored("train-prenorm", torch.float32)
+    more = dict(it.parameters)
+    for key in it.parameters:
+        if key.endswith("norm.norm.weight"):
+            at = key.removesuffix("weight")
+            more |= {f"{at}running_mean": torch.randn(4), f"{at}running_var": torch.rand(4) + 1}
+            more[f"{at}num_batches_tracked"] = torch.tensor(7)
+    made = converted(it, more)
+    assert isinstance(made.norm, nn.BatchNorm1d)
+    assert torch.equal(made.norm.running_var, more["model.norm.norm.running_var"])
+    assert {block.config()["norm"] for block in made.blocks} == {"batch"}
+    mean = made.blocks[0].feed_forward["norm"].running_mean
+    assert torch.equal(mean, more["model.layers.1.norm.norm.running_mean"])
+
+
 # What surrounds them
 
 
@@ -165,6 +212,17 @@ def test_a_layer_is_found_under_any_prefix(name: str, prefix: str) -> None:
 def test_blocks_and_models_are_found_under_any_prefix(name: str, prefix: str) -> None:
     it = stored(name)
     more = {f"{prefix}{key}": value for key, value in it.parameters.items()}
+    assert apart(output(converted(it, more), it), it.truth["y"]) < 1e-10
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+@pytest.mark.parametrize(
+    ("name", "module"), [("example-dplr-prenorm", "s4_layers.1."), ("train-prenorm", "layers.2.")]
+)
+def test_modules_that_were_wrapped_one_by_one(name: str, module: str, wrapper: str) -> None:
+    it = stored(name)
+    more = {key.replace(module, f"{module}{wrapper}."): value for key, value in it.parameters.items()}
+    assert more.keys() != it.parameters.keys()
     assert apart(output(converted(it, more), it), it.truth["y"]) < 1e-10
 
 
@@ -281,8 +339,9 @@ def test_the_default_device_does_not_matter() -> None:
 def test_half_precision_and_mixed_dtypes() -> None:
     it = stored("diag-zoh", torch.bfloat16)
     assert {p.dtype for p in converted(it).parameters()} == {torch.bfloat16}
-    mixed = it.parameters | {"kernel.inv_dt": it.parameters["kernel.inv_dt"].float()}
-    assert {p.dtype for p in converted(it, mixed).parameters()} == {torch.float32}
+    for key in ("kernel.inv_dt", "D"):
+        mixed = it.parameters | {key: it.parameters[key].float()}
+        assert {p.dtype for p in converted(it, mixed).parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ["dplr-rank3-both-ways", "residual-block", "example-minimal"])

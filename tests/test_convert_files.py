@@ -199,6 +199,13 @@ def test_options_of_training_and_a_part_of_a_model(tmp_path: Path, capsys: Captu
     assert S4Layer.from_pretrained(out).d_model == 4
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.layer.", "layer."])
+def test_a_prefix_as_the_file_has_it(prefix: str, tmp_path: Path, capsys: Capture) -> None:
+    """`block.safetensors` is of a model that was compiled."""
+    main([saved("block", tmp_path), str(tmp_path / "out"), "--prefix", prefix, "--part", "layer"])
+    assert "left out: nothing" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -80,7 +80,7 @@ DICTS: dict[str, tuple[str, Change, str]] = {
         "train-prenorm", plus(model__layers__0__residual__affine=(1,)),
         "residual.affine",
     ),
-    "missing D": ("dplr", without("D"), "D is missing"),
+    "missing D": ("dplr", without("D"), "D is missing beside kernel.C.*without 'kernel.'"),
     "missing C": ("dplr", without("kernel.C"), "kernel.C is missing: the state dict has kernel"),
     "missing B": ("dplr", without("kernel.B"), "kernel.B is missing"),
     "missing A_imag": ("dplr", without("kernel.A_imag"), "kernel.A_imag is missing"),
@@ -105,6 +105,14 @@ DICTS: dict[str, tuple[str, Change, str]] = {
         "dplr", set_to("kernel.inv_dt", lambda dt: dt[:3]),
         "kernel.A_real has 4 rows.*3 channels",
     ),
+    "steps of another number of modes": (
+        "dplr", set_to("kernel.inv_dt", lambda dt: dt.repeat(1, 3)),
+        r"kernel.inv_dt must have 1 or 4 columns, got \(4, 3\)",
+    ),
+    "steps that are 0": (
+        "dplr", set_to("kernel.inv_dt", lambda dt: dt - 800),
+        "the kernel at 'kernel.', C would have inf or nan, with steps from 0 to 0: .*another dt_transform",
+    ),
     "length below 0": (
         "dplr", set_to("kernel.l_kernel", lambda n: n - 99),
         "l_kernel must be an integer.*-83",
@@ -124,6 +132,10 @@ DICTS: dict[str, tuple[str, Change, str]] = {
         "log_A_real, B and D.*this library.*load_state_dict",
     ),
     "no layer": ("dplr", lambda _: dict(nn.Linear(2, 2).state_dict()), "no S4 layer.*There are weight, bias"),
+    "compiled and not": (
+        "dplr", lambda p: p | {f"_orig_mod.{key}": value for key, value in p.items()},
+        "the same twice, with _orig_mod.D, .* and without",
+    ),
     "nothing": ("dplr", lambda _: {}, "no S4 layer.*no keys"),
     "a model of another form": (
         "example-minimal", renamed("s4_layers", "stack"),
@@ -139,6 +151,10 @@ DICTS: dict[str, tuple[str, Change, str]] = {
                    for k, v in p.items()},
         "layers.0 is an FFN with no S4 block right before it",
     ),
+    "an FFN with another norm": (
+        "train-postnorm", without("model.layers.1.norm.norm.weight", "model.layers.1.norm.norm.bias"),
+        "model.layers.1.norm is of kind 'none', but that of the S4 block before it 'layer'",
+    ),
     "another encoder": (
         "train-prenorm", renamed("encoder.0.", "encoder.0.conv."),
         "encoder must be one linear",
@@ -153,6 +169,11 @@ DICTS: dict[str, tuple[str, Change, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.promise(
+    "other libraries",
+    "of the original: `channels` above 1, gates, bottlenecks, `disc='dss'`, kernels of version 2",
+    supported=False,
+)
 @pytest.mark.parametrize("name", DICTS)
 def test_what_has_no_counterpart_is_refused(name: str) -> None:
     file, change, message = DICTS[name]
@@ -198,6 +219,12 @@ def test_options_that_say_what_is_so_are_taken() -> None:
         it = stored(name)
         made = s4.convert.layer(it.parameters, discretization=discretization)
         assert made.discretization == discretization
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_layer_has_a_transform() -> None:
+    with pytest.raises(ValueError, match=r"dt_transform must be one of 'none', 'exp'.*None"):
+        s4.convert.layer(stored("dplr").parameters, dt_transform=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["layer", "block"])

@@ -19,9 +19,11 @@ from example_files import TINY, WRITERS, fails, step_losses, write_parquet
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from processes import printed, process
+from trainer import cli as command_line
 from trainer import runs
 from trainer.checkpoints import CONTENT, CheckpointError, load_checkpoint
 from trainer.progress import LineProgress
+from trainer.report import learning_curve
 from trainer.task import SequenceTask
 
 from s4 import S4Model
@@ -36,12 +38,15 @@ pytestmark = [
 LABELS = Spec("label", 1, 10)
 EXAMPLES = Path(train.__file__).parent
 RECIPES = sorted(path.stem for path in train.RECIPES.glob("*.yaml"))
+TASKS = {name: yaml.safe_load((train.RECIPES / f"{name}.yaml").read_text())["task"] for name in RECIPES}
+PLOTTED = {task: name for name, task in reversed(TASKS.items())}  # a recipe of each task
 Capture = pytest.CaptureFixture[str]
 
 
 # Recipes and the command line
 
 
+@pytest.mark.usefixtures("brief_runs")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_trains_resumes_and_tests(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -58,6 +63,8 @@ def test_recipe_trains_resumes_and_tests(
 
     with monkeypatch.context() as patched:
         patched.setattr(runs.LastCheckpoint, "_save", keep_the_first)
+        if recipe == PLOTTED[values["task"]]:  # what is plotted is of the task
+            patched.setattr(command_line, "learning_curve", learning_curve)
         cli = train.run([recipe, *options, *limits])
     folder = tmp_path / "runs" / recipe
     losses = step_losses(folder)
@@ -74,6 +81,8 @@ def test_recipe_trains_resumes_and_tests(
         )
     else:
         assert cli.model.compare is not None
+
+    assert (folder / "learning_curve.png").is_file() == (recipe == PLOTTED[values["task"]])
 
     train.run([recipe, *options, *limits, "--ckpt_path", "stopped/last.ckpt"])
     assert {step: loss for step, loss in step_losses(tmp_path / "stopped").items() if step} == {

@@ -97,6 +97,17 @@ def test_the_layout_is_that_of_a_gru() -> None:
             assert (a is None and b is None) or torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["layer", "block", "model"])
+def test_hooks_run_once(name: str) -> None:
+    """As where parameters are brought by one: it sees what the module was called with."""
+    module, seen = modules()[name], []
+    module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    packed = pack_sequence(sequences(name), enforce_sorted=False)
+    y = module(packed)
+    assert [value is wanted for value, wanted in zip(seen, (packed, y), strict=True)] == [True, True]
+
+
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_pooled_outputs_are_a_tensor(pooling: str) -> None:
     model = build("dplr", "prenorm", pooling).eval()

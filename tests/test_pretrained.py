@@ -1,5 +1,6 @@
 """Configs of layers, blocks and models, and their folders: what is written is read, or it says why not."""
 
+import collections
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,14 @@ def batch_normed() -> S4Model:
     return model
 
 
+def twice() -> S4Model:
+    """With modules in two places, which share their numbers."""
+    relu, block = nn.ReLU(), S4Block(S4Layer(6, 8), norm="batch")
+    block.train()(torch.randn(3, 9, 6))
+    encoder = nn.Sequential(nn.Linear(3, 6), relu, nn.Linear(6, 6), relu)
+    return S4Model(encoder, [block, block], nn.Linear(6, 2))
+
+
 LAYERS: dict[str, Callable[[], Pretrained]] = {
     "dplr": lambda: S4Layer(6, 8),
     "rank 2, systems": lambda: S4Layer(6, 8, init="legt", n_ssm=3, dt_min=0.01, mode="scan"),
@@ -63,6 +72,7 @@ MODELS: dict[str, Callable[[], Pretrained]] = {
     "stack": lambda: build("mixed", "final norm", "mean"),
     "batch norm": batch_normed,
     "tied": tied,
+    "twice": twice,
 }
 EVERY = {**LAYERS, **BLOCKS, **MODELS}
 
@@ -169,6 +179,10 @@ def test_modules_of_ones_own_are_given(tmp_path: Path) -> None:
         S4Model.from_pretrained(tmp_path, modules={"encoder": Own()})
     with pytest.raises(ValueError, match=r"modules of S4Model.*encoder, norm, decoder.*'head'"):
         S4Model.from_pretrained(tmp_path, modules={**given, "head": Own()})
+    with pytest.raises(
+        ValueError, match=r"encoder, norm, decoder, and what is in a Sequential.*'decoder\.2'"
+    ):
+        S4Model.from_pretrained(tmp_path, modules={**given, "decoder.2": Own()})
 
 
 def test_a_module_that_was_changed_is_no_longer_described() -> None:
@@ -177,6 +191,14 @@ def test_a_module_that_was_changed_is_no_longer_described() -> None:
     assert model.config()["encoder"] == {"type": "torch.nn.modules.linear.Linear"}
     with pytest.raises(ValueError, match=r"encoder is torch\.nn\.modules\.linear\.Linear, which no config"):
         S4Model.from_config(model.config())
+
+
+def test_a_sequential_with_names_is_given() -> None:
+    encoder = nn.Sequential(collections.OrderedDict(up=nn.Linear(3, 6), curve=nn.ReLU()))
+    config = S4Model(encoder, [S4Block(S4Layer(6, 8))], nn.Linear(6, 2)).config()
+    with pytest.raises(ValueError, match=r"encoder is torch\..*Sequential.*modules=\{'encoder': "):
+        S4Model.from_config(config)
+    assert S4Model.from_config(config, {"encoder": encoder}).encoder is encoder
 
 
 def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -203,9 +225,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "no model.safetensors"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json is no JSON"),
     "of others": (
-        lambda f: (f / "config.json").write_text('{"model_type": "bert"}'),
+        lambda f: (f / "config.json").write_text('{"model_type": "s4"}'),
         ValueError,
-        "not written by save_pretrained of s4.*'format' and 'config'",
+        r"not written by save_pretrained of s4.*'format' and 'config'\. It is of s4\.transformers",
     ),
     "newer": (lambda f: edited(f, lambda c: c.update(format=2, s4="9.0")), ValueError, "format 2, of s4 9.0"),
     "another class": (
@@ -270,9 +292,10 @@ def test_what_does_not_fit_is_named(kind: str, tmp_path: Path) -> None:
         S4Model.from_pretrained(tmp_path)
 
 
-def replaced() -> S4Block:
-    block = S4Block(S4Layer(6, 8))
-    block.mixer = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6))
+def replaced(**parts: nn.Module) -> S4Block:
+    block = S4Block(S4Layer(6, 8), d_ff=4)
+    for name, part in parts.items():
+        setattr(block, name, part)
     return block
 
 
@@ -285,12 +308,28 @@ def quantised() -> S4Model:
     return model
 
 
+# No S4Layer and no S4Block, though they have their parameters.
+Other = type("Other", (S4Layer,), {"forward": lambda self, u: 2 * u})
+OtherBlock = type("OtherBlock", (S4Block,), {"forward": lambda self, u: 2 * u})
+FF = {"up": nn.Linear(6, 4), "down": nn.Linear(4, 6)}
+
+
+def stack(block: S4Block, encoder: nn.Module | None = None) -> S4Model:
+    return S4Model(encoder or nn.Linear(3, 6), [S4Block(S4Layer(6, 8)), block], nn.Linear(6, 2))
+
+
 REFUSED: dict[str, tuple[Callable[[], Pretrained], str]] = {
-    "a replaced part": (replaced, "mixer was replaced by Sequential"),
+    "a replaced part": (lambda: replaced(mixer=nn.Identity()), "mixer was replaced by Identity"),
+    "another eps": (lambda: replaced(norm=nn.LayerNorm(6, eps=0.1)), "norm was replaced by .*eps=0.1"),
+    "another gelu": (lambda: replaced(activation=nn.GELU("tanh")), "activation was replaced by .*tanh"),
+    "no norm": (
+        lambda: replaced(feed_forward=nn.ModuleDict({**FF, "norm": nn.Identity()})),
+        "feed_forward was",
+    ),
+    "another layer": (lambda: S4Block(Other(6, 8)), "layer is Other, with a forward of its own"),
+    "another block": (lambda: stack(OtherBlock(S4Layer(6, 8))), "blocks.1 is OtherBlock, with a forward"),
     "parametrized": (
-        lambda: S4Model(
-            parametrizations.weight_norm(nn.Linear(3, 6)), [S4Block(S4Layer(6, 8))], nn.Identity()
-        ),
+        lambda: stack(S4Block(S4Layer(6, 8)), parametrizations.weight_norm(nn.Linear(3, 6))),
         "encoder is parametrized",
     ),
     "quantised": (quantised, r"blocks\.0\.mixer\.0\.weight must be a plain tensor.*Int8Tensor"),
@@ -346,5 +385,15 @@ def test_subclasses(tmp_path: Path) -> None:
 def test_to_a_device(tmp_path: Path) -> None:
     S4Layer(6, 8).save_pretrained(tmp_path)
     assert S4Layer.from_pretrained(tmp_path, device="cpu").D.device.type == "cpu"
+    moved: list[torch.device] = []
+
+    class Moved(Own):
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            moved.append(fn(torch.zeros(1)).device)
+            return super()._apply(fn, recurse)
+
+    S4Model(Own(), [S4Block(S4Layer(6, 8))], nn.Linear(6, 2)).save_pretrained(tmp_path / "model")
+    S4Model.from_pretrained(tmp_path / "model", modules={"encoder": Moved()}, device="cpu")
+    assert moved == [torch.device("cpu")], "what is in no file moves, too"
     with pytest.raises(ValueError, match="modules of S4Layer may be given for none, got 'encoder'"):
         S4Layer.from_pretrained(tmp_path, modules={"encoder": nn.Identity()})

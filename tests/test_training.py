@@ -26,7 +26,7 @@ from trainer.checkpoints import CONTENT, load_checkpoint
 from trainer.task import SequenceTask
 
 pytestmark = [
-    pytest.mark.usefixtures("own_folder"),
+    pytest.mark.usefixtures("own_folder", "brief_runs"),
     pytest.mark.filterwarnings(
         "ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning"
     ),  # Lightning's jsonargparse
@@ -99,28 +99,27 @@ def test_resume_before_and_after_the_end_of_an_epoch(
 
 
 @pytest.mark.parametrize("ema", ["0", "0.9"])
-@pytest.mark.parametrize("first", [7, 10, 17])
-def test_longer_run_after_one_that_ended(
-    first: int, ema: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_longer_run_after_one_that_ended(ema: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within an epoch of 10 steps or at its end: the losses of the longer run from the beginning."""
     monkeypatch.setattr(SequenceTask, "lr_factor", lambda self, step: 1.0)
     options = ["digits", *TINY, "--model.dropout", "0.1", "--ema", ema]
     train.run([*options, "--trainer.max_steps", "22", "--run_dir", "whole"])
-    train.run([*options, "--trainer.max_steps", str(first), "--run_dir", "ended"])
-    cli = train.run([*options, "--trainer.max_steps", "22", "--run_dir", "ended", "--ckpt_path", "last"])
-    assert cli.resume_step == first
-    assert step_losses(tmp_path / "ended") == step_losses(tmp_path / "whole")
-    whole, ended = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "ended"))
-    assert all(torch.equal(whole[name], ended[name]) for name in whole)
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    for first in (7, 10, 17):
+        folder = f"ended-{first}"
+        train.run([*options, "--trainer.max_steps", str(first), "--run_dir", folder])
+        cli = train.run([*options, "--trainer.max_steps", "22", "--run_dir", folder, "--ckpt_path", "last"])
+        assert cli.resume_step == first
+        assert step_losses(tmp_path / folder) == step_losses(tmp_path / "whole")
+        ended = load_file(tmp_path / folder / "model.safetensors")
+        assert all(torch.equal(whole[name], ended[name]) for name in whole)
 
 
-@pytest.mark.parametrize("step", [7, 10])
-def test_run_that_was_told_to_stop(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_that_was_told_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As trainer.max_time does it; and SIGTERM, after which the very step is kept."""
     options = ["digits", *TINY, "--model.dropout", "0.1", "--trainer.max_steps", "22"]
     train.run([*options, "--run_dir", "whole"])
-    ended = Timer.on_train_batch_end
+    whole, ended = step_losses(tmp_path / "whole"), Timer.on_train_batch_end
 
     def stop(self: Timer, trainer: Trainer, *arguments: object) -> None:
         ended(self, trainer, *arguments)
@@ -131,17 +130,19 @@ def test_run_that_was_told_to_stop(step: int, tmp_path: Path, monkeypatch: pytes
         if trainer.global_step == 8:
             signal.raise_signal(signal.SIGTERM)
 
+    for step in (7, 10):
+        folder = f"stopped-{step}"
+        with monkeypatch.context() as patched:
+            patched.setattr(Timer, "on_train_batch_end", stop)
+            assert train.run([*options, "--run_dir", folder]).results["steps"] == step
+        assert train.run([*options, "--run_dir", folder, "--ckpt_path", "last"]).resume_step == step
+        assert step_losses(tmp_path / folder) == whole
     with monkeypatch.context() as patched:
-        patched.setattr(Timer, "on_train_batch_end", stop)
-        assert train.run([*options, "--run_dir", "stopped"]).results["steps"] == step
         patched.setattr(Timer, "on_train_batch_end", terminate)
         with pytest.raises(SystemExit) as exit:
             train.run([*options, "--run_dir", "terminated"])
         assert exit.value.code == 128 + signal.SIGTERM
-    assert train.run([*options, "--run_dir", "stopped", "--ckpt_path", "last"]).resume_step == step
     assert train.run([*options, "--run_dir", "terminated", "--ckpt_path", "last"]).resume_step == 8
-    whole = step_losses(tmp_path / "whole")
-    assert step_losses(tmp_path / "stopped") == whole
     resumed = step_losses(tmp_path / "terminated")
     # The row of the step that was cut off was not yet written.
     assert resumed == {at: loss for at, loss in whole.items() if at != 7 or 7 in resumed}

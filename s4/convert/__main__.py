@@ -8,7 +8,7 @@ from typing import Any
 
 from s4.block import S4Block
 from s4.convert.blocks import block
-from s4.convert.entries import Entries, some
+from s4.convert.entries import Entries, some, unwrapped
 from s4.convert.files import load
 from s4.convert.kinds import TRANSFORMS, Options, sites
 from s4.convert.layers import layer
@@ -25,7 +25,7 @@ examples:
   a checkpoint of its train.py:
     python -m s4.convert last.ckpt lra --pooling mean --dt-transform softplus
   one layer of a model:
-    python -m s4.convert last.ckpt first --part layer --prefix model.layers.0.
+    python -m s4.convert last.ckpt first --part layer --prefix model.layers.0. --dt-transform softplus
   beside the original, in a checkout of it:
     python -m s4.convert layer.pt layer --official ../state-spaces
 
@@ -91,7 +91,8 @@ def convert(arguments: argparse.Namespace) -> str:
         raise ValueError(f"{folder} already has {some(there)}: give another folder, or --overwrite")
     entries = Entries(load(source))
     if arguments.prefix:
-        entries = Entries({name: entries[name] for name in entries if name.startswith(arguments.prefix)})
+        prefix = unwrapped(arguments.prefix)
+        entries = Entries({name: entries[name] for name in entries if name.startswith(prefix)})
     part = form(entries) if arguments.part is None else arguments.part
     options: dict[str, Any] = {name: given[name] for name in _TAKES if name in given}
     if wrong := [name for name in options if part not in _TAKES[name]]:

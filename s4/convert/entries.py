@@ -1,5 +1,6 @@
 """A state dict while it is converted: its tensors by key, and what became of each."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 _WRAPPED = ("state_dict", "model", "model_state_dict")  # Lightning, the original's example.py, many others
+
+# Names that torch.compile, FSDP and activation checkpointing put between those of modules.
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 class Entries(Mapping[str, Tensor]):
@@ -18,6 +22,7 @@ class Entries(Mapping[str, Tensor]):
 
     Raises:
         TypeError: it is none.
+        ValueError: a tensor is there as that of a module, and as that of a wrapper around it.
     """
 
     def __init__(self, state_dict: Any) -> None:
@@ -37,7 +42,10 @@ class Entries(Mapping[str, Tensor]):
                     f"state_dict must hold tensors by name, got {key!r}: {type(value).__name__}. Of a "
                     "checkpoint give the part that holds the weights, of a module its state_dict()"
                 )
-        self._tensors: Mapping[str, Tensor] = state_dict
+        self._tensors: dict[str, Tensor] = {unwrapped(k): value for k, value in state_dict.items()}
+        if len(self._tensors) < len(state_dict):
+            twice = [key for key in state_dict if unwrapped(key) != key and unwrapped(key) in state_dict]
+            raise ValueError(f"state_dict has the same twice, with {some(twice)} and without: leave out one")
         self.became: dict[str, str] = {}
 
     @classmethod
@@ -106,6 +114,11 @@ def undisturbed() -> Iterator[None]:
     """Modules are made on the CPU, whatever the default is, and draw none of the user's random numbers."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         yield
+
+
+def unwrapped(key: str) -> str:
+    """A name without what torch puts into it."""
+    return _WRAPPERS.sub("", key)
 
 
 def _fits(shape: torch.Size, wanted: tuple[int, ...]) -> bool:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from s4.checks import check_option
 from s4.convert.entries import Entries, some, undisturbed
-from s4.convert.kinds import Options, Site, sites
+from s4.convert.kinds import TRANSFORMS, Options, Site, sites
 from s4.layer import S4Layer
 from s4.system import dense, discretize, readout, row_modes, system
 
@@ -56,6 +57,7 @@ def layer(
         ValueError, TypeError: no layer, several, or one with no counterpart; keys that are missing or
             unknown; the message says which and what to do.
     """
+    check_option("dt_transform", dt_transform, TRANSFORMS)
     options = Options(discretization, dt_transform, real_transform, imag_transform)
     options.check()
     entries = Entries.of(state_dict)
@@ -107,7 +109,13 @@ def read_layer(entries: Entries, site: Site, options: Options) -> S4Layer:
     if length:
         parameters["C"] = _true_C(parameters, length, str(options.discretization))
     made.load_state_dict(parameters)
-    return made.to(device, dtype)
+    made = made.to(device, dtype)
+    if wrong := [name for name, p in made.named_parameters() if not bool(torch.isfinite(p).all())]:
+        raise ValueError(
+            f"of the kernel at {site.kernel!r}, {some(wrong)} would have inf or nan, with steps from "
+            f"{made.dt.min():.3g} to {made.dt.max():.3g}: was it trained with another dt_transform?"
+        )
+    return made
 
 
 def _init(parameters: Mapping[str, Tensor], rank: int) -> Any:
@@ -132,6 +140,8 @@ def _parameters(
     dt = take(kind.dt, "log_dt", (-1,), (-1, 1), (-1, -1))
     real = take(kind.mark, "log_A_real", (-1, -1))
     (S, n), H = real.shape, len(dt)
+    if dt.dim() == 2 and dt.shape[1] not in (1, n):
+        raise ValueError(f"{site.kernel}{kind.dt} must have 1 or {n} columns, got {tuple(dt.shape)}")
     if H % S:
         raise ValueError(f"{site.kernel}{kind.mark} has {S} rows, which do not divide the {H} channels of dt")
     shape = (S, n, *pair)
@@ -150,10 +160,10 @@ def _parameters(
         )
     if site.dplr:
         found["P"] = take("P", "P", (-1, S, n, 2))
-    for name in kind.dead:
+    for name in site.names.intersection(kind.dead):
         take(name, "nothing: not used by the original either")
     entries.check_known(site.kernel, site.layer)
-    dtype = reduce(torch.promote_types, [t.dtype for t in taken])
+    dtype = reduce(torch.promote_types, [t.dtype for t in ([] if site.alone else [D]) + taken])
     found = _by_channel(found, log_dt, dtype)
     return {name: value.double().contiguous() for name, value in found.items()}, dtype, taken[0].device
 
@@ -168,6 +178,11 @@ def _D(entries: Entries, site: Site, C: Tensor) -> Tensor:
                 "more, and a kernel's dict does not tell which. Give the dict of the whole layer, with its D"
             )
         return torch.zeros(H)
+    if f"{site.layer}D" not in entries:
+        raise ValueError(
+            f"{site.layer}D is missing beside {site.kernel}C. Of a kernel with no layer around it, give the "
+            "parameters without 'kernel.' before their names"
+        )
     D = entries.take(f"{site.layer}D", "D", (-1, H), *[(H,)] * site.minimal)
     channels = 1 if D.dim() == 1 else len(D)
     if channels > 1:
@@ -229,7 +244,7 @@ def _true_C(parameters: Mapping[str, Tensor], length: int, discretization: str) 
         )  # fmt: skip
         A = dense(discretize(some_of))
         left = torch.eye(2 * n, dtype=A.dtype) - torch.linalg.matrix_power(A, length)
-        parts.append(torch.linalg.solve(left, readout(some_of.C)[..., None, :], left=False)[..., 0, :])
+        parts.append(torch.linalg.solve_ex(left, readout(some_of.C)[..., None, :], left=False)[0][..., 0, :])
     return torch.view_as_real(row_modes(torch.cat(parts, 1)))
 
 
