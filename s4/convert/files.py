@@ -60,7 +60,7 @@ def _why(error: Exception) -> str:
 
 
 def _weights(path: Path) -> Any:
-    """What torch.load finds, with stand-ins for what is no tensor: it tells which are dicts by refusing those."""
+    """What torch.load finds, with stand-ins for other objects: it tells which are dicts by refusing those."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # of a format that has none, or no checkpoint
