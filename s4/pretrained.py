@@ -80,16 +80,15 @@ class Pretrained(nn.Module):
         text = json.dumps(content, indent=2) + "\n"
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        for name, write in (
-            (WEIGHTS, lambda file: save_file(weights, file, {"format": "pt"})),
-            (CONFIG, lambda file: file.write_text(text)),
-        ):
-            partial = path / f".{name}.{os.getpid()}"  # so that a file is whole or absent
-            try:
-                write(partial)
-                partial.replace(path / name)
-            finally:
-                partial.unlink(missing_ok=True)
+        partial = {name: path / f".{name}.{os.getpid()}" for name in (WEIGHTS, CONFIG)}
+        try:  # both whole before one takes its place
+            save_file(weights, partial[WEIGHTS], {"format": "pt"})
+            partial[CONFIG].write_text(text)
+            for name, file in partial.items():
+                file.replace(path / name)
+        finally:
+            for file in partial.values():
+                file.unlink(missing_ok=True)
 
     @classmethod
     def from_pretrained(

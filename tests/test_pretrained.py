@@ -346,8 +346,8 @@ def test_what_cannot_be_written_says_so_and_writes_nothing(kind: str, tmp_path: 
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = S4Layer(6, 8)
-    layer.save_pretrained(tmp_path)
+    S4Layer(6, 8).save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
 
     def full(self: Path, text: str) -> int:
         self.touch()
@@ -357,12 +357,12 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="no space"):
         S4Layer(6, 8).save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_bytes() == before, "no new weights beside the old config"
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     """Whoever reads the old one meanwhile goes on reading that."""
-    layer = S4Layer(6, 8)
-    layer.save_pretrained(tmp_path)
+    S4Layer(6, 8).save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
     with open(tmp_path / "model.safetensors", "rb") as file:
         S4Layer(6, 8).save_pretrained(tmp_path)
