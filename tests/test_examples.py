@@ -92,7 +92,7 @@ def test_recipe_trains_resumes_and_tests(
 
 
 def test_a_run_is_a_model_without_the_examples(tmp_path: Path) -> None:
-    """In a process that has no module of them: the logits that the trained model gives here."""
+    """In a process that has no module of them, and as one of transformers: the logits of the trained one."""
     cli = train.run(["digits", *TINY, "--trainer.max_steps", "3"])
     u = torch.rand(5, 64, 1)
     torch.save(u, tmp_path / "u.pt")
@@ -100,11 +100,15 @@ def test_a_run_is_a_model_without_the_examples(tmp_path: Path) -> None:
 import sys, torch, s4
 model = s4.S4Model.from_pretrained("runs/digits")
 assert not {"trainer", "data", "lightning"} & set(sys.modules)
-torch.save(model(torch.load("u.pt")).detach(), "y.pt")
+u = torch.load("u.pt")
+from s4.transformers import S4ForSequenceClassification
+theirs = S4ForSequenceClassification.from_s4(model)
+torch.save([model(u).detach(), theirs(input_values=u).logits.detach()], "y.pt")
 """
     printed(process(program))
     model = cli.model.model.cpu().eval()
-    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), model(u).detach(), rtol=1e-6, atol=1e-6)
+    for logits in torch.load(tmp_path / "y.pt"):
+        torch.testing.assert_close(logits, model(u).detach(), rtol=1e-6, atol=1e-6)
 
 
 def test_recipes_have_the_values_of_the_paper() -> None:

@@ -265,12 +265,17 @@ def test_the_state_goes_in_and_out(name: str) -> None:
     cache = first[st.installed.CACHE]
     assert cache.get_seq_length() == 10
     assert cache.batch_size == 3
+    ahead = model(ids[:, 10:28], use_cache=False, **{name: cache})
+    assert ahead.get(st.installed.CACHE) is None
+    assert cache.get_seq_length() == 10, "a cache that is only read stays as it is"
     second = model(ids[:, 10:28], **{name: cache})
+    assert torch.equal(ahead.logits, second.logits)
     assert second[st.installed.CACHE] is cache
     last = model(ids[:, 28:], **{name: cache.state})  # an s4.State is taken as it is
     oracle.close(torch.cat([first.logits, second.logits, last.logits], 1), want, 1e-9)
     for got, w in zip(tensors(last[st.installed.CACHE].state), tensors(state), strict=True):
         oracle.close(got, w, 1e-9)
+    assert model.train()(ids).get(st.installed.CACHE) is None, "in training a state is kept only if asked for"
     pooled = classifier()
     parts = pooled(ids[:, :10], use_cache=True)
     parts = pooled(ids[:, 10:], **{name: parts[st.installed.CACHE]})

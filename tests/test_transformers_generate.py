@@ -180,6 +180,17 @@ def test_going_on_from_a_state(model: Any, ids: Tensor, monkeypatch: pytest.Monk
     options[st.installed.CACHE] = state
     got = model.generate(torch.cat([ids, ids[:, :3]], 1), **options)
     assert torch.equal(got[:, 12:], model.s4().generate(torch.cat([ids, ids[:, :3]], 1), NEW))
+    beams = {"num_beams": 2, "max_new_tokens": 3}
+    want = model.generate(torch.cat([ids, ids[:, :3]], 1), **beams)
+    cache = st.S4Cache(state)
+    with pytest.raises(
+        ValueError, match=r"must hold 6 sequences, got 3: .*cache\.batch_repeat_interleave\(2\)"
+    ):
+        model.generate(torch.cat([ids, ids[:, :3]], 1), **beams, **{st.installed.CACHE: cache})
+    cache.batch_repeat_interleave(2)
+    assert torch.equal(
+        model.generate(torch.cat([ids, ids[:, :3]], 1), **beams, **{st.installed.CACHE: cache}), want
+    )
     embedded = model.generate(inputs_embeds=model.model.encoder(ids), max_new_tokens=NEW, do_sample=False)
     assert torch.equal(embedded, model.s4().generate(ids, NEW))
 

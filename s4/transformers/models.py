@@ -208,8 +208,15 @@ class S4ForCausalLM(Headed, GenerationMixin):
         """What `generate` calls the model with; `kwargs` are its own.
 
         Raises:
-            ValueError: prompts padded on the right, or no token that the cache has not seen.
+            ValueError: prompts padded on the right, no token that the cache has not seen, or a cache of
+                another number of sequences.
         """
+        cache = kwargs.get(CACHE)
+        if isinstance(cache, S4Cache) and cache.batch_size not in (-1, len(input_ids)):
+            raise ValueError(
+                f"the cache must hold {len(input_ids)} sequences, got {cache.batch_size}: for beams or "
+                "several sequences a prompt repeat those that it holds: cache.batch_repeat_interleave(2)"
+            )
         step = bool(use_cache) and next_sequence_length == 1 and not is_first_iteration
         mask = None if step else attention_mask  # a new token is no padding
         if mask is not None and bool(((mask[:, -1] == 0) & (mask != 0).any(1)).any()):
