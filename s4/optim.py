@@ -29,11 +29,12 @@ def param_groups(
         lr: learning rate; of a tensor with one number each group gets a copy.
         weight_decay: of what decays; the papers' 0.05.
         ssm_lr: largest learning rate of dt, A and B; the papers' 0.001. Or one for each, as
-            `{"dt": None, "A": 1e-3, "B": 0}`: None is lr, and 0 leaves the parameter as it is.
+            `{"dt": None, "A": 1e-3, "B": 0}`: None is lr, and 0 leaves the parameter as it is. "C", which
+            decays as others do, may have one, too.
 
     Returns:
         up to three groups, named "ssm", "no_decay" and "decay", with every parameter in exactly one; with
-        rates for each, "ssm dt", "ssm A" and "ssm B" in place of "ssm".
+        rates for each, "ssm dt", "ssm A", "ssm B" and, if told, "ssm C" in place of "ssm".
 
     Raises:
         ValueError: a rate below 0, of another parameter, or left out; or an S4 layer whose SSM parameters are
@@ -55,14 +56,16 @@ def param_groups(
             dt, *A, B = module.ssm_parameters()
             for part, parameters in (("ssm dt", [dt]), ("ssm A", A), ("ssm B", [B])):
                 ssm |= {id(p): part if part in most else "ssm" for p in parameters}
+            if "ssm C" in most:
+                ssm[id(module.C)] = "ssm C"
             plain.add(id(module.D))
             if not ssm.keys() <= own:
                 raise ValueError(
                     f"the SSM parameters of {path or 'the model'} are not parameters of the model: "
                     "call param_groups before parametrizing it; FSDP1 needs use_orig_params=True"
                 )
-    rates = {**{name: (rate, 0.0) for name, rate in most.items()}, "no_decay": (math.inf, 0.0)}
-    rates["decay"] = (math.inf, weight_decay)
+    rates = {name: (rate, weight_decay if name == "ssm C" else 0.0) for name, rate in most.items()}
+    rates |= {"no_decay": (math.inf, 0.0), "decay": (math.inf, weight_decay)}
     members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     for p in model.parameters():
         members[ssm.get(id(p)) or ("no_decay" if id(p) in plain else "decay")].append(p)
@@ -78,13 +81,15 @@ def _most(ssm_lr: Any) -> dict[str, float]:
     if not isinstance(ssm_lr, Mapping):
         check_number("ssm_lr", ssm_lr, 0)
         return {"ssm": ssm_lr}
-    if set(ssm_lr) != {"dt", "A", "B"}:
-        raise ValueError(f"ssm_lr must be a number, or have 'dt', 'A' and 'B', got {list(ssm_lr)}")
+    if set(ssm_lr) - {"C"} != {"dt", "A", "B"}:
+        raise ValueError(
+            f"ssm_lr must be a number, or have 'dt', 'A', 'B' and if need be 'C', got {list(ssm_lr)}"
+        )
     for name, rate in ssm_lr.items():
         if rate is not None:
             check_number(f"ssm_lr[{name!r}]", rate, 0)
-    rates = {name: math.inf if ssm_lr[name] is None else float(ssm_lr[name]) for name in ("dt", "A", "B")}
-    return {f"ssm {name}": rate for name, rate in rates.items()}
+    names = [name for name in ("dt", "A", "B", "C") if name in ssm_lr]
+    return {f"ssm {name}": math.inf if ssm_lr[name] is None else float(ssm_lr[name]) for name in names}
 
 
 def _at_most(lr: float | Tensor, most: float) -> float | Tensor:

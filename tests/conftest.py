@@ -1,5 +1,6 @@
 """One thread a worker, as the cases are small and xdist already fills the cores; one seed a test."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch finds none"))
+
+
+def pytest_collection_finish() -> None:
+    """The libraries and tests that are loaded stay: each search for garbage would go through them all."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from example_files import TINY, fails, step_losses
 from recordings import commands_in, digits_in, noise, opened, wav, write
 
 pytestmark = [
-    pytest.mark.usefixtures("own_folder"),
+    pytest.mark.usefixtures("own_folder", "brief_runs"),
     pytest.mark.filterwarnings(
         "ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning"
     ),  # Lightning's jsonargparse

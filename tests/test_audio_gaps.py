@@ -16,7 +16,7 @@ from recordings import digits_in, opened
 from trainer.task import SequenceTask
 
 pytestmark = [
-    pytest.mark.usefixtures("own_folder"),
+    pytest.mark.usefixtures("own_folder", "brief_runs"),
     pytest.mark.filterwarnings(
         "ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning"
     ),  # Lightning's jsonargparse

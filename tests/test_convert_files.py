@@ -28,6 +28,14 @@ class Strange:
         self.content = {"lr": 0.1}
 
 
+class Box(dict[str, Any]):
+    """A dict with attributes, as configurations of several libraries are."""
+
+    def __init__(self, **items: Any) -> None:
+        super().__init__(items)
+        self.name = "a box"
+
+
 class Trap:
     """Runs a function when it is unpickled."""
 
@@ -45,6 +53,7 @@ def lightning(**more: Any) -> dict[str, Any]:
         "state_dict": collections.OrderedDict(weights),
         "hyper_parameters": {"config": argparse.Namespace(lr=0.1), "strange": Strange(), "path": Path("a")},
         "hparams_type": Strange,
+        "boxes": [Box(), Box(lr=0.1), Box(lr=0.1, inner=Box(a=1, b=2))],
         "loops": {
             "counts": collections.defaultdict(dict, {"a": {"b": 1}}),
             "partial": functools.partial(max),

@@ -238,6 +238,7 @@ def test_options_of_a_checkpoint_and_of_a_command_line(capsys: Capture) -> None:
     fails(capsys, 1, [*options, *wrong], "model.dropout is 0.1 in the checkpoint, got 0.3")
 
 
+@pytest.mark.usefixtures("brief_runs")
 def test_precision_and_callbacks_of_lightning() -> None:
     options = ["digits", *TINY, "--trainer.max_steps", "2", "--trainer.callbacks", "LearningRateMonitor"]
     precisions = {"64-true": torch.float64, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
@@ -347,6 +348,7 @@ def test_wrong_value(code: int, option: str, value: str, named: str, capsys: Cap
     fails(capsys, code, ["digits", option, value], named)
 
 
+@pytest.mark.usefixtures("brief_runs")
 def test_wrong_folder(folders: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
     def said(folder: Path, *words: str) -> None:
         fails(capsys, 1, ["smnist", *TINY, "--data.path", str(folder)], str(folder), *words)
@@ -398,6 +400,7 @@ def test_cache_that_cannot_be_written(
     fails(capsys, 1, [*options, str(tmp_path / "new")], "data.cache_dir", "No space left")
 
 
+@pytest.mark.usefixtures("brief_runs")
 def test_damaged_checkpoint(tmp_path: Path, capsys: Capture) -> None:
     train.run(["digits", *TINY, "--trainer.max_epochs", "1"])
     folder = tmp_path / "runs" / "digits"

@@ -183,7 +183,7 @@ def test_smaller_recipes(page: dict[str, Any]) -> None:
     norms = block.mixer[0].parametrizations.weight.original0
     torch.testing.assert_close(weight.norm(dim=1, keepdim=True), norms)
     groups = {group["name"]: group for group in page["groups"]}
-    assert [id(p) for p in groups["C"]["params"]] == [id(block.layer.C)]
+    assert [id(p) for p in groups["ssm C"]["params"]] == [id(block.layer.C)]
     found = [id(p) for group in groups.values() for p in group["params"]]
     assert sorted(found) == sorted(map(id, block.parameters()))
     limited = page["limited"]

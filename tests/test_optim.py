@@ -91,6 +91,12 @@ def test_a_rate_for_each_of_dt_A_and_B() -> None:
     optimizer.step()
     still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
     assert still == {"blocks.0.layer.B", "blocks.1.layer.B"}
+    with_c = param_groups(
+        model, lr=LR, weight_decay=DECAY, ssm_lr={"dt": 1e-3, "A": 1e-3, "B": 1e-3, "C": 1e-3}
+    )
+    of = {id(p): (g["name"], g["lr"], g["weight_decay"]) for g in with_c for p in g["params"]}
+    assert of[id(model.blocks[0].layer.C)] == of[id(model.blocks[1].layer.C)] == ("ssm C", 1e-3, DECAY)
+    assert of[id(model.blocks[0].layer.D)] == ("no_decay", LR, 0.0)
     capped = param_groups(model, lr=1e-4, ssm_lr={"dt": 1e-3, "A": 1e-5, "B": 1e-3})
     assert [(g["name"], g["lr"]) for g in capped][:3] == [("ssm dt", 1e-4), ("ssm A", 1e-5), ("ssm B", 1e-4)]
 
@@ -98,8 +104,12 @@ def test_a_rate_for_each_of_dt_A_and_B() -> None:
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
-        ({"dt": 1e-3}, "ssm_lr must be a number, or have 'dt', 'A' and 'B', got .'dt'"),
-        ({"dt": 1e-3, "A": 1e-3, "B": 1e-3, "C": 1e-3}, "ssm_lr must be a number, or have"),
+        (
+            {"A": 1e-3, "B": 1e-3, "C": 1e-3},
+            "ssm_lr must be a number, or have 'dt', 'A', 'B' and if need be 'C'",
+        ),
+        ({"dt": 1e-3}, "ssm_lr must be a number, or have 'dt', 'A', 'B' and if need be 'C', got .'dt'"),
+        ({"dt": 1e-3, "A": 1e-3, "B": 1e-3, "D": 1e-3}, "ssm_lr must be a number, or have"),
         ({"dt": 1e-3, "A": -1.0, "B": 1e-3}, "ssm_lr.'A'. must be finite and at least 0"),
         ({"dt": 1e-3, "A": "fast", "B": 1e-3}, "ssm_lr.'A'. must be a number"),
     ],

@@ -55,7 +55,7 @@ class SequenceTask(pl.LightningModule):
         embedding_dropout: probability, of an adaptive embedding and of the inputs of its softmax.
         lr: peak learning rate.
         ssm_lr: peak learning rate of dt, A and B, at most lr; or of each, as {dt: null, A: 0.001, B: 0.001},
-            where null is lr and 0 leaves it as it is.
+            where null is lr and 0 leaves it as it is; C, too, may have one.
         weight_decay: of everything but the state space parameters, norms and biases.
         warmup_steps: steps of the linear warm-up.
         compile: torch.compile the model.
@@ -97,8 +97,10 @@ class SequenceTask(pl.LightningModule):
         # With them `test` rebuilds the model of a checkpoint by itself.
         self.save_hyperparameters(ignore="spec")
         rates = ssm_lr if isinstance(ssm_lr, dict) else {"dt, A, B": ssm_lr}
-        if isinstance(ssm_lr, dict) and set(ssm_lr) != {"dt", "A", "B"}:
-            raise ValueError(f"model.ssm_lr must be a number, or have dt, A and B, got {list(ssm_lr)}")
+        if isinstance(ssm_lr, dict) and set(ssm_lr) - {"C"} != {"dt", "A", "B"}:
+            raise ValueError(
+                f"model.ssm_lr must be a number, or have dt, A, B and if need be C, got {list(ssm_lr)}"
+            )
         for least, values in (
             (1, {"d_model": d_model, "n_layers": n_layers, "ff_every": ff_every}),
             (0, {"warmup_steps": warmup_steps, "lr": lr, "weight_decay": weight_decay}),

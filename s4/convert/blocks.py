@@ -73,8 +73,8 @@ def block(
             "softplus" in its configurations.
 
     Returns:
-        the block, with parameters of the dict's dtype on its device; `glu` or `linear` by the shape of
-        `output_linear`. A weight norm is multiplied out.
+        the block, in training mode, with parameters of the dict's dtype on its device; `glu` or `linear` by
+        the shape of `output_linear`. A weight norm is multiplied out.
 
     Raises:
         ValueError, TypeError: no block, several, or one with no counterpart, as those with `gate` and

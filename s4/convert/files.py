@@ -1,6 +1,8 @@
 """Checkpoints and state dicts from files, of which no code is run."""
 
 import os
+import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ class Unknown:
         pass
 
     def __setstate__(self, _: Any) -> None:
+        pass
+
+    def __setitem__(self, _: Any, value: Any) -> None:  # asked for by torch 2.9 only
         pass
 
 
@@ -38,16 +43,9 @@ def load(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         return _safetensors(path)
     advice = "Where you trust it, load it with what wrote it, and save its state_dict() alone by torch.save"
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # of a format that has none, or no checkpoint
-        names = []
-    empty: list[Any] = [(_dict if name == "collections.defaultdict" else Unknown, name) for name in names]
-    try:
-        with torch.serialization.safe_globals(empty):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        found = _weights(path)
     except Exception as error:  # of many classes
-        why = _why(error)
-        raise ValueError(f"{path} cannot be read with weights_only=True: {why}. {advice}") from error
+        raise ValueError(f"{path} cannot be read with weights_only=True: {_why(error)}. {advice}") from error
     if not isinstance(found, Mapping):
         what = "a pickled module or other object" if isinstance(found, Unknown) else type(found).__name__
         raise ValueError(f"{path} holds {what}, no dict of tensors. {advice}")
@@ -61,9 +59,30 @@ def _why(error: Exception) -> str:
     return lines[0].rstrip(".")
 
 
-def _dict(*_: Any) -> dict[Any, Any]:
-    """For a dict with a default, whose items follow."""
-    return {}
+def _weights(path: Path) -> Any:
+    """What torch.load finds, with stand-ins for other objects: it tells which are dicts by refusing those."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # of a format that has none, or no checkpoint
+        names = []
+    kinds: dict[str, type] = dict.fromkeys(names, Unknown)
+    while True:
+        classes = {name: type(name, (kind,), {}) for name, kind in kinds.items()}
+        try:
+            with torch.serialization.safe_globals([(made, name) for name, made in classes.items()]):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            refused = [n for n in names if repr(classes[n]) in str(error) and kinds[n] is Unknown]
+            if "SETITEM" not in str(error) or not refused:
+                raise
+            kinds.update(dict.fromkeys(refused, _Items))
+
+
+class _Items:
+    """Stands for a dict of another class, whose items follow."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return OrderedDict()  # which may have attributes, too
 
 
 def _safetensors(path: Path) -> Mapping[str, Any]:

@@ -50,7 +50,7 @@ def model(
             configuration had another.
 
     Returns:
-        the model, with parameters of the dict's dtype on its device.
+        the model, in training mode, with parameters of the dict's dtype on its device.
 
     Raises:
         ValueError, TypeError: a model of another form, or with no counterpart; keys that are missing or
