@@ -118,6 +118,11 @@ DICTS: dict[str, tuple[str, Change, str]] = {
         "l_kernel must be an integer.*-83",
     ),
     "nan": ("dplr", set_to("kernel.C", with_nan), "kernel.C is not finite"),
+    "complex numbers": (
+        "residual-block", set_to("layer.output_linear.0.weight_v", lambda v: v.to(torch.complex128)),
+        "weight_v must hold real numbers, got torch.complex128",
+    ),
+    "a mask": ("diag-zoh", set_to("kernel.B", lambda B: B > 0), "B must hold real numbers, got torch.bool"),
     "infinite": ("dplr", set_to("kernel.A_imag", lambda a: a / 0), "kernel.A_imag is not finite"),
     "version 2": ("version3-dplr", without("kernel.kernel.L"), "kernel.kernel.L is missing"),
     "version 2, log_w_real": (

@@ -75,7 +75,7 @@ class Entries(Mapping[str, Tensor]):
             shapes: those it may have; -1 is any size of at least 1. None given: any.
 
         Raises:
-            ValueError: there is none, or it is of another shape or not finite.
+            ValueError: there is none, or it is of another shape, not real or not finite.
         """
         if key not in self._tensors:
             raise ValueError(f"{key} is missing: the state dict has {some(self._near(key))}")
@@ -83,6 +83,8 @@ class Entries(Mapping[str, Tensor]):
         if shapes and not any(_fits(value.shape, shape) for shape in shapes):
             wanted = " or ".join(str(shape).replace("-1", "any") for shape in shapes)
             raise ValueError(f"{key} must have shape {wanted}, got {tuple(value.shape)}")
+        if value.is_complex() or value.dtype is torch.bool:
+            raise ValueError(f"{key} must hold real numbers, got {value.dtype}")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{key} is not finite: it has nan or inf, so no layer can be made of it")
         self.became[key] = became

@@ -226,7 +226,7 @@ def _length(entries: Entries, site: Site) -> int:
         return 0
     key = f"{site.kernel}{site.kind.length}"
     value = entries.take(key, "C, which was multiplied by I - A^length", (), (1,))
-    if value.is_floating_point() or value.is_complex() or value.item() < 0:
+    if value.is_floating_point() or value.item() < 0:
         raise ValueError(f"{key} must be an integer of at least 0, a length, got {value.item()}")
     return int(value.item())
 

@@ -42,7 +42,8 @@ def model(
         state_dict: tensors by name; a checkpoint's "state_dict" or "model" is found.
         prenorm: None is False, the default, in example.py; a `SequenceModel` tells by its last norm.
         pooling: as in `S4Model`; None is "mean" in example.py. A `SequenceModel` needs it: its decoder's
-            mode, "last", or "mean" for "pool", where it gives one output for a sequence, else "none".
+            mode, "last", or "mean" for "pool", where it gives one output for a sequence, else "none"; its
+            modes "first", "sum" and "ragged" have no counterpart.
         activation, dropout: as in `s4.convert.block`.
         tie_dropout: as there; None is True in example.py, else False.
         discretization, real_transform, imag_transform: as in `s4.convert.layer`.
