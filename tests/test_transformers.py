@@ -20,6 +20,8 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 TINY = {"vocab_size": 11, "hidden_size": 6, "num_hidden_layers": 2, "d_state": 8, "dt_min": 0.01}
 
+SMALL = {"hidden_size": 4, "num_hidden_layers": 2}  # of `small`
+
 
 @pytest.fixture(autouse=True)
 def quiet() -> None:
@@ -67,6 +69,11 @@ def test_without_transformers_or_with_an_old_one(monkeypatch: pytest.MonkeyPatch
         ({"d_state": 7}, "d_state must be even"),
         ({"use_cache": 1}, "use_cache must be True or False, got 1"),
         ({"s4_model": {"blocks": []}}, "must be"),
+        (
+            {"s4_model": small().config()},
+            "hidden_size must be 4, as s4_model has it, got 256: S4Config.from_s4",
+        ),
+        ({"s4_model": small("last").config(), **SMALL}, "pooling must be 'last', as s4_model has it"),
         ({"format": 1, "s4": "0.1.0", "type": "S4Model", "config": {}}, "s4's own: S4Model.from_pretrained"),
     ],
 )

@@ -99,13 +99,29 @@ class S4Config(PreTrainedConfig):
         for name in ("head_bias", "use_cache", "tie_word_embeddings"):
             check_flag(name, getattr(self, name))
         if self.s4_model is not None:
-            with torch.device("meta"):
-                S4Model.from_config(self.s4_model)
+            self._check_s4_model(self.s4_model)
             return
         with torch.device("meta"):
             block = S4Block.from_config(self._block())
         if not isinstance(self.init, str):  # tensors, as JSON has them
             self.init = block.layer.config()["init"]
+
+    def _check_s4_model(self, config: Mapping[str, Any]) -> None:
+        """That the other fields are of the same model, but for its number of tokens, which may change."""
+        with torch.device("meta"):
+            model = S4Model.from_config(config)
+        wanted: dict[str, Any] = {
+            "hidden_size": model.blocks[0].layer.d_model,
+            "num_hidden_layers": len(model.blocks),
+        }
+        if model.pooling != "none":
+            wanted["pooling"] = model.pooling
+        for name, value in wanted.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name} must be {value!r}, as s4_model has it, got {getattr(self, name)!r}: "
+                    "S4Config.from_s4 of the S4Model fills in all fields"
+                )
 
     @classmethod
     def from_s4(cls, model: S4Model, fields: Mapping[str, Any] | None = None) -> "S4Config":
