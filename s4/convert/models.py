@@ -44,7 +44,7 @@ def model(
         pooling: as in `S4Model`; None is "mean" in example.py. A `SequenceModel` needs it: its decoder's
             mode, "last", or "mean" for "pool", where it gives one output for a sequence, else "none"; its
             modes "first", "sum" and "ragged" have no counterpart.
-        activation, dropout: as in `s4.convert.block`.
+        activation, dropout: as in `s4.convert.block`; those of an FFN are the same.
         tie_dropout: as there; None is True in example.py, else False.
         discretization, real_transform, imag_transform: as in `s4.convert.layer`.
         dt_transform: as there; None is "exp". A `SequenceModel` of version 4 needs it: "softplus", unless its
