@@ -181,7 +181,7 @@ def described(module: nn.Module | None) -> dict[str, Any] | None:
     """A module as JSON has it: its type and arguments, or only the full name of a type that is not known."""
     if module is None:
         return None
-    kind = type(module)
+    kind = nn.BatchNorm1d if isinstance(module, nn.SyncBatchNorm) else type(module)
     numbers = [str(i) for i in range(len(module._modules))]
     if kind is nn.Sequential and [*module._modules] == numbers:  # of modules that may be there twice
         return {"type": "Sequential", "modules": [described(each) for each in module._modules.values()]}
