@@ -213,6 +213,11 @@ def test_a_prefix_as_the_file_has_it(prefix: str, tmp_path: Path, capsys: Captur
         ("block", ["--pooling", "mean"], r"--pooling is an option of a model; .*block.pt is of a block"),
         ("train-prenorm", [], "pooling must be given"),
         ("train-prenorm", ["--pooling", "last"], "dt_transform must be given.*softplus"),
+        (
+            "train-prenorm",
+            ["--part", "layer", "--prefix", "model.layers.0."],
+            "dt_transform must be given.*softplus",
+        ),
         ("train-prenorm", ["--part", "layer"], "2 S4 layers, at model.layers.0"),
         ("dplr", ["--official", "nowhere"], "no models/s4/s4.py in nowhere: give a checkout"),
         ("dplr", ["--prefix", "encoder."], "no S4 layer"),

@@ -15,6 +15,7 @@ from s4 import S4Block
 
 st = pytest.importorskip("s4.transformers")
 transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )
@@ -159,6 +160,23 @@ def test_ends_streams_and_scores(model: Any, ids: Tensor) -> None:
     state = model.s4()(got.sequences[:, :-1], return_state=True)[1]
     for x, w in zip(tensors(got[st.installed.CACHE].state), tensors(state), strict=True):
         oracle.close(x, w, 1e-9)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_stop_strings(model: Any, ids: Tensor, beams: int) -> None:
+    """`generate` hands the tokenizer that they need on to the model."""
+    letters = "abcdefghijk"
+    tool = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: i for i, c in enumerate(letters)}, "a"))
+    tool.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tool.decoder = tokenizers.decoders.Fuse()
+    told = {"tokenizer": transformers.PreTrainedTokenizerFast(tokenizer_object=tool)}
+    options = {"max_new_tokens": NEW, "do_sample": False, "num_beams": beams}
+    want = model.generate(ids[:1], **options)[0].tolist()
+    end = want[11]
+    got = model.generate(ids[:1], **options, **told, stop_strings=letters[end])[0].tolist()
+    if beams == 1:
+        assert got == want[: 10 + want[9:].index(end)]
+    assert got[-1] == end
 
 
 def test_going_on_from_a_state(model: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from s4.block import S4Block
 from s4.checks import check_flag
 from s4.convert.entries import Entries, undisturbed
 from s4.convert.kinds import Options, Site
-from s4.convert.layers import only, read_layer
+from s4.convert.layers import only, read_layer, with_dt_transform
 
 _GATES = ("input_gate", "output_gate", "input_linear")
 
@@ -140,13 +140,7 @@ def read_block(
     entries: Entries, site: Site, at: Place, style: Style, options: Options, ff: str = ""
 ) -> S4Block:
     """A block from its place in a state dict; `ff` is the prefix of a feed-forward block that joins it."""
-    if options.dt_transform is None:
-        if at.around == "residual" and "dt_transform" in site.kind.options:
-            raise ValueError(
-                f"dt_transform must be given: {site.kernel}inv_dt does not tell whether it is 'softplus', as "
-                "the configurations of the original's train.py have it, or 'exp', the default of its classes"
-            )
-        options = options._replace(dt_transform="exp")
+    options = with_dt_transform(options, site, at.around == "residual")
     layer = read_layer(entries, site, options)
     H = layer.d_model
     weights, glu = _mixer(entries, at.inner, H)

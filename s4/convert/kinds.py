@@ -12,7 +12,7 @@ class Options(NamedTuple):
     """What a state dict does not tell of its layers: see `s4.convert.layer`."""
 
     discretization: str | None = None
-    dt_transform: str | None = "exp"  # None in blocks and models until it is known where they stand
+    dt_transform: str | None = "exp"  # None until it is known where the layer stands
     real_transform: str = "exp"
     imag_transform: str = "none"
 

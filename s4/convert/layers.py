@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from s4.checks import check_option
 from s4.convert.entries import Entries, some, undisturbed
-from s4.convert.kinds import TRANSFORMS, Options, Site, sites
+from s4.convert.kinds import Options, Site, sites
 from s4.layer import S4Layer
 from s4.system import dense, discretize, readout, row_modes, system
 
@@ -21,7 +20,7 @@ def layer(
     state_dict: Mapping[str, Any],
     *,
     discretization: str | None = None,
-    dt_transform: str = "exp",
+    dt_transform: str | None = None,
     real_transform: str = "exp",
     imag_transform: str = "none",
 ) -> S4Layer:
@@ -47,7 +46,8 @@ def layer(
         discretization: `disc` of a diagonal kernel, "zoh" or "bilinear"; None is the default, "zoh", but in
             version 3 "bilinear". DPLR is always bilinear.
         dt_transform, real_transform, imag_transform: what maps its parameters to dt and to the parts of -A:
-            "none", "exp", "relu", "sigmoid" or "softplus". Version 3 has the second alone, `S4D` none.
+            "none", "exp", "relu", "sigmoid" or "softplus". Version 3 has the second alone, `S4D` none. None
+            is "exp", but a layer of version 4 in a `SequenceResidualBlock` needs its dt_transform.
 
     Returns:
         the layer, with parameters of the dict's dtype on its device. Its `init`, `dt_min` and `dt_max` are
@@ -57,12 +57,29 @@ def layer(
         ValueError, TypeError: no layer, several, or one with no counterpart; keys that are missing or
             unknown; the message says which and what to do.
     """
-    check_option("dt_transform", dt_transform, TRANSFORMS)
     options = Options(discretization, dt_transform, real_transform, imag_transform)
     options.check()
     entries = Entries.of(state_dict)
+    site = only(entries, "layer")
+    residual = f".{site.layer}".endswith(".layer.layer.")
     with undisturbed():
-        return read_layer(entries, only(entries, "layer"), options)
+        return read_layer(entries, site, with_dt_transform(options, site, residual))
+
+
+def with_dt_transform(options: Options, site: Site, residual: bool) -> Options:
+    """The options with "exp", the default of the original's classes, for a dt_transform of None.
+
+    Raises:
+        ValueError: it is None for a layer in a SequenceResidualBlock, as train.py builds them.
+    """
+    if options.dt_transform is not None:
+        return options
+    if residual and "dt_transform" in site.kind.options:
+        raise ValueError(
+            f"dt_transform must be given: {site.kernel}inv_dt does not tell whether it is 'softplus', as "
+            "the configurations of the original's train.py have it, or 'exp', the default of its classes"
+        )
+    return options._replace(dt_transform="exp")
 
 
 def only(entries: Entries, name: str) -> Site:

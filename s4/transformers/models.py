@@ -224,6 +224,8 @@ class S4ForCausalLM(Headed, GenerationMixin):
                 "generate needs prompts that are padded on the left, got an attention_mask that ends with 0: "
                 "set tokenizer.padding_side = 'left'"
             )
+        for name in ("tokenizer", "assistant_tokenizer"):  # for `stop_strings`: generate hands them on
+            kwargs.pop(name, None)
         if next_sequence_length is not None and next_sequence_length < 1:
             raise ValueError(
                 "generate with a cache needs all tokens so far and new ones behind them, or the new ones and "
