@@ -108,7 +108,7 @@ class Pretrained(nn.Module):
             name: a folder, or "owner/name" of a model on the Hugging Face hub, for which huggingface_hub has
                 to be installed.
             modules: of a model, "encoder", "norm" or "decoder" where these are none that a config describes:
-                `config.json` then has no more than the name of their class.
+                `config.json` then has no more than the name of their class. They get the saved parameters.
             device: where to; the CPU if not given.
             revision, token, cache_dir, local_files_only: of the hub, as `huggingface_hub` takes them.
 
@@ -192,6 +192,10 @@ def described(module: nn.Module | None) -> dict[str, Any] | None:
         values["bias"] = values["bias"] is not None
     if "normalized_shape" in values:
         values["normalized_shape"] = list(values["normalized_shape"])
+    with torch.device("meta"):
+        made = kind(**values)
+    if made.extra_repr() != module.extra_repr() or {*made.state_dict()} != {*module.state_dict()}:
+        return {"type": f"{kind.__module__}.{kind.__qualname__}"}
     return {"type": kind.__name__, **values}
 
 
@@ -209,7 +213,7 @@ def described_part(part: Pretrained, kind: type[Pretrained], name: str) -> dict[
     return part.config()
 
 
-def built(config: Mapping[str, Any] | None, name: str, modules: Modules | None = None) -> nn.Module | None:
+def built(config: Any, name: str, modules: Modules | None = None) -> nn.Module | None:
     """The module that `described` told of, or the one that is given under its name.
 
     Raises:
@@ -219,6 +223,8 @@ def built(config: Mapping[str, Any] | None, name: str, modules: Modules | None =
         return modules[name]
     if config is None:
         return None
+    if not isinstance(config, Mapping):
+        raise TypeError(f"a config of {name} must be a dict or None, got {type(config).__name__}")
     arguments = dict(config)
     kind = arguments.pop("type", None)
     if kind == "Sequential":
@@ -295,7 +301,7 @@ def _read(file: Path, cls: type[Pretrained]) -> dict[str, Any]:
         )
     names = [each.__name__ for each in cls.__mro__]
     if (kind := content.get("type")) not in names:
-        raise ValueError(f"{file} describes an {kind}: load it with {kind}.from_pretrained, not {names[0]}'s")
+        raise ValueError(f"{file} is of class {kind}: load it with {kind}.from_pretrained, not {names[0]}'s")
     return content
 
 

@@ -203,6 +203,15 @@ def test_a_sequential_with_names_is_given() -> None:
     assert S4Model.from_config(config, {"encoder": encoder}).encoder is encoder
 
 
+def test_arguments_that_no_config_has() -> None:
+    """A module made with one is named alone: what is read would be another."""
+    model = build()
+    model.encoder = nn.Embedding(7, 6, scale_grad_by_freq=True)
+    assert model.config()["encoder"] == {"type": "torch.nn.modules.sparse.Embedding"}
+    model.encoder = nn.Embedding(7, 6)
+    assert model.config()["encoder"]["type"] == "Embedding"
+
+
 def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads((folder / "config.json").read_text())
     change(content)
@@ -235,7 +244,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "another class": (
         lambda f: edited(f, lambda c: c.update(type="S4Layer")),
         ValueError,
-        "describes an S4Layer: load it with S4Layer.from_pretrained",
+        "is of class S4Layer: load it with S4Layer.from_pretrained",
     ),
     "an option that is not": (
         lambda f: edited(f, lambda c: c["config"]["blocks"][0].update(colour="red")),
@@ -256,6 +265,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         lambda f: edited(f, lambda c: c["config"]["blocks"][1]["layer"].update(mode="fast")),
         ValueError,
         "mode must be one of.*'fast'",
+    ),
+    "an encoder that is none": (
+        lambda f: edited(f, lambda c: c["config"].update(encoder="Linear")),
+        TypeError,
+        "config of encoder must be a dict or None, got str",
     ),
     "no layer": (
         lambda f: edited(f, lambda c: c["config"]["blocks"][0].pop("layer")),
@@ -380,7 +394,7 @@ def test_subclasses(tmp_path: Path) -> None:
     S4Layer(6, 8).save_pretrained(tmp_path / "plain")
     assert type(Mine.from_pretrained(tmp_path / "mine")) is Mine
     assert type(Mine.from_pretrained(tmp_path / "plain")) is Mine
-    with pytest.raises(ValueError, match="describes an Mine"):
+    with pytest.raises(ValueError, match="is of class Mine"):
         S4Layer.from_pretrained(tmp_path / "mine")
 
 

@@ -36,7 +36,8 @@ def model(
     """The model of a state dict of the original repository, github.com/state-spaces/s4.
 
     Of its example.py, with either of its layers, or of its train.py: the `SequenceModel` of S4 blocks, each
-    with or without an FFN after it, between a linear or embedding encoder and a linear decoder.
+    with or without an FFN after it, between a linear or embedding encoder and a linear decoder. What its
+    weights do not tell and no argument says gives other outputs without an error: see `s4.convert.block`.
 
     Args:
         state_dict: tensors by name; a checkpoint's "state_dict" or "model" is found.

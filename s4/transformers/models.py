@@ -32,8 +32,8 @@ class Headed(S4PreTrainedModel):
         self.model = S4BaseModel(config)
         outputs = self._size(config)
         head = built(config.model(outputs, "none")["decoder"], "decoder")
-        assert head is not None
-        if (found := _outputs(head)) != outputs:
+        if head is None or _outputs(head) != outputs:
+            found = "none" if head is None else _outputs(head)
             raise ValueError(f"the decoder of s4_model must have {outputs} outputs, got {found}")
         setattr(self, self._head, head)
 
