@@ -82,8 +82,9 @@ class Pretrained(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         partial = {name: path / f".{name}.{os.getpid()}" for name in (WEIGHTS, CONFIG)}
         try:  # both whole before one takes its place
-            save_file(weights, partial[WEIGHTS], {"format": "pt"})
             partial[CONFIG].write_text(text)
+            save_file(weights, partial[WEIGHTS], {"format": "pt"})
+            partial[WEIGHTS].chmod(partial[CONFIG].stat().st_mode)  # safetensors makes it for its owner alone
             for name, file in partial.items():
                 file.replace(path / name)
         finally:

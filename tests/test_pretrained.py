@@ -152,6 +152,9 @@ def test_the_file_is_one_of_safetensors_with_plain_names(tmp_path: Path) -> None
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == set(layer.state_dict())
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "whoever may read other new files may read these"
     content = json.loads((tmp_path / "config.json").read_text())
     assert content["config"] == layer.config()
     assert (content["format"], content["type"]) == (1, "S4Layer")
