@@ -62,6 +62,7 @@ def gpu_that_answers(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # two on a busy core wait for each other, in all tests of a process that follow
 
 
 @pytest.fixture

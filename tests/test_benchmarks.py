@@ -374,7 +374,7 @@ def test_help() -> None:
 
 def test_sequences(tmp_path: Path) -> None:
     file = tmp_path / "sequences.json"
-    sequences.main(seconds=0.0, part=32, out=file)
+    sequences.main(seconds=0.0, threads=1, part=32, out=file)
     found = json.loads(file.read_text())
     assert found["complete"]
     assert not found["failures"]
