@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import s4.convert
-from s4 import S4Block, S4Layer, S4Model
+from s4 import S4Block, S4Layer, S4Model, hippo
 
 FILES = Path(__file__).parent / "golden" / "official"
 CASES = sorted(path.stem for path in FILES.glob("*.safetensors"))
@@ -351,3 +351,24 @@ def test_what_was_converted_is_saved_and_read(name: str, tmp_path: Path) -> None
     made.save_pretrained(tmp_path)
     again = type(made).from_pretrained(tmp_path)
     assert torch.equal(again(it.truth["u"]), made(it.truth["u"]))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_states_on_several_threads(threads: int) -> None:
+    """C (I - A^L) is the C that was stored; MKL has solved no batch of such matrices on two threads."""
+    torch.set_num_threads(threads)
+    Lambda, P, B = hippo.dplr("legs", 256)
+    C = torch.randn(1, 2, 128, 2, dtype=torch.float64)
+    stored = {
+        "inv_dt": torch.tensor([[-6.0], [-3.0]], dtype=torch.float64),
+        "A_real": torch.log(-Lambda.real)[None],
+        "A_imag": Lambda.imag[None],
+        "B": torch.view_as_real(B.conj().resolve_conj())[None, None],
+        "P": torch.view_as_real(P.conj().resolve_conj())[:, None],
+        "C": C,
+        "l_kernel": torch.tensor(100),
+    }
+    A, _, row, _ = s4.convert.layer(stored).dense()
+    found = row - (row[:, None] @ torch.linalg.matrix_power(A, 100))[:, 0]
+    want = 2 * torch.cat([C[0, ..., 0], -C[0, ..., 1]], -1)
+    torch.testing.assert_close(found, want, rtol=1e-8, atol=1e-8 * float(want.abs().max()))
