@@ -261,7 +261,7 @@ def _true_C(parameters: Mapping[str, Tensor], length: int, discretization: str) 
         )  # fmt: skip
         A = dense(discretize(some_of))
         left = torch.eye(2 * n, dtype=A.dtype) - torch.linalg.matrix_power(A, length)
-        # One at a time: MKL on several threads may solve a batch of 160 columns or more wrongly, and not say so.
+        # One by one: MKL on several threads may solve a batch of 160 columns or more wrongly, without a word.
         solved = [
             torch.linalg.solve_ex(one, C, left=False)[0]
             for one, C in zip(left, readout(some_of.C).unbind(1), strict=True)
