@@ -75,3 +75,20 @@ def test_a_checkpoint_trains_on_with_the_same_losses(tmp_path: Path, monkeypatch
     # Weights off by 1e-6 of themselves, or another kind of processor, move a loss by up to 5e-7; second
     # moments of the optimizer off by 1% move one by 2e-5, first moments that are lost by 5e-3.
     assert losses(tmp_path) == pytest.approx(want, rel=0, abs=2e-6)
+
+
+RESULTS = Path(__file__).parents[1] / "examples" / "results"
+# Of weights that are committed, the logits of one input as the commit that wrote the folder had them.
+COMMITTED = {
+    "smnist_small": [0.9071, -3.4762, 1.2334, -1.6458, -4.1061, 3.766, -7.2319, 4.2684, 1.2141, 0.7876],
+    "text_small": [1.2006, -1.3938],
+}
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_folders_of_earlier_commits_are_read(name: str) -> None:
+    pytest.importorskip("safetensors")
+    model = S4Model.from_pretrained(RESULTS / name)
+    u = torch.linspace(-1, 1, 784).sin()[None, :, None] if name == "smnist_small" else torch.arange(32, 127)
+    y = model(u if u.dim() == 3 else u[None])[0]
+    torch.testing.assert_close(y, torch.tensor(COMMITTED[name]), rtol=1e-3, atol=1e-3)
