@@ -191,7 +191,9 @@ def test_options_of_training_and_a_part_of_a_model(tmp_path: Path, capsys: Captu
     assert [config[key] for key in ("dropout", "residual_dropout", "tie_dropout", "activation")] == [
         0.2, 0.2, True, "relu",
     ]  # fmt: skip
-    capsys.readouterr()
+    said = capsys.readouterr().out
+    assert "not of model.layers.2.: " in said
+    assert "encoder.0.weight" in said
     main([source, out, *prefix, "--part", "layer", "--overwrite"])
     left = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: "))
     assert "model.layers.2.layer.output_linear.0.weight" in left
@@ -249,6 +251,8 @@ def test_a_folder_is_replaced_only_if_told(tmp_path: Path) -> None:
     assert (out / "model.safetensors").read_bytes() == before
     main([other, str(out), "--overwrite"])
     assert S4Layer.from_pretrained(out).n_ssm == 1
+    with pytest.raises(SystemExit, match="is a file: OUT is the folder"):
+        main([source, other])
 
 
 def test_help_and_the_module(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -86,10 +86,12 @@ def convert(arguments: argparse.Namespace) -> str:
     """
     given = vars(arguments)
     source, folder = arguments.source, arguments.folder
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: OUT is the folder to write to")
     there = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
     if there and not arguments.overwrite:
         raise ValueError(f"{folder} already has {some(there)}: give another folder, or --overwrite")
-    entries = Entries(load(source))
+    whole = entries = Entries(load(source))
     if arguments.prefix:
         prefix = unwrapped(arguments.prefix)
         entries = Entries({name: entries[name] for name in entries if name.startswith(prefix)})
@@ -104,6 +106,8 @@ def convert(arguments: argparse.Namespace) -> str:
     lines = [f"{source}: {len(entries)} tensors, of them {len(entries.became)} read"]
     lines += [f"  {key} -> {became}" for key, became in entries.became.items()]
     lines += [f"left out: {some(entries.unread()) if entries.unread() else 'nothing'}"]
+    if len(whole) > len(entries):
+        lines.append(f"not of {arguments.prefix}: {some([name for name in whole if name not in entries])}")
     lines.append(f"what weights do not tell, as given or by default: {_assumed(made, entries, options)}")
     if arguments.official is not None:
         known = {name: options[name] for name in Options._fields if name in options}
