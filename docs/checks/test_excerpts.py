@@ -1,7 +1,7 @@
 """What a page shows as a file's code stands in that file.
 
-A block that begins with ```py title="s4/hippo.py" is an excerpt: each run of its lines is a run of lines of that
-file, at any indentation. A line `...` stands for what is left out; a page's order is the file's.
+A block that begins with ```py title="s4/hippo.py" is an excerpt: each run of its lines is a run of lines of
+that file, at any indentation. A line `...` stands for what is left out; the order is that of the file.
 """
 
 import re
