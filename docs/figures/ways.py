@@ -1,4 +1,4 @@
-"""The three ways to run one system, as a diagram: docs/assets/views.svg."""
+"""The three ways to run one system, as a diagram: docs/assets/ways.svg."""
 
 import matplotlib.pyplot as plt
 import style
@@ -71,7 +71,7 @@ def main() -> None:
         if draw is not convolution:
             axis.text(-1.15, STATE, "x", va="center", fontsize=12, style="italic", color=style.BLUE)
         axis.axis("off")
-    style.save(figure, "views")
+    style.save(figure, "ways")
 
 
 if __name__ == "__main__":
