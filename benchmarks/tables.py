@@ -252,13 +252,27 @@ def layer_cpu(backward: bool = True, shapes: Sequence[tuple[int, int]] = SHAPES)
 
 def floors_cpu() -> Iterable[Row]:
     """How near to what the machine can do."""
-    yield "B, L", "pass", "S4 `auto`, ms", "bytes alone, ms", "products alone, ms", "share of the larger"
+    rates = results("layer-cpu")["rates"]
+    copy, product = number(rates["copy GB/s"]), number(rates["product Gflop/s"])
+    floors = (f"bytes alone at {copy} GB/s", f"products alone at {product} Gflop/s")
+    yield "B, L", "pass", "S4 `auto`, ms", *floors, "share of the larger"
     for B, L in SHAPES:
         for backward in (False, True):
             c = measured("layer-cpu", who="S4 auto", B=B, H=128, N=64, L=L, backward=backward)
             least = (c["floor: bytes"], c["floor: scan's flops"])
             what = "forward and backward" if backward else "forward"
             yield f"{B}, {L:,}", what, number(c["ms"]), *map(number, least), f"{max(least) / c['ms']:.0%}"
+
+
+def operations_cpu() -> Iterable[Row]:
+    """How near each operation is."""
+    of = results("floors-cpu")["rates"]
+    fast = ", ".join(f"{number(of[f'product Gflop/s, float{bits}'])} (float{bits})" for bits in (32, 64))
+    copy = number(of["copy GB/s"])
+    yield "operation", "of", "ms", f"bytes alone at {copy} GB/s", f"flops alone at {fast} Gflop/s", "share"
+    for c in results("floors-cpu")["cells"]:
+        floors = (number(c["floor: bytes"]), f"{number(c['floor: flops'])} ({c['dtype']})")
+        yield f"`{c['operation']}`", c["case"], number(c["ms"]), *floors, f"{c['share']:.0%}"
 
 
 def memory_cpu() -> Iterable[Row]:
@@ -346,8 +360,8 @@ def peers_cpu() -> Iterable[Row]:
     """Layers of other libraries."""
     data = results("peers-cpu")
     names = {"S4": "S4", "S4D": "S4D", "official S4 naive": "original S4",
-             "official S4D naive": "original S4D", "S5": f"S5 (s5-pytorch {data['versions']['s5-pytorch']})", "GRU": "nn.GRU",
-             "LSTM": "nn.LSTM"}  # fmt: skip
+             "official S4D naive": "original S4D", "S5": f"S5 (s5-pytorch {data['versions']['s5-pytorch']})",
+             "GRU": "nn.GRU", "LSTM": "nn.LSTM"}  # fmt: skip
     shapes = ((16, 1024), (4, 4096))
     yield (
         "", *(f"{B} x {L:,}" for B, L in shapes), "MiB, both",
@@ -428,7 +442,7 @@ def deploy_cpu() -> Iterable[Row]:
             )
 
 
-def accuracy_short() -> Iterable[Row]:
+def peers_short() -> Iterable[Row]:
     """Of the README: time and error beside the original."""
     yield (
         "H = 128, N = 64, B = 4, L = 4,096",
@@ -450,6 +464,7 @@ TABLES: dict[str, Callable[[], Iterable[Row]]] = {
     "accuracy": accuracy,
     "agreement": agreement,
     "compiled-cpu": compiled_cpu,
+    "deploy-cpu": deploy_cpu,
     "distributed-cpu": distributed_cpu,
     "features": features,
     "floors-cpu": floors_cpu,
@@ -465,9 +480,10 @@ TABLES: dict[str, Callable[[], Iterable[Row]]] = {
     "layer-cpu-forward": lambda: layer_cpu(backward=False),
     "layer-h200": layer_h200,
     "memory-cpu": memory_cpu,
+    "operations-cpu": operations_cpu,
     "paper": paper,
     "peers-cpu": peers_cpu,
-    "peers-short": accuracy_short,
+    "peers-short": peers_short,
     "rates-cpu": rates_cpu,
     "resets-cpu": resets_cpu,
     "training-h200": training_h200,

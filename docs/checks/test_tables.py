@@ -1,4 +1,4 @@
-"""The tables of results in the pages are what the files of results say, and every table is shown somewhere."""
+"""The tables of results in the pages are what the files of results say; every table is shown."""
 
 from pathlib import Path
 
@@ -34,7 +34,10 @@ def test_numbers_keep_two_digits(value: float, text: str) -> None:
 
 
 def test_a_wrong_number_is_replaced_and_words_stay() -> None:
-    row = "| `digits` | - | 12.34%; a note | 7 (25 epochs) | 1 s, alone | here | 9 | abc | [log](results/digits) |\n"
+    row = (
+        "| `digits` | - | 12.34%; a note | 7 (25 epochs) | 1 s, alone | here | 9 | abc "
+        "| [log](results/digits) |\n"
+    )
     want = (
         "| `digits` | - | 97.77%; a note | 500 (25 epochs) | 48 s, alone | here | 0 | 131e9ad "
         "| [log](results/digits) |\n"
