@@ -56,9 +56,13 @@ def visit(address: str, browser: Browser) -> Iterator[Callable[..., Page]]:
         contexts.append(context)
         context.set_default_timeout(10_000)
         opened = context.new_page()
-        opened.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
+        opened.on(
+            "console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None
+        )
         opened.on("pageerror", lambda error: wrong.append(str(error)))
-        opened.on("response", lambda got: wrong.append(f"{got.status} {got.url}") if got.status > 399 else None)
+        opened.on(
+            "response", lambda got: wrong.append(f"{got.status} {got.url}") if got.status > 399 else None
+        )
         opened.on("request", lambda asked: None if _ours(asked.url, address) else wrong.append(asked.url))
         opened.goto(address + page)
         return opened

@@ -1,4 +1,4 @@
-"""The live page computes what s4 computes, and serves mouse, finger and keyboard on wide and narrow screens."""
+"""The live page computes what s4 computes, and serves mouse, finger and keyboard on every screen."""
 
 from collections.abc import Callable
 
@@ -155,7 +155,8 @@ def test_the_mouse_draws(width: int, scheme: str, visit: Callable[..., Page]) ->
     canvas = page.locator("#memory-signal")
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
-    assert 0 <= box["x"] and box["x"] + box["width"] <= width
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width
     assert canvas.evaluate("c => c.width") == round(2 * box["width"])  # sharp
     at = [(box["x"] + box["width"] * a, box["y"] + box["height"] * b) for a, b in [(0.2, 0.5), (0.6, 0.1)]]
     page.mouse.move(*at[0])
