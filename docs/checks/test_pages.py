@@ -16,7 +16,7 @@ LANGUAGES = {"python", "sh", "text", "json", "yaml", "toml", "cpp", "csv", "bibt
 def site() -> Path:
     """The built site; a warning of mkdocs is an error."""
     built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "-q", "--strict"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "mkdocs", "build", "--strict"], cwd=ROOT, capture_output=True, text=True
     )
     assert built.returncode == 0, built.stdout + built.stderr
     return ROOT / "build" / "site"
