@@ -348,8 +348,8 @@ def test_generation_names_a_budget_that_is_too_small(tmp_path: Path) -> None:
 
 # Those that are run; `make gpu-bundle` by hand, as it downloads.
 SCRIPTS = [
-    "accuracy", "compiled", "convert", "deploy", "distributed", "floors", "generation", "gpu", "gpu_bundle",
-    "half", "kernels", "layer", "peers", "sequences", "tables", "training",
+    "accuracy", "compiled", "convert", "deploy", "distributed", "floors", "generation", "gpu", "gpu_bundle", "half",
+    "kernels", "layer", "memory", "peers", "sequences", "tables", "training",
 ]  # fmt: skip
 
 

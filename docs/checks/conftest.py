@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def site() -> Path:
     """The built site; a warning of mkdocs is an error."""
     built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "-q", "--strict"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "mkdocs", "build", "--strict"], cwd=ROOT, capture_output=True, text=True
     )
     assert built.returncode == 0, built.stdout + built.stderr
     return ROOT / "build" / "site"

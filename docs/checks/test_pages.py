@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pages import PAGES, ROOT, pieces
 
-LANGUAGES = {"python", "sh", "text", "json", "yaml", "toml", "cpp", "csv", "bibtex"}
+LANGUAGES = {"python", "py", "sh", "text", "json", "yaml", "toml", "cpp", "csv", "bibtex"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
