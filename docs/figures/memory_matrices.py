@@ -1,4 +1,4 @@
-"""The matrices of the live page: `python docs/figures/memory.py` writes docs/assets/memory/matrices.js.
+"""The matrices of the live page: `python docs/figures/memory_matrices.py` writes docs/assets/memory/matrices.js.
 
 For each choice of variant and init and each N, float64 in base64, row by row:
 
@@ -75,7 +75,7 @@ def main() -> None:
     }
     text = json.dumps(choices, indent=1)
     TARGET.write_text(
-        f"// Made by docs/figures/memory.py, which says what they are.\nconst MATRICES = {text};\n"
+        f"// Made by docs/figures/memory_matrices.py, which says what they are.\nconst MATRICES = {text};\n"
     )
 
 
