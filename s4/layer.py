@@ -315,9 +315,9 @@ class S4Layer(Pretrained):
         with dispatch.full_precision(u.device):
             if lengths is not None:
                 x = zero_padding(x, lengths if piece is None else piece.own(lengths))
-            options = self.mode, products, self.backend, return_state
+            how = self.mode, products, self.backend, return_state
             kept = None if self.training else self._kept
-            y, after = run(self._systems(rate), self.D, x, state, lengths, resets, *options, kept)
+            y, after = run(self._systems(rate), self.D, x, state, lengths, resets, *how, kept)
             y = y.to(u.dtype)
         return (y, after) if after is not None else y
 

@@ -1,4 +1,4 @@
-"""The list of everything on the first page of the API reference: `python docs/checks/reference.py` writes it."""
+"""The list of everything on the first page of the API reference: `python docs/checks/reference.py`."""
 
 import inspect
 import sys

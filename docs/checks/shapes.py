@@ -1,7 +1,7 @@
 """What the API reference shows of a docstring: plain signatures, and links to what it names.
 
-A jaxtyping annotation is shown as Tensor, as the docstring has its shape. A public name in backticks becomes a
-link: in full, as `S4Layer.forward`, or alone where the same class or module has it.
+A jaxtyping annotation is shown as Tensor, as the docstring has its shape. A public name in backticks becomes
+a link: in full, as `S4Layer.forward`, or alone where the same class or module has it.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The API reference: its list has everything that is public, and each of these names has its place on a page."""
+"""The API reference: its list has everything that is public, and each name has its place on a page."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from reference import PAGE, page
 from shapes import NAMES, public_name
-from test_pages import site  # noqa: F401 - a fixture
 
 MODULES = {"s4", "s4.pretrained", "s4.info", "s4.distributed", "s4.kernel"}  # pages with no docstring of it
 
@@ -15,8 +14,7 @@ def test_the_list_is_of_now() -> None:
     assert PAGE.read_text() == page(), "run: python docs/checks/reference.py"
 
 
-@pytest.mark.xdist_group("site")
-def test_every_public_name_is_described(site: Path) -> None:  # noqa: F811
+def test_every_public_name_is_described(site: Path) -> None:
     text = "".join(file.read_text() for file in (site / "api").rglob("*.html"))
     ids = set(re.findall(r'id="(s4\.[\w.]+)"', text))
     described = {public_name(name, "s4") for name in NAMES - MODULES}
