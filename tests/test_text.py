@@ -20,15 +20,13 @@ from data.language import Characters, Words
 from data.retrieval import PaperPairs
 from data.storage import DataError
 from data.text import Reviews
-from example_files import TINY, WRITERS, fails
+from example_files import OF_LIGHTNING, TINY, WRITERS, fails
 from lightning.pytorch import Trainer
 from trainer.task import SequenceTask
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),
-    pytest.mark.filterwarnings(
-        "ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning"
-    ),  # Lightning's jsonargparse
+    OF_LIGHTNING,
 ]
 
 REVIEWS = ["fine", "a ü b", "no\nno", "x" * 12, "日本語テスト"]
