@@ -236,9 +236,8 @@ def test_bits_of_a_uniform_distribution(characters: tuple[Characters, bytes]) ->
     trainer = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
     (scores,) = trainer.validate(model, data, verbose=False)
     assert scores["val/bits"] == pytest.approx(8)
-    assert scores["val/perplexity"] == pytest.approx(
-        256, rel=1e-5
-    )  # e^5.5 has 5.5 times the relative error of 5.5
+    # e^5.5 has 5.5 times the relative error of 5.5.
+    assert scores["val/perplexity"] == pytest.approx(256, rel=1e-5)
 
 
 def test_text_there_and_back() -> None:

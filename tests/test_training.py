@@ -219,16 +219,8 @@ def test_configuration_of_a_resumed_run_is_a_recipe(tmp_path: Path) -> None:
 
 
 def test_weights_are_tested_on_the_data_they_are_for(capsys: Capture) -> None:
-    options = [
-        "copying",
-        *TINY,
-        "--data.train_size",
-        "40",
-        "--data.batch_size",
-        "8",
-        "--trainer.max_steps",
-        "1",
-    ]
+    options = ["copying", *TINY, "--data.train_size", "40", "--data.batch_size", "8"]
+    options += ["--trainer.max_steps", "1"]
     train.run([*options, "--data.lag", "20"])
     fails(capsys, 1, ["test", "copying", "--data.train_size", "40"], "'lag': 20", "'lag': 1000")
 
