@@ -12,7 +12,7 @@ pytest.importorskip("lightning", reason="the examples need the extra 'examples'"
 import train
 from data import audio
 from data.audio import SpokenWords
-from data.base import Batch
+from data.batches import Batch
 from data.storage import DataError
 from example_files import TINY, fails, step_losses
 from recordings import commands_in, digits_in, noise, opened, wav, write

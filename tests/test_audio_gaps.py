@@ -10,7 +10,8 @@ pytest.importorskip("lightning", reason="the examples need the extra 'examples'"
 
 import train
 from data import audio
-from data.base import Batch, Spec, padded
+from data.base import Spec
+from data.batches import Batch, padded
 from example_files import TINY, fails, step_losses
 from recordings import digits_in, opened
 from trainer.task import SequenceTask

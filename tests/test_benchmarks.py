@@ -19,6 +19,7 @@ from scripts import ROOT, run
 pytest.importorskip("lightning", reason="the benchmarks need the extra 'examples'")
 
 import convert
+import floors
 import generation
 import half
 import harness
@@ -347,8 +348,8 @@ def test_generation_names_a_budget_that_is_too_small(tmp_path: Path) -> None:
 
 # Those that are run; `make gpu-bundle` by hand, as it downloads.
 SCRIPTS = [
-    "accuracy", "compiled", "convert", "deploy", "distributed", "generation", "gpu", "gpu_bundle", "half",
-    "kernels", "layer", "peers", "sequences", "training",
+    "accuracy", "compiled", "convert", "deploy", "distributed", "floors", "generation", "gpu", "gpu_bundle", "half",
+    "kernels", "layer", "memory", "peers", "sequences", "tables", "training",
 ]  # fmt: skip
 
 
@@ -382,6 +383,23 @@ def test_sequences(tmp_path: Path) -> None:
     for row in found["errors"]:
         bound = 1e-10 if row["dtype"] == "float64" else 1e-4
         assert max(row["value"], row["gradient"]) < bound, row
+
+
+def test_floors(tmp_path: Path) -> None:
+    """Every operation that a layer has; bytes and flops of a scan by hand."""
+    file, (H, N, B, L) = tmp_path / "floors.json", (2, 8, 2, 64)
+    floors.main(seconds=0.0, d_model=H, d_state=N, batch=B, length=L, out=file)
+    found = json.loads(file.read_text())
+    cells = {cell["operation"]: cell for cell in found["cells"]}
+    both = {f"{name}{way}" for name in ("maps", "scan", "response", "varying") for way in ("", "_backward")}
+    assert found["complete"]
+    assert set(cells) == {*both, "cauchy", "cauchy_backward", "step"}
+    scan, rate = cells["scan"], found["rates"]["product Gflop/s, float32"]
+    T = next(t for t in range(1, L) if scan["flops"] == B * H * L // t * (2 * t * t + 4 * t * N + 2 * N * N))
+    maps = H * (T * T + 2 * T * N + N * N)  # taps as a Toeplitz matrix or as T numbers
+    assert 4 * 2 * B * L * H < scan["bytes"] <= 4 * (2 * B * L * H + maps + 3 * B * H * N)
+    assert scan["floor: flops"] == pytest.approx(1e-6 * scan["flops"] / rate)
+    assert scan["share"] == pytest.approx(max(scan["floor: flops"], scan["floor: bytes"]) / scan["ms"])
 
 
 def test_what_rounding_costs() -> None:

@@ -19,7 +19,8 @@ from processes import once
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
-from data.base import Batch, Loader
+from data.batches import Batch
+from data.loader import Loader
 from data.storage import DataError
 from example_files import fails
 from lightning.pytorch import Trainer

@@ -13,7 +13,8 @@ import yaml
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
 import train
-from data.base import Batch, Spec
+from data.base import Spec
+from data.batches import Batch
 from example_files import TINY, WRITERS, fails, step_losses
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor

@@ -1,11 +1,15 @@
 """What mkdocs does with the pages: formulas as MathML, and files of the repository as files of the site."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
+
+sys.path.append(str(Path(__file__).parent))  # mkdocs loads this file by its path alone
+import notebooks
 
 ROOT = Path(__file__).parents[2]
 ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -15,7 +19,9 @@ _OUTSIDE = re.compile(r"\]\((?:\.\./)+((?!\.\.)[^)#\s]+)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages of the root, and the files of the repository that pages link to: `../s4/hippo.py`."""
+    """Add the pages of the notebooks and of the root, and the files that pages link to: `../s4/hippo.py`."""
+    for file in notebooks.pages(files, config):
+        files.append(file)
     for source, name in ROOT_PAGES.items():
         text = _LINK.sub(lambda link: f"]({_of_the_root(link[1])}", (ROOT / source).read_text())
         files.append(File.generated(config, name, content=text))

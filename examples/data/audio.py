@@ -13,7 +13,9 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from data.base import Batch, Loader, Ragged, SequenceData, Spec, hold_out
+from data.base import SequenceData, Spec, hold_out
+from data.batches import Batch, Ragged
+from data.loader import Loader
 from data.parquet import parquet_files, rows
 from data.storage import DataError
 
