@@ -25,7 +25,7 @@ lint: $(STAMP)-dev  ## format, lint and types, as the pre-commit hooks and CI ch
 	$(PY) -m mypy
 
 docs: $(STAMP)-docs  ## the documentation site in build/site; runs the code of every page and notebook
-	$(PY) -m pytest -q docs/checks -n $(or $(WORKERS),auto) --dist loadgroup
+	$(PY) -m pytest -q docs/checks -n $(or $(WORKERS),auto) --dist worksteal
 
 notebooks: $(STAMP)-docs  ## execute the notebooks of the site, and keep what they put out
 	$(PY) docs/checks/notebooks.py
