@@ -1,7 +1,7 @@
 """One layer seen three ways, and what it costs: `python docs/figures/views.py` redraws docs/assets/views.svg.
 
-Left, a response to a signal by `forward`, by `step` and by the matrices of `dense()`. Right, milliseconds of a training
-pass against the length, of benchmarks/results/layer-cpu.json.
+Left, a response to a signal by `forward`, `step` and `dense()`. Right, milliseconds of a training pass
+against the length, of benchmarks/results/layer-cpu.json.
 """
 
 import json

@@ -79,7 +79,7 @@ class SequenceData(pl.LightningDataModule):
         return {}
 
     def options(self) -> dict[str, Any]:
-        """Options that decide about the rows and their order otherwise."""
+        """Other options that decide which rows there are, and their order."""
         return {}
 
     def files(self, split: str) -> list[Path]:
@@ -180,7 +180,7 @@ class SequenceData(pl.LightningDataModule):
         return Loader(lambda chosen: self.fetch(split, chosen), rows, self.eval_batch_size)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """On the device, where there are fewer bytes to move and more hands."""
+        """Transform and pad on the device: fewer bytes are moved there, and it is faster."""
         batch = self.transform(batch, self.trainer is not None and self.trainer.training)
         return padded(batch, self.spec.tokens)
 
