@@ -5,7 +5,7 @@ PYTHON ?= python3
 PY := $(if $(VENV),$(VENV)/bin/python,python)
 STAMP := $(if $(VENV),$(VENV),$(shell python -c "import sys; print(sys.prefix)"))/.installed
 
-.PHONY: demo test fuzz lint docs docs-serve sanitize gpu gpu-bundle compat clean help
+.PHONY: demo test fuzz lint docs notebooks docs-serve sanitize gpu gpu-bundle compat clean help
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -26,6 +26,9 @@ lint: $(STAMP)-dev  ## format, lint and types, as the pre-commit hooks and CI ch
 
 docs: $(STAMP)-docs  ## the documentation site in build/site; runs the code of every page and notebook
 	$(PY) -m pytest -q docs/checks -n $(or $(WORKERS),auto) --dist loadgroup
+
+notebooks: $(STAMP)-docs  ## execute the notebooks of the site, and keep what they put out
+	$(PY) docs/checks/notebooks.py
 
 docs-serve: $(STAMP)-docs  ## the site at 127.0.0.1:8000, while you write
 	$(PY) -m mkdocs serve

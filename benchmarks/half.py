@@ -27,7 +27,7 @@ from s4 import S4Layer
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
 import oracle  # noqa: E402  # the float64 truth of the test suite, which shares no code with s4
-from data.base import Batch, padded  # noqa: E402
+from data.batches import Batch, padded  # noqa: E402
 from data.tasks import TASKS  # noqa: E402
 from train import RECIPES  # noqa: E402
 from trainer.checkpoints import load_checkpoint  # noqa: E402

@@ -27,7 +27,8 @@ from s4 import param_groups
 
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
-from data.base import Batch, SequenceData, padded  # noqa: E402
+from data.base import SequenceData  # noqa: E402
+from data.batches import Batch, padded  # noqa: E402
 from data.images import SOURCES, SequentialImages  # noqa: E402
 from data.storage import DataError  # noqa: E402
 from data.tasks import TASKS  # noqa: E402

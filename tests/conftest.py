@@ -66,6 +66,33 @@ def seed() -> None:
 
 
 @pytest.fixture
+def still() -> Iterator[None]:
+    """Without gradients."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=["fused", "plain"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the C++ extension, and as where it could not be built."""
+    from s4.backends import cpu
+
+    if request.param == "plain":
+        monkeypatch.setattr(cpu, "_library", lambda: "not built")
+    elif isinstance(reason := cpu._library(), str):
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=["whole", "blocks"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan of all channels at once, and of one at a time, as on a CPU when there are many."""
+    from s4.ops import scan
+
+    if request.param == "blocks":
+        monkeypatch.setattr(scan, "_BLOCK", 1)
+
+
+@pytest.fixture
 def unchecked() -> Iterator[None]:
     """The library as its users run it, without the shape checks that pytest installs."""
     jaxtyping.config.update("jaxtyping_disable", True)

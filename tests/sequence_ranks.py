@@ -1,65 +1,38 @@
 """What four processes do with pieces of a sequence: `python tests/sequence_ranks.py FOLDER` plays each scene.
 
 A scene has a process group of its own, and its name and rank a file in the folder: empty, or a traceback.
+The scenes of activation checkpointing are in sequence_recomputed.py.
 """
 
 import copy
-import gc
 import io
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import oracle
+import sequence_recomputed  # noqa: F401 - which adds its scenes
 import torch
 import torch._dynamo  # which the first gradient of an operator imports, here once for all ranks
 import torch.distributed as dist
 from pieces import WORLD, compare, cut, world
 from refusals import refuses
+from sequence_scenes import CUTS, SCENES, ends, inputs, layer, scene
 from stacks import D_IN, D_OUT, VOCABULARY, build, incoming, small
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pack_sequence
-from torch.utils.checkpoint import checkpoint
 
 from s4 import S4Block, S4Layer
 from s4.distributed import sequence_parallel
 
-CUTS = [(5, 0, 17, 3), (0, 9, 1, 6), (8, 8, 8, 8)]
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "long"))
-SCENES: dict[str, Callable[[], None]] = {}
-
-
-def scene(*arguments: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Under its name and these arguments, which it is called with."""
-
-    def enter(play: Callable[..., None]) -> Callable[..., None]:
-        SCENES[" ".join([play.__name__, *map(str, arguments)])] = partial(play, *arguments)
-        return play
-
-    return enter
-
-
-def layer(variant: str = "dplr", mode: str = "auto", both: bool = False, **options: Any) -> S4Layer:
-    return S4Layer(3, 6, variant=variant, mode=mode, bidirectional=both, **options).double()
-
-
-def inputs(batch: int, pieces: Sequence[int], width: int = 3) -> Tensor:
-    return torch.randn(batch, sum(pieces), width, dtype=torch.float64)
-
-
-def ends(pieces: Sequence[int]) -> Tensor:
-    """Of six sequences: in every piece, at its edges, nothing at all."""
-    L = sum(pieces)
-    return torch.tensor([L, pieces[0], L - 1, 0, 1, L // 2 + 1])
 
 
 @scene("dplr", "fft")
@@ -177,73 +150,6 @@ def loose_dropout() -> None:
     dist.all_gather(found, y)
     assert not torch.equal(found[0], found[1])
     assert torch.equal(found[dist.get_rank()], y)
-
-
-def checkpointed(blocks: Sequence[nn.Module], reentrant: bool, **options: Any) -> Callable[..., Tensor]:
-    def run(x: Tensor, state: None) -> Tensor:
-        for block in blocks:
-            x = checkpoint(block, x, use_reentrant=reentrant, **options)
-        return x
-
-    return run
-
-
-@scene(True, False)
-@scene(False, False)
-@scene(True, True)
-@scene(False, True)
-def recomputed(reentrant: bool, inside: bool) -> None:
-    """By activation checkpointing, in a backward pass outside the `with` or inside."""
-    blocks = nn.Sequential(
-        S4Block(layer(), norm="batch", dropout=0.5, tie_dropout=True), S4Block(layer("diag", both=True))
-    ).double()
-
-    class Stack(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = blocks
-
-        def forward(self, x: Tensor, state: None) -> Tensor:
-            return self.blocks(x)
-
-    stack = Stack()
-    blocks[0].norm.momentum = 0.0  # which a second pass would move again, as without pieces
-    compare(stack, inputs(6, CUTS[0]), CUTS[0], run=checkpointed(stack.blocks, reentrant), inside=inside)
-
-
-@scene()
-def recomputed_here_or_there() -> None:
-    """One graph holds a block that ran inside and outside: refused, unless told."""
-    block, u = S4Block(layer()).double(), inputs(2, CUTS[0]).requires_grad_()
-    own, alone = cut(u, CUTS[0]), dist.new_subgroups(1)[0]
-
-    def loss(inside: dict[str, Any], outside: dict[str, Any]) -> Tensor:
-        with sequence_parallel(world()):
-            y = checkpoint(block, own, use_reentrant=False, **inside)
-        return y.sum() + checkpoint(block, u, use_reentrant=False, **outside).square().sum()
-
-    def told(group: dist.ProcessGroup) -> dict[str, Any]:
-        return {"context_fn": lambda: (nullcontext(), sequence_parallel(group))}
-
-    refuses(ValueError, "cannot tell", loss({}, {}).backward)
-    gc.collect()  # with what was recorded
-    own.grad = u.grad = None
-    loss(told(world()), told(alone)).backward()
-    x = u.detach().clone().requires_grad_()
-    block(x).sum().backward()
-    oracle.close(own.grad, cut(x.grad, CUTS[0]), 1e-9)
-    x.grad = None
-    block(x).square().sum().backward()
-    oracle.close(u.grad, x.grad, 1e-9)
-
-
-@scene()
-def recomputed_in_evaluation() -> None:
-    """A reentrant checkpoint looks there as a prediction does: refused, where the group is not there."""
-    block, own = S4Block(layer()).double().eval(), cut(inputs(2, CUTS[0]), CUTS[0]).requires_grad_()
-    with sequence_parallel(world()):
-        y = checkpoint(block, own, use_reentrant=True)
-    refuses(ValueError, "cannot tell", y.sum().backward)
 
 
 @scene()

@@ -10,8 +10,10 @@ import torch
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
 from data import images
-from data.base import Batch, Loader, hold_out, padded
+from data.base import hold_out
+from data.batches import Batch, padded
 from data.images import SequentialImages
+from data.loader import Loader
 from data.storage import DataError
 from example_files import write_parquet
 

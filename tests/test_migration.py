@@ -188,9 +188,8 @@ def test_smaller_recipes(page: dict[str, Any]) -> None:
     assert sorted(found) == sorted(map(id, block.parameters()))
     limited = page["limited"]
     for dt, row in zip(limited.dt.tolist(), limited.C[0], strict=True):
-        for k, pair in enumerate(
-            row
-        ):  # S4D-Lin: mode k turns dt k / 2 times a step, of bandlimit 0.5 a quarter
+        # S4D-Lin: mode k turns dt k / 2 times a step, of bandlimit 0.5 a quarter.
+        for k, pair in enumerate(row):
             if abs(dt * k / 2 - 0.25) > 1e-5:
                 assert bool((pair == 0).all()) == (dt * k / 2 > 0.25)
     assert 0 < int((limited.C == 0).sum()) < limited.C.numel()

@@ -8,7 +8,8 @@ import torch
 
 pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
 
-from data.base import Batch, Spec
+from data.base import Spec
+from data.batches import Batch
 from trainer.adaptive import AdaptiveEmbedding
 from trainer.task import SequenceTask
 

@@ -48,14 +48,7 @@ def tokenizer() -> Any:
 
 def config(**options: Any) -> Any:
     return st.S4Config(
-        **{
-            "vocab_size": 11,
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "d_state": 8,
-            "pad_token_id": 0,
-            **options,
-        }
+        vocab_size=11, hidden_size=16, num_hidden_layers=2, d_state=8, pad_token_id=0, **options
     )
 
 

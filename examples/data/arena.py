@@ -7,7 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from data import listops, pathfinder
-from data.base import SPLIT_SEED, Batch, Ragged, SequenceData, Spec
+from data.base import SPLIT_SEED, SequenceData, Spec
+from data.batches import Batch, Ragged
 from data.storage import DataError, first_line
 
 MADE_SEED = 0  # of what is made, which the seed of a run does not change

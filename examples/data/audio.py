@@ -13,7 +13,9 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from data.base import Batch, Loader, Ragged, SequenceData, Spec, hold_out
+from data.base import SequenceData, Spec, hold_out
+from data.batches import Batch, Ragged
+from data.loader import Loader
 from data.parquet import parquet_files, rows
 from data.storage import DataError
 
@@ -25,7 +27,7 @@ COMMANDS = (
     *("backward", "forward", "follow", "learn", "visual"),
 )
 COLUMNS = ("audio", "label")
-_DROPS = 8000  # seed of what validation and test miss
+_DROPS = 8000  # seed of the samples that validation and test leave out
 
 
 @dataclass(frozen=True)
@@ -312,8 +314,8 @@ def augment(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
 def modulate(waveforms: Tensor) -> Tensor:
     """Waveforms (B, L) with a copy of each, up to 0.8 times as strong, multiplied by a high tone.
 
-    The copy is shifted and mirrored in frequency by 0.3 to 0.5 cycles a sample. A model that is used to it
-    minds less what sampling too slowly does, where high frequencies come down as low ones.
+    The copy is shifted and mirrored in frequency by 0.3 to 0.5 cycles a sample. A model trained
+    with it is disturbed less by the aliasing of the half-rate test: high frequencies come out as low ones.
     """
     steps = torch.arange(waveforms.shape[1], device=waveforms.device)
     cycles = (0.3 + 0.2 * _uniform(waveforms)) * steps + _uniform(waveforms)

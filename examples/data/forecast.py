@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.base import Batch, SequenceData, Spec
+from data.base import SequenceData, Spec
+from data.batches import Batch
 from data.storage import DataError, first_line
 
 ETT = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small"

@@ -11,7 +11,8 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from data.base import Batch, SequenceData, Spec, hold_out
+from data.base import SequenceData, Spec, hold_out
+from data.batches import Batch
 from data.parquet import parquet_files, rows
 from data.storage import DataError
 

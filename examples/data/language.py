@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.base import Batch, SequenceData, Spec
+from data.base import SequenceData, Spec
+from data.batches import Batch
 from data.parquet import parquet_files, rows
 from data.storage import DataError, first_line
 

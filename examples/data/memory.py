@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.base import Batch, SequenceData, Spec
+from data.base import SequenceData, Spec
+from data.batches import Batch
 
 _SEEDS = {"train": 0, "val": 1, "test": 2}  # of the data, which the seed of a run does not change
 

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.base import Batch, Ragged, SequenceData, Spec
+from data.base import SequenceData, Spec
+from data.batches import Batch, Ragged
 from data.storage import DataError, first_line
 from data.text import check_labels, documents
 

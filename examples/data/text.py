@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.base import Batch, Ragged, SequenceData, Spec, hold_out
+from data.base import SequenceData, Spec, hold_out
+from data.batches import Batch, Ragged
 from data.parquet import parquet_files, rows
 from data.storage import DataError
 

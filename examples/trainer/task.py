@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from data.base import Batch, Spec
+from data.base import Spec
+from data.batches import Batch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from safetensors.torch import save_file

@@ -17,7 +17,7 @@ from s4.transformers.installed import CACHE, BaseModelOutputWithPast, PreTrained
 
 
 class S4PreTrainedModel(PreTrainedModel):
-    """What all of them share: how they begin, and how they are loaded and divided over devices."""
+    """What the models share: how they begin, and how they are loaded and divided over devices."""
 
     config_class = S4Config
     base_model_prefix = "model"
@@ -43,7 +43,16 @@ class S4PreTrainedModel(PreTrainedModel):
 
 
 class S4BaseModel(S4PreTrainedModel):
-    """Encoder, blocks and norm of an `s4.S4Model`, without its decoder: what `AutoModel` makes."""
+    """Encoder, blocks and norm of an `s4.S4Model`, without its decoder: what `AutoModel` makes.
+
+    Args:
+        config: what it is made with.
+
+    Examples:
+        >>> model = S4BaseModel(S4Config(vocab_size=50, hidden_size=16, num_hidden_layers=1))
+        >>> model(torch.randint(50, (2, 100))).last_hidden_state.shape
+        torch.Size([2, 100, 16])
+    """
 
     def __init__(self, config: S4Config) -> None:
         super().__init__(config)
@@ -53,11 +62,15 @@ class S4BaseModel(S4PreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The encoder."""
+        """The encoder, an embedding or a linear map."""
         return self.encoder
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Another encoder in its place."""
+        """Put another encoder in its place.
+
+        Args:
+            value: the encoder.
+        """
         self.encoder = value
 
     def forward(
@@ -87,7 +100,10 @@ class S4BaseModel(S4PreTrainedModel):
             use_cache: return the state after the last inputs. If None: where a cache was passed, and in
                 evaluation if the config says so and no layer is bidirectional.
             output_hidden_states: also return the inputs of all blocks, and the features: (B, L, H) each.
-            return_dict: a dataclass, or a tuple.
+            return_dict: return a dataclass, or a tuple.
+
+        Returns:
+            last_hidden_state (B, L, H), the features; the state and the blocks' inputs where asked for.
 
         Raises:
             ValueError, TypeError: not one kind of inputs, or a wrong shape, dtype or combination.
@@ -124,6 +140,7 @@ class S4BaseModel(S4PreTrainedModel):
         return output if chosen(return_dict, self.config.return_dict) else output.to_tuple()
 
     def causal(self) -> bool:
+        """Whether no layer is bidirectional, so that there is a state."""
         return not any(block.layer.bidirectional for block in self.blocks)
 
     def _run(
