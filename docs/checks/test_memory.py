@@ -235,8 +235,9 @@ def test_the_colours_follow_the_scheme(visit: Callable[..., Page]) -> None:
     ink = "() => signalPlot.colour('truth')"
     page.wait_for_function("signalPlot.pen")
     light = page.evaluate(ink)
-    before = page.locator("#memory-signal").screenshot()
-    page.get_by_title("Dark").click()
     page.wait_for_timeout(300)
+    picture = "document.getElementById('memory-signal').toDataURL()"
+    before = page.evaluate(picture)
+    page.get_by_title("Dark").click()
+    page.wait_for_function(f"before => {picture} !== before", arg=before)
     assert page.evaluate(ink) != light
-    assert page.locator("#memory-signal").screenshot() != before
