@@ -5,7 +5,7 @@ PYTHON ?= python3
 PY := $(if $(VENV),$(VENV)/bin/python,python)
 STAMP := $(if $(VENV),$(VENV),$(shell python -c "import sys; print(sys.prefix)"))/.installed
 
-.PHONY: demo test fuzz lint docs notebooks tables docs-serve sanitize gpu gpu-bundle compat clean help
+.PHONY: help demo test fuzz lint docs notebooks tables docs-serve sanitize gpu gpu-bundle compat release clean
 
 help:  ## what there is to make
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,7 +26,7 @@ lint: $(STAMP)-dev  ## format, lint and types, as the pre-commit hooks and CI ch
 	$(PY) -m mypy
 
 docs: $(STAMP)-docs  ## the documentation site in build/site; runs the code of every page and notebook
-	$(PY) -m pytest -q docs/checks -n $(or $(WORKERS),auto) --dist loadgroup
+	$(PY) -m pytest -q docs/checks -n $(or $(WORKERS),auto) --dist worksteal
 
 notebooks: $(STAMP)-docs  ## execute the notebooks of the site, and keep what they put out
 	$(PY) docs/checks/notebooks.py
@@ -42,6 +42,9 @@ sanitize: $(STAMP)-test  ## the C++ code under the address, undefined-behaviour 
 
 compat:  ## the suite on every Python, torch and instruction set, or on some: make compat ROWS="oldest 3.12"
 	$(PYTHON) .ci/compat.py $(ROWS)
+
+release: $(STAMP)-release  ## sdist and wheel in dist/, built and checked; VERSION=0.2.0 commits and tags it, too
+	$(PY) .ci/release.py $(call options,VERSION MACHINE OUT)
 
 gpu:  ## what a GPU has to prove, in six minutes; DEVICE=cpu rehearses, benchmarks/gpu.py --help has the options
 	$(PYTHON) benchmarks/gpu.py $(if $(filter-out 0,$(TRAIN)),--train )$(call options,\

@@ -366,7 +366,8 @@ def _learned(**of: object) -> str:
     runs = [r["r2"] for r in results("memory-cpu")["delay"] if all(r[key] == of[key] for key in of)]
     if not runs:
         raise ValueError(f"memory-cpu: no run with {of}")
-    return f"{sum(runs) / len(runs):.3f} ({min(runs):.3f} to {max(runs):.3f})"
+    mean, least, most = (round(x, 3) + 0.0 for x in (sum(runs) / len(runs), min(runs), max(runs)))  # not -0
+    return f"{mean:.3f} ({least:.3f} to {most:.3f})"
 
 
 def learned_by_init() -> Iterable[Row]:

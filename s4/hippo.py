@@ -401,7 +401,7 @@ def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
         N: state size, even.
 
     Returns:
-        Lambda (N/2,), P (r, N/2), r = 0 for "diag", and B (N/2,): copies, complex128.
+        copies of Lambda (N/2,), P (r, N/2), r = 0 for "diag", and B (N/2,), complex128.
 
     Raises:
         ValueError, TypeError: of another form, not finite, or unstable (Re Lambda > 0).

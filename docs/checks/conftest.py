@@ -1,5 +1,6 @@
 """The built site, once a run, and a browser that looks at it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,30 +10,29 @@ from typing import Any
 
 import browser as chromium
 import pytest
+from filelock import FileLock
 from pages import ROOT
 from playwright.sync_api import Browser, Page
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever needs the built site runs on one worker, which builds it once."""
-    for item in items:
-        if "build" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("site"))
+@pytest.fixture(scope="session")
+def warnings(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What mkdocs said if it warned of something, else nothing. One worker of xdist builds for all."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with FileLock(folder / "mkdocs.lock"):
+        if not (said := folder / "mkdocs.txt").exists():
+            command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+            built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            said.write_text(built.stdout + built.stderr if built.returncode else "")
+        return said.read_text()
 
 
 @pytest.fixture(scope="session")
-def build() -> subprocess.CompletedProcess[str]:
-    """mkdocs has run; it builds the site, and says by its status whether it had to warn of something."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="session")
-def site(build: subprocess.CompletedProcess[str]) -> Path:
+def site(warnings: str) -> Path:
     """The built site; that there was no warning is a test of its own."""
-    said = build.stdout + build.stderr
-    assert build.returncode == 0 or re.search(r"Aborted with \d+ warnings? in strict mode", said), said
+    assert not warnings or re.search(r"Aborted with \d+ warnings? in strict mode", warnings), warnings
     return ROOT / "build" / "site"
 
 

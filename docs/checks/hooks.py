@@ -20,6 +20,7 @@ ELSEWHERE = {
     "examples/README.md": "examples.md",
 }
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*(?:\\\((.*?)\\\)|\\\[(.*?)\\\])\s*</\1>', re.DOTALL)
+_NAMED = re.compile(r"<mi>(?:log|exp|sin|cos|max|min)</mi>")  # functions, which want some space
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 _OUTSIDE = re.compile(r"\]\((?:\.\./)+((?!\.\.)[^)#\s]+)")
 
@@ -74,6 +75,8 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
     def mathml(match: re.Match[str]) -> str:
         inline, block = match[2], match[3]
         source = (inline or block).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-        return convert(source, display="inline" if inline else "block")
+        written = convert(source, display="inline" if inline else "block")
+        written = written.replace("<mi>&#x02032;</mi>", "<mo>&#x02032;</mo>")  # a prime stands close
+        return _NAMED.sub(r'<mspace width="0.17em"/>\g<0><mspace width="0.17em"/>', written)
 
     return _FORMULA.sub(mathml, html)

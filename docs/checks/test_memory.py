@@ -105,7 +105,7 @@ def test_it_is_the_state_of_a_layer(choice: str, visit: Callable[..., Page]) -> 
 
 
 def test_the_matrices_are_those_of_the_library() -> None:
-    """docs/assets/memory/matrices.js is what docs/figures/memory_matrices.py writes, to the last digits but one."""
+    """docs/assets/memory/matrices.js is what docs/figures/memory_matrices.py writes, but for rounding."""
     kept = figure.read()
     assert set(kept) == set(CHOICES)
     for choice, sizes in kept.items():

@@ -1,4 +1,4 @@
-"""The matrices of the live page: `python docs/figures/memory_matrices.py` writes docs/assets/memory/matrices.js.
+"""The matrices of the live page: `python docs/figures/memory_matrices.py` writes assets/memory/matrices.js.
 
 For each choice of variant and init and each N, float64 in base64, row by row:
 

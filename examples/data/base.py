@@ -98,6 +98,12 @@ class SequenceData(pl.LightningDataModule):
         """For train, val and test: the split and its rows."""
         return {split: (split, np.arange(self.number(split))) for split in self.splits}
 
+    def held_out(self, fraction: float) -> dict[str, tuple[str, np.ndarray]]:
+        """A `partition` in which this part of the training rows of each class is for validation."""
+        train, val = hold_out(self.tensors["train"]["labels"].numpy(), fraction)
+        test = np.arange(self.number("test"))
+        return {"train": ("train", train), "val": ("train", val), "test": ("test", test)}
+
     def number(self, split: str) -> int:
         """Rows of a split."""
         return len(self.tensors[split]["labels"])
