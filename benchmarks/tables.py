@@ -393,7 +393,7 @@ def learned_by_option() -> Iterable[Row]:
 def modes_by_shape() -> Iterable[Row]:
     """Both ways of both variants."""
     who = ("S4 scan", "S4 fft", "S4D scan", "S4D fft")
-    yield "machine", "B, L, H", *(f"{name[:-4].strip()}, `{name.split()[1]}`" for name in who)
+    yield "machine", "B × L × H", *(f"{name[:-4].strip()}, `{name.split()[1]}`" for name in who)
     for B, L in SHAPES[:-1]:
         row = []
         for name in who:
@@ -401,7 +401,7 @@ def modes_by_shape() -> Iterable[Row]:
             row.append(
                 ", ".join(number(measured("layer-cpu", backward=b, **of)["ms"]) for b in (False, True))
             )
-        yield "2 cores", f"{B}, {L:,}, 128", *row
+        yield "2 cores", f"{B} × {L:,} × 128", *row
     for B, L, H in ((50, 1024, 512), (16, 16384, 256)):
         row = []
         for name in who:
