@@ -433,14 +433,23 @@ def generation_short() -> Iterable[Row]:
 
 
 def distributed_cpu() -> Iterable[Row]:
-    """A sequence of a million steps over processes."""
-    yield "processes", "float32, seconds", "MiB in each", "float64, seconds", "MiB in each"
+    """A sequence of a million steps over processes; both directions in brackets."""
+    head = ("MiB each, {}", "seconds")
+    yield (
+        "processes", *(part.format(dtype) for dtype in ("float64", "float32") for part in head),
+        "outputs, gradients differ from one process, float64",
+    )  # fmt: skip
     for ranks in (1, 2, 4):
-        row: list[str] = []
-        for dtype in ("float32", "float64"):
-            c = measured("distributed-cpu", ranks=ranks, dtype=dtype, variant="dplr", bidirectional=False)
-            row += [f"{c['seconds']:.2f}", number(max(c["mib"]))]
-        yield str(ranks), *row
+        row, apart = [str(ranks)], []
+        for dtype in ("float64", "float32"):
+            one, two = (
+                measured("distributed-cpu", ranks=ranks, dtype=dtype, variant="dplr", bidirectional=both)
+                for both in (False, True)
+            )
+            row.append(f"{number(max(one['mib']))} ({number(max(two['mib']))})")
+            row.append(f"{one['seconds']:.1f} ({two['seconds']:.1f})")
+            apart += [f"{small(c['outputs'])}, {small(c['gradients'])}" for c in (one, two)]
+        yield *row, f"{apart[0]} ({apart[1]})" if ranks > 1 else ""
 
 
 def peers_cpu() -> Iterable[Row]:
@@ -517,16 +526,15 @@ def training_h200() -> Iterable[Row]:
 
 def deploy_cpu() -> Iterable[Row]:
     """What became of a model, in the runtimes that take it."""
-    who = ("model", "frozen", "frozen, fft", "frozen, scan", "onnxruntime", "AOTInductor")
-    yield "", "part", *who
-    for what in ("S4 layer", "S4D layer", "model of 4"):
-        for part, L in (("chunk", 64), ("forward", 1024)):
-            of = [cell("deploy-cpu", who=each, what=what, part=part) for each in who]
-            yield (
-                what.replace("of 4", "of 4 blocks"),
-                f"{part}, {L:,}",
-                *(number(c["ms"]) if c else "" for c in of),
-            )
+    yield "", "model", "frozen", "onnxruntime", "AOTInductor", "largest error"
+    for part, frozen, said in (("chunk", "frozen", "chunk of 64"), ("forward", "frozen, fft", "1,024 steps")):
+        for what in ("S4 layer", "S4D layer", "model of 4"):
+            of = [
+                measured("deploy-cpu", who=who, what=what, part=part)
+                for who in ("model", frozen, "onnxruntime", "AOTInductor")
+            ]
+            name = what.replace("of 4", "of 4 blocks")
+            yield f"{name}, {said}", *(number(c["ms"]) for c in of), small(max(c["error"] for c in of))
 
 
 def peers_short() -> Iterable[Row]:
