@@ -60,6 +60,11 @@ class S4Block(Pretrained):
 
     Raises:
         ValueError, TypeError: an option that does not exist; the message names it.
+
+    Examples:
+        >>> block = S4Block(S4Layer(16), dropout=0.1, d_ff=64)
+        >>> block(torch.randn(8, 100, 16)).shape
+        torch.Size([8, 100, 16])
     """
 
     def __init__(
@@ -118,10 +123,18 @@ class S4Block(Pretrained):
         )
 
     def config(self) -> dict[str, Any]:
-        """The options that `S4Block(layer, ...)` makes this block with, and as "layer" those of its layer.
+        """The options that `S4Block(layer, ...)` makes such a block with, and as "layer" those of its layer.
+
+        Returns:
+            a dict that JSON can hold.
 
         Raises:
             ValueError: a part was replaced by one that no option makes.
+
+        Examples:
+            >>> block = S4Block(S4Layer(16), norm="rms")
+            >>> block.config()["norm"], block.config()["layer"]["d_model"]
+            ('rms', 16)
         """
         kinds: tuple[type, ...] = type(self.mixer), *map(type, self.mixer.children())
         mixers: dict[tuple[type, ...], str] = {
@@ -148,7 +161,18 @@ class S4Block(Pretrained):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], modules: Modules | None = None) -> "S4Block":
-        """`S4Block(layer, ...)` of these options; a block takes no modules."""
+        """A new block of the options that `config()` returns.
+
+        Args:
+            config: as `config()` returns it, or JSON of that.
+            modules: none; a block is described by its options alone.
+
+        Returns:
+            the block, with new numbers.
+
+        Raises:
+            ValueError, TypeError: an option that does not exist, or no "layer"; the message names it.
+        """
         names = list(inspect.signature(S4Block.__init__).parameters)[1:]
         check_known(config, names, cls.__name__)
         check_unused(modules, {}, cls.__name__)
@@ -166,9 +190,27 @@ class S4Block(Pretrained):
         rate: float | Tensor = 1.0,
         return_state: bool = False,
     ) -> Sequences | tuple[Sequences, Tensor]:
-        """Map (B, L, d_model) to the same shape; the arguments are those of `S4Layer.forward`.
+        """Map a batch of sequences to one of the same shape.
 
-        Outputs past a sequence's end mean nothing.
+        Args:
+            x: inputs (B, L, d_model), or a PackedSequence of such.
+            state: (B, d_model, N), that of the layer, to go on from; None is zero.
+            lengths: (B,) integers, the lengths of right-padded sequences. Outputs past them mean nothing.
+            resets: (B, L) booleans, True where a new sequence begins, as in `S4Layer.forward`.
+            rate: multiplies dt; a number, (B,) or (B, L), as in `S4Layer.forward`.
+            return_state: also return the layer's state after the last input.
+
+        Returns:
+            outputs (B, L, d_model), packed as x is; or (outputs, state).
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
+
+        Examples:
+            >>> block = S4Block(S4Layer(16))
+            >>> y, state = block(torch.randn(8, 100, 16), return_state=True)
+            >>> y.shape, state.shape
+            (torch.Size([8, 100, 16]), torch.Size([8, 16, 64]))
         """
         if isinstance(x, PackedSequence):
             return distributed.packed(S4Block.forward, self, x, state, lengths, resets, rate, return_state)
@@ -197,10 +239,28 @@ class S4Block(Pretrained):
         return y if after is None else (y, after)
 
     def step(self, x: Tensor, state: Tensor, *, rate: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-        """One step: x (B, d_model) and the layer's state to the same shapes.
+        """One time step.
 
-        Equals `forward` in eval mode; in training mode dropout draws a mask a step, also when tied, and batch
-        norm takes its statistics over the batch alone.
+        In evaluation mode it gives what `forward` gives. In training mode dropout draws a mask for each step,
+        also where it is tied, and batch norm takes its statistics over the batch alone.
+
+        Args:
+            x: inputs (B, d_model).
+            state: (B, d_model, N), from `initial_state`, `forward` or an earlier `step`.
+            rate: multiplies dt; a number, or (B,) the step of time before each input.
+
+        Returns:
+            outputs (B, d_model), and the next state.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or combination, or a bidirectional layer; the message
+                names the argument.
+
+        Examples:
+            >>> block = S4Block(S4Layer(16)).eval()
+            >>> y, state = block.step(torch.randn(8, 16), block.initial_state(8))
+            >>> y.shape
+            torch.Size([8, 16])
         """
         check_features("x", x, self.layer.d_model, "batch")
         if distributed.engaged:
@@ -218,7 +278,17 @@ class S4Block(Pretrained):
             raise
 
     def initial_state(self, batch_size: int) -> Tensor:
-        """The layer's state before any input: zeros (B, H, N)."""
+        """The layer's state before any input.
+
+        Args:
+            batch_size: B, 0 or more.
+
+        Returns:
+            zeros (B, d_model, N).
+
+        Raises:
+            ValueError, TypeError: a batch size that is none, or a bidirectional layer.
+        """
         state = first_state(self, self.layer.D, batch_size)
         return self.layer.initial_state(batch_size) if state is None else state
 

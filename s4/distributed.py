@@ -35,6 +35,8 @@ from s4.padding import padding, through_padded, zero_padding
 from s4.sequence import sequence
 from s4.system import discretize, system
 
+__all__ = ["sequence_parallel"]
+
 engaged = False  # once a `with` was entered: what layers, blocks and models ask before anything else
 _open = 0  # how many are entered now
 _idle = True  # none is, and no forward pass of one may be run again
@@ -63,9 +65,23 @@ def sequence_parallel(group: Any) -> Iterator[None]:
     Args:
         group: a process group that this process belongs to, or a `DeviceMesh` of one dimension.
 
+    Returns:
+        a context manager.
+
     Raises:
         ValueError: torch.distributed is not initialised, the process is not in the group, or the mesh has
-            several dimensions. TypeError: something else than a group.
+            several dimensions.
+        TypeError: something other than a group.
+
+    Examples:
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # or by torchrun
+        >>> piece = torch.randn(2, 1000, 16)  # of this rank
+        >>> with sequence_parallel(dist.group.WORLD):
+        ...     y = S4Layer(16)(piece)
+        >>> y.shape
+        torch.Size([2, 1000, 16])
+        >>> dist.destroy_process_group()
     """
     global engaged, _open, _idle
     ring = _checked(group)

@@ -16,10 +16,20 @@ Stop = Callable[[Tensor], Tensor]
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The most likely tokens: (B, ..., vocabulary) to (B, ...).
+    """The sampler that takes the most likely tokens.
+
+    Args:
+        logits: (B, ..., vocabulary).
+
+    Returns:
+        tokens (B, ...).
 
     Raises:
         ValueError: logits of another shape.
+
+    Examples:
+        >>> greedy(torch.tensor([[0.1, 2.0, 0.3], [1.0, 0.0, 0.0]]))
+        tensor([1, 0])
     """
     _check_logits(logits)
     return logits.argmax(-1)
@@ -47,6 +57,12 @@ def categorical(
 
     Raises:
         ValueError, TypeError: an argument of the wrong kind; the message names it.
+
+    Examples:
+        >>> sample = categorical(temperature=0.8, top_k=2, generator=torch.Generator().manual_seed(0))
+        >>> tokens = sample(torch.tensor([[0.9, 1.0, 1.2, 0.8]] * 100))
+        >>> set(tokens.tolist())  # of the two most likely
+        {1, 2}
     """
     check_number("temperature", temperature, 0, above=True)
     if top_k is not None:
@@ -153,5 +169,5 @@ def _meets(stop: int | Stop, new: Tensor) -> Tensor:
     met = stop(new) if callable(stop) else new == stop
     if not isinstance(met, Tensor) or met.shape != new.shape[:1] or met.dtype != torch.bool:
         got = f"{met.dtype} of shape {tuple(met.shape)}" if isinstance(met, Tensor) else type(met).__name__
-        raise ValueError(f"stop must tell for each of {len(new)} sequences, True or False, got {got}")
+        raise ValueError(f"stop must return booleans ({len(new)},), one for each sequence, got {got}")
     return met

@@ -2,11 +2,12 @@
 
 Every function is pure and computes in float64; matrices are made on the CPU, the same with every LAPACK.
 
-References:
-    HiPPO: Gu, Dao, Ermon, Rudra, Ré, arXiv 2008.07669.
-    S4: Gu, Goel, Ré, arXiv 2111.00396.
-    S4D: Gu, Gupta, Goel, Ré, arXiv 2206.11893.
-    HTTYH: Gu, Johnson, Timalsina, Rudra, Ré, "How to Train Your HiPPO", arXiv 2206.12037.
+The docstrings cite these papers:
+
+- HiPPO: Gu, Dao, Ermon, Rudra, Ré, arXiv 2008.07669.
+- S4: Gu, Goel, Ré, arXiv 2111.00396.
+- S4D: Gu, Gupta, Goel, Ré, arXiv 2206.11893.
+- HTTYH: Gu, Johnson, Timalsina, Rudra, Ré, "How to Train Your HiPPO", arXiv 2206.12037.
 """
 
 import math
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from s4.checks import check_integer, check_option, unread
 from s4.precision import double
+
+__all__ = ["basis", "diag", "dplr", "from_modes", "names", "own", "reconstruct", "transition"]
 
 
 def transition(measure: str, N: int) -> tuple[Float64[Tensor, "N N"], Float64[Tensor, "N"]]:
@@ -36,6 +39,11 @@ def transition(measure: str, N: int) -> tuple[Float64[Tensor, "N N"], Float64[Te
 
     Raises:
         ValueError: unknown measure, or N odd or below 2.
+
+    Examples:
+        >>> A, B = transition("legs", 4)
+        >>> A.diagonal()
+        tensor([-1., -2., -3., -4.], dtype=torch.float64)
     """
     with torch.device("cpu"):  # whatever the default device is
         return _measure(measure).transition(_even(N))  # type: ignore[misc]
@@ -59,6 +67,11 @@ def dplr(
 
     Raises:
         ValueError: unknown measure, or N odd or below 2.
+
+    Examples:
+        >>> Lambda, P, B = dplr("legs", 64)
+        >>> Lambda.shape, P.shape, B.shape
+        (torch.Size([32]), torch.Size([1, 32]), torch.Size([32]))
     """
     with torch.device("cpu"):
         Lambda, V = _modes(measure, N)
@@ -81,6 +94,11 @@ def diag(init: str, N: int) -> tuple[Complex128[Tensor, "n"], Complex128[Tensor,
 
     Raises:
         ValueError: unknown init, or N odd or below 2.
+
+    Examples:
+        >>> Lambda, B = diag("lin", 4)
+        >>> Lambda.imag / torch.pi
+        tensor([0., 1.], dtype=torch.float64)
     """
     with torch.device("cpu"):
         check_option("init", init, names("diag"))
@@ -110,6 +128,13 @@ def basis(measure: str, N: int, lags: Float[Tensor, "*m"]) -> Float64[Tensor, "*
     Raises:
         ValueError: unknown measure, N odd or below 2, or lags negative, NaN or beyond the window.
         TypeError: lags no floating-point tensor.
+
+    Examples:
+        >>> lags = torch.linspace(0, 1, 1001)
+        >>> p = basis("legt", 8, lags)
+        >>> gram = torch.trapezoid(p[:, :, None] * p[:, None], lags.double(), dim=0)  # orthonormal
+        >>> torch.allclose(gram, torch.eye(8, dtype=torch.float64), atol=1e-3)
+        True
     """
     _, _, _, function, window, *_ = _measure(measure)
     _even(N)
@@ -125,20 +150,22 @@ def reconstruct(
 ) -> Float[Tensor, "*out m"]:
     """The past that a HiPPO state remembers: u(t - s) from x(t), at each lag s (HiPPO section 2).
 
-    The state is that of the pair (A, B) of `transition` from zero on, in continuous time or discretised by
-    steps dt, where the input j steps before the last is at the lag (j + 1/2) dt, the middle of its step. The
-    state of a freshly initialised `S4Layer` goes through `from_modes` first:
+    The state is that of the pair (A, B) of `transition`, started from zero, in continuous time or in steps
+    dt. With steps, the input j steps before the last is at the lag (j + 1/2) dt, the middle of its step. The
+    state of a freshly initialised `S4Layer` goes through `from_modes` first.
 
-        _, state = layer(u, return_state=True)  # u (B, L, H)
-        lags = (torch.arange(100) + 0.5) * layer.log_dt.exp()[:, None]
-        past = reconstruct("legs", from_modes("legs", state), lags)  # (B, H, 100), about u[:, -1 - j] at j
+    How much is remembered depends on the measure:
 
-    "legs" gives the projection onto the N functions of `basis`, the best under the weight e^-s: sharp for the
-    recent past, ever coarser before. "legt" is exact for polynomials of degree below N, "fout" for waves with
-    up to N/2 - 1 whole periods in the window, once what came before them has died out. Of any wave e^(iwt),
-    the root mean square of what is missed is w / sqrt(N^2 + w^2) for "legs", under its weight, and for N well
-    above w about 2 (w/4)^N / N! for "legt", |1 - e^(iw)| / (pi sqrt(N)) for "fout". The Fourier series rings
-    where the ends of the window do not meet; all ring where the input jumps, also at its start.
+    - "legs" gives the projection onto the N functions of `basis`, the best under the weight e^-s: sharp for
+      the recent past, ever coarser before. Of a wave e^(iwt) it misses w / sqrt(N^2 + w^2), root mean square
+      under that weight.
+    - "legt" is exact for polynomials of degree below N, once what came before them has died out. Of a wave
+      with w well below N it misses about 2 (w/4)^N / N!.
+    - "fout" is exact for waves with up to N/2 - 1 whole periods in the window, once what came before them has
+      died out. Of another wave it misses about |1 - e^(iw)| / (pi sqrt(N)), as a Fourier series rings where
+      the ends of the window do not meet.
+
+    All ring where the input jumps, also at its start.
 
     Args:
         measure: as in `transition`.
@@ -152,6 +179,15 @@ def reconstruct(
     Raises:
         ValueError: unknown measure, state or lags of wrong shape, lags negative, NaN or beyond the window.
         TypeError: state or lags no floating-point tensor.
+
+    Examples:
+        >>> layer = S4Layer(d_model=1, d_state=64, dt_min=0.01, dt_max=0.01)
+        >>> u = torch.sin(torch.arange(500) * 0.1)[None, :, None]  # (B, L, H)
+        >>> _, state = layer(u, return_state=True)
+        >>> lags = (torch.arange(100) + 0.5) * layer.dt[:, None]
+        >>> past = reconstruct("legs", from_modes("legs", state), lags)  # (B, H, 100)
+        >>> bool((past[0, 0] - u[0].flip(0)[:100, 0]).abs().max() < 0.1)
+        True
     """
     _check_floating("state", state, even=True)
     _check_floating("lags", lags)
@@ -185,6 +221,10 @@ def from_modes(measure: str, state: Float[Tensor, "*batch N"]) -> Float[Tensor, 
     Raises:
         ValueError: unknown measure, or state of odd or no size.
         TypeError: state no floating-point tensor.
+
+    Examples:
+        >>> from_modes("legs", torch.randn(2, 16, 64)).shape
+        torch.Size([2, 16, 64])
     """
     _measure(measure)
     _check_floating("state", state, even=True)
@@ -319,7 +359,18 @@ INITS: dict[str, Init] = {
 
 
 def names(variant: str) -> tuple[str, ...]:
-    """The initialisations of a variant: "dplr", the measures; "diag", the diagonal ones."""
+    """The names that `S4Layer(init=...)` takes for a variant.
+
+    Args:
+        variant: "dplr", whose initialisations are the measures of `transition`, or "diag", those of `diag`.
+
+    Returns:
+        the names.
+
+    Examples:
+        >>> names("dplr"), names("diag")
+        (('legs', 'legt', 'fout'), ('legs', 'lin', 'inv'))
+    """
     return tuple(n for n, it in INITS.items() if (it.transition if variant == "dplr" else it.diagonal))
 
 
@@ -338,14 +389,27 @@ def start(init: str | Sequence[Any], variant: str, N: int) -> tuple[Tensor, Tens
 
 
 def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One's own initialisation, checked: (Lambda, P, B) for "dplr", (Lambda, B) for "diag".
+    """One's own initialisation, checked as `S4Layer(init=...)` does it.
 
-    Each as a complex tensor, or as nested lists of [re, im] as a configuration file has them: Lambda and B
-    (N/2,), P (r, N/2) of any rank r from 1, one of each conjugate pair, of x' = (diag(Lambda) - sum of P_r
-    P_r*) x + B u. A layer keeps Re Lambda at -1e-4 or below.
+    It is of the system x' = (diag(Lambda) - sum of P_r P_r*) x + B u, one of each conjugate pair. A layer
+    keeps Re Lambda at -1e-4 or below.
+
+    Args:
+        init: (Lambda, P, B) for "dplr", (Lambda, B) for "diag": Lambda and B (N/2,), P (r, N/2) of any rank r
+            from 1. Each is a complex tensor, or nested lists of [re, im] as a configuration file has them.
+        variant: "dplr" or "diag".
+        N: state size, even.
+
+    Returns:
+        copies of Lambda (N/2,), P (r, N/2), r = 0 for "diag", and B (N/2,), complex128.
 
     Raises:
         ValueError, TypeError: of another form, not finite, or unstable (Re Lambda > 0).
+
+    Examples:
+        >>> Lambda, P, B = own(([[-0.5, 0.0], [-0.5, 3.0]], [[1.0, 0.0], [1.0, 0.0]]), "diag", 4)
+        >>> Lambda
+        tensor([-0.5000+0.j, -0.5000+3.j], dtype=torch.complex128)
     """
     parts = ("Lambda", "P", "B") if variant == "dplr" else ("Lambda", "B")
     form = f"init must be a name, {', '.join(map(repr, names(variant)))}, or ({', '.join(parts)})"
@@ -375,7 +439,7 @@ def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rank(init: str | Sequence[Any], variant: str, N: int) -> int:
-    """Of the low-rank part of `start`."""
+    """The rank of the low-rank part that a layer starts from; 0 for "diag"."""
     with torch.device("cpu"):
         return 0 if variant == "diag" else len(INITS[init].low_rank(N) if isinstance(init, str) else init[1])  # type: ignore[misc]
 

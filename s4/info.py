@@ -8,9 +8,20 @@ import s4
 from s4.backends import BACKENDS, OPERATIONS, cpu
 from s4.ops import dispatch
 
+__all__ = ["report"]
+
 
 def report() -> str:
-    """What a bug report needs, as text."""
+    """What a bug report needs: versions, devices, backends and what "auto" picks.
+
+    Returns:
+        the text, of several lines.
+
+    Examples:
+        >>> print(report())  # doctest: +ELLIPSIS
+        s4 ...
+        torch ...
+    """
     lines = [
         f"s4       {s4.__version__}",
         f"torch    {torch.__version__}",

@@ -38,44 +38,61 @@ _MEANINGS = {"dt": "log_dt", "Lambda": "log_A_real and A_imag"}  # what paramete
 class S4Layer(Pretrained):
     """One structured state space layer: H independent systems x' = A x + B u, y = C x + D u over time.
 
-    `forward` convolves, `step` recurs, `dense` writes the matrices out; all three are one system with one
-    state: the real, then the imaginary parts of the N/2 stored modes, (B, H, N). Parameters are those of the
-    continuous system and serve every length.
+    `forward` convolves, `step` recurs, `dense` writes the matrices out. All three are one system with one
+    state (B, H, N): the real, then the imaginary parts of the N/2 stored modes. The parameters are those of
+    the system in continuous time and serve every length.
+
+    `mode`, `backend` and `discretization` can be set on a layer that exists; all else is read-only.
+
+    In evaluation on a CPU, without gradients, the layer keeps what it computed from its parameters, some
+    3 N^2 + L numbers a channel. It does so for one rate, until a parameter changes or the layer is moved or
+    trained.
 
     Args:
-        d_model: H, number of channels.
-        d_state: N, state size of each channel, even; N/2 conjugate pairs are stored.
+        d_model: H, the number of channels.
+        d_state: N, the state size of each channel, even; N/2 conjugate pairs are stored.
         variant: "dplr", diagonal plus low rank (S4, arXiv 2111.00396), or "diag" (S4D, arXiv 2206.11893).
-        init: for "dplr" "legs", "legt" or "fout"; for "diag" "legs", "lin" or "inv". See `s4.hippo`. Or one's
-            own, (Lambda, P, B) or (Lambda, B): see `s4.hippo.own`.
+        init: for "dplr" "legs", "legt" or "fout"; for "diag" "legs", "lin" or "inv": see `s4.hippo`. Or one's
+            own tensors, (Lambda, P, B) or (Lambda, B): see `s4.hippo.own`.
         discretization: "bilinear" for "dplr"; "zoh" (default) or "bilinear" for "diag".
         dt_min, dt_max: range of the initial step sizes, log-uniform over the channels.
         n_ssm: independent (A, B) pairs, each shared by d_model / n_ssm neighbouring channels.
         bidirectional: also convolve backwards, with an output row C of its own. No state, no step.
-        mode: how `forward` processes a sequence: "fft", by FFT convolution; "scan", by matrix products over
-            chunks, under autocast to bfloat16 the larger ones in that, within 2% of the largest output; or
-            "auto", the faster by the shape on a CPU, elsewhere "fft", and with a state "scan" on any device.
-            Through an FFT a later nan, or the rounding of a later 1e10, reaches all outputs of a channel, in
-            a scan those of its chunk, in `step` none.
-        backend: who computes, in every operation: "auto", the fastest that can run; or one of
-            `s4.kernel.backends()`, for the operations that it has, plain PyTorch for the others; the kernel
-            of "dplr" is then made of its sums, but for graphs of torch.compile and torch.export.
-        device: of the parameters. For one without float64, Apple's MPS, what they come to is computed on the
-            CPU and copied to it once a call, in float32; "fft" then leaves states to "scan", also those that
-            go in or come out of it, and `dense` returns its matrices on the CPU.
+        mode: how `forward` processes a sequence. "fft": by FFT convolution. "scan": by matrix products over
+            chunks; under autocast to bfloat16 the larger products are in bfloat16, within 2% of the largest
+            output. "auto": on a CPU the faster of the two by the shape, elsewhere "fft"; with a state "scan"
+            on any device. A nan, or the rounding of a 1e10, reaches earlier outputs too: in "fft" all of its
+            channel, in "scan" those of its chunk, in `step` none.
+        backend: who computes, in every operation. "auto": the fastest that can run. Or a name of
+            `s4.kernel.backends()`: that one where it has the operation, plain PyTorch where not. The kernel
+            of "dplr" is then made by the sums of that backend, but not in graphs of torch.compile and
+            torch.export.
+        device: of the parameters. On a device without float64 (Apple's MPS), all that depends on parameters
+            alone is computed on the CPU and copied to the device once a call, in float32. Calls with a state
+            then take "scan" also where the mode is "fft", and `dense` returns its matrices on the CPU.
         dtype: of the parameters: torch.float64, float32, bfloat16 or float16, or its name. Each parameter may
-            have its own, as `layer.float()` or `layer.log_dt.data = ...` gives it. The mathematics is in
-            float64, sequences and the state in float32, or float64 where D is. float16 ends at 65504, which
-            Lambda of "legs", "legt" and "inv" passes above d_state = 452.
+            have a dtype of its own, as `layer.float()` or `layer.log_dt.data = ...` gives it. The mathematics
+            is in float64; sequences and the state are in float32, or in float64 where D is. float16 ends at
+            65504, which Lambda of "legs", "legt" and "inv" passes above d_state = 452.
 
-    In evaluation on a CPU, without gradients, what the parameters come to at one rate is kept until one of
-    them changes or the layer is moved or trained: some 3 N^2 + L numbers a channel.
-
-    `mode`, `backend` and `discretization` can be set on a layer that exists; the others are read-only.
+    Attributes:
+        log_dt: parameter (H,), the logarithms of the step sizes; see `dt`.
+        log_A_real: parameter (n_ssm, N/2), of the real parts of the diagonal of A; see `Lambda`.
+        A_imag: parameter (n_ssm, N/2), the imaginary parts.
+        P: parameter (r, n_ssm, N/2, 2), the low-rank part of A; "dplr" alone has it.
+        B: parameter (n_ssm, N/2, 2).
+        C: parameter (1, H, N/2, 2); if bidirectional (2, H, N/2, 2).
+        D: parameter (H,), what an input adds to its own output.
 
     Raises:
         ValueError, TypeError: an option or a combination that does not exist; the message names it.
         AttributeError: setting what is read-only.
+
+    Examples:
+        >>> layer = S4Layer(d_model=16, d_state=32)
+        >>> u = torch.randn(8, 100, 16)  # batch, length, channels
+        >>> layer(u).shape
+        torch.Size([8, 100, 16])
     """
 
     def __init__(
@@ -146,10 +163,19 @@ class S4Layer(Pretrained):
         super().__setattr__(name, value)
 
     def config(self) -> dict[str, Any]:
-        """The arguments that `S4Layer(**config)` makes this layer with, but for its numbers and device.
+        """The arguments that `S4Layer(**config)` makes such a layer with, but not its numbers or device.
 
-        As JSON has them: dtype by its name, one's own init as nested lists of [re, im]. Raises ValueError
-        where parameters were moved to a dtype that no layer is made in.
+        Returns:
+            a dict that JSON can hold, with dtype by its name and one's own init as nested lists of [re, im].
+
+        Raises:
+            ValueError: parameters were moved to a dtype that no layer is made in.
+
+        Examples:
+            >>> layer = S4Layer(16, 32, dt_max=0.5)
+            >>> layer.config()["dt_max"]
+            0.5
+            >>> again = S4Layer(**layer.config())  # the same options, new numbers
         """
         config = {name: getattr(self, name) for name in (*_FIXED, *_OPTIONS)}
         if not isinstance(self.init, str):
@@ -160,19 +186,30 @@ class S4Layer(Pretrained):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], modules: Modules | None = None) -> "S4Layer":
-        """`S4Layer(**config)`; a layer takes no modules."""
+        """A new layer of the options that `config()` returns: `S4Layer(**config)`.
+
+        Args:
+            config: as `config()` returns it, or JSON of that.
+            modules: none; a layer is described by its options alone.
+
+        Returns:
+            the layer, with new numbers.
+
+        Raises:
+            ValueError, TypeError: an option that does not exist; the message names it.
+        """
         check_known(config, (*_FIXED, *_OPTIONS, "dtype"), cls.__name__)
         check_unused(modules, {}, cls.__name__)
         return cls(**config)
 
     @property
     def dt(self) -> Tensor:
-        """Step sizes (H,), above 0, float32 or float64."""
+        """The step sizes exp(log_dt), (H,), above 0, float32 or float64."""
         return torch.exp(self.log_dt.to(options.wide(self.log_dt)))
 
     @property
     def Lambda(self) -> Tensor:
-        """The diagonal of A: complex (n_ssm, N/2), one of each conjugate pair, real parts below 0."""
+        """The diagonal of A, -exp(log_A_real) + i A_imag: (n_ssm, N/2), one of each conjugate pair."""
         dtype = options.wide(self.log_A_real, self.A_imag)
         return torch.complex(-torch.exp(self.log_A_real.to(dtype)), self.A_imag.to(dtype))
 
@@ -193,13 +230,22 @@ class S4Layer(Pretrained):
     def ssm_parameters(self) -> list[Tensor]:
         """dt, A and B, which train at a smaller rate and without weight decay (S4 appendix D.2).
 
-        Parameters, but for those that a parametrization has put a tensor in the place of.
+        Returns:
+            log_dt, log_A_real, A_imag, P (of "dplr" alone) and B. Where a parametrization has replaced a
+            parameter, its tensor.
         """
         low_rank = [self.P] if self.variant == "dplr" else []
         return [self.log_dt, self.log_A_real, self.A_imag, *low_rank, self.B]
 
     def train(self, mode: bool = True) -> "S4Layer":
-        """As of every module; what was kept of the parameters for evaluation is let go."""
+        """Set training or evaluation mode, as every module does; training lets go what evaluation kept.
+
+        Args:
+            mode: True for training, False for evaluation.
+
+        Returns:
+            the layer itself.
+        """
         if mode:
             self._kept.clear()
         return super().train(mode)
@@ -230,21 +276,30 @@ class S4Layer(Pretrained):
             lengths: (B,) integers, the lengths of right-padded sequences. What lies past them is ignored,
                 outputs there are zero, and a sequence's state is the one at its own end.
             resets: (B, L) booleans. At True a new sequence begins: the state is zero before that input, and
-                backwards nothing passes it either. What lies before, be it nan, reaches no output behind.
-            rate: multiplies dt, the time from one input to the next: after training at 16 kHz, 0.5 for inputs
-                at 32 kHz, whose steps are half as long, and 2 for those at 8 kHz. Or a tensor, (B,) of a
-                number for each sequence, or (B, L) for inputs at irregular times, the step before each one:
-                dt rate[:, t] lies between inputs t-1 and t, in both directions; the first, with no state
-                before, scales its input alone. Past `lengths` it may be 0. Every mode then is a recurrence of
-                O(N) a step, which takes several times as long as a scan.
+                backwards nothing passes it either. What lies before, even a nan, reaches no output behind.
+                With mode="fft" outputs are accurate relative to the largest of their row.
+            rate: multiplies dt, the time from one input to the next. After training at 16 kHz, 0.5 is for
+                inputs at 32 kHz, whose steps are half as long, and 2 for those at 8 kHz. A tensor (B,) has a
+                number for each sequence. A tensor (B, L) is for inputs at irregular times: dt rate[:, t]
+                lies between inputs t-1 and t, in both directions. The first one, with no state before it,
+                scales its input alone; past `lengths` it may be 0. With a tensor every mode is a recurrence
+                of O(N) a step, which takes several times as long as a scan.
             return_state: also return the state after the last input.
 
         Returns:
-            y (B, L, H) in the dtype of u, packed as u is, or (y, state) with the state (B, H, N), float32 or,
-            where D is, float64.
+            y (B, L, H) in the dtype of u, packed as u is; or (y, state) with the state (B, H, N), which is
+            float64 where D is, else float32.
 
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
+
+        Examples:
+            >>> layer, u = S4Layer(16), torch.randn(2, 100, 16)
+            >>> y = layer(u)
+            >>> first, state = layer(u[:, :60], return_state=True)  # in two pieces
+            >>> second = layer(u[:, 60:], state)
+            >>> torch.allclose(torch.cat([first, second], 1), y, atol=1e-4)
+            True
         """
         if isinstance(u, PackedSequence):
             return distributed.packed(S4Layer.forward, self, u, state, lengths, resets, rate, return_state)
@@ -260,17 +315,17 @@ class S4Layer(Pretrained):
         with dispatch.full_precision(u.device):
             if lengths is not None:
                 x = zero_padding(x, lengths if piece is None else piece.own(lengths))
-            options = self.mode, products, self.backend, return_state
+            how = self.mode, products, self.backend, return_state
             kept = None if self.training else self._kept
-            y, after = run(self._systems(rate), self.D, x, state, lengths, resets, *options, kept)
+            y, after = run(self._systems(rate), self.D, x, state, lengths, resets, *how, kept)
             y = y.to(u.dtype)
         return (y, after) if after is not None else y
 
     def step(self, u: Tensor, state: Tensor, *, rate: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-        """One step of the recurrence; needs no call before it.
+        """One step of the recurrence x = A x' + B u, y = C x + D u; needs no call before it.
 
-        Where a hook runs before `forward`, or something stands in its place, as with parameters that are
-        sharded or offloaded, and with a tensor `rate`, a step goes there as a sequence of one.
+        A step is a `forward` of one input where the rate is a tensor, and where a hook runs before `forward`
+        or another function stands in its place, as for sharded and offloaded parameters.
 
         Args:
             u: inputs (B, H) of one time step, floating point.
@@ -281,7 +336,15 @@ class S4Layer(Pretrained):
             y (B, H) in the dtype of u, and the next state, in the dtype of the one before.
 
         Raises:
-            ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
+            ValueError, TypeError: a wrong shape, dtype or combination, or a bidirectional layer; the message
+                names the argument.
+
+        Examples:
+            >>> layer = S4Layer(16)
+            >>> state = layer.initial_state(batch_size=2)
+            >>> y, state = layer.step(torch.randn(2, 16), state)
+            >>> y.shape, state.shape
+            (torch.Size([2, 16]), torch.Size([2, 16, 64]))
         """
         dtype = self._check(1.0 if (many := isinstance(rate, Tensor)) else rate, "step")
         if many or self._forward_pre_hooks or "forward" in self.__dict__:
@@ -310,16 +373,26 @@ class S4Layer(Pretrained):
         resets: Tensor | None = None,
         rate: float | Tensor = 1.0,
     ) -> Tensor:
-        """The states after chosen inputs of each sequence, with no N numbers held for each input.
+        """The states after chosen inputs of each sequence. The states between are not held in memory.
+
+        There are no `lengths`, as what comes behind a position does not count.
 
         Args:
             u: inputs (B, L, H), as those of `forward`.
             positions: (B, P) integers, inputs from 0 to L-1 in any order; -1 is before the first.
-            state, resets, rate: as in `forward`, with the same errors; there are no `lengths`, as what comes
-                behind a position does not count, but a tensor `rate` has to be above 0 in padding, too.
+            state, resets, rate: as in `forward`. A tensor `rate` must be above 0 in padding too.
 
         Returns:
             states (B, P, H, N), each as `forward` returns it of the inputs up to there; differentiable.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or combination, or a bidirectional layer; the message
+                names the argument.
+
+        Examples:
+            >>> layer = S4Layer(16)
+            >>> layer.states(torch.randn(2, 100, 16), torch.tensor([[9, 49], [0, 99]])).shape
+            torch.Size([2, 2, 16, 64])
         """
         dtype = self._check(1.0 if isinstance(rate, Tensor) else rate, "states")
         _, resets, rate = check_sequence(u, state, None, resets, rate, self.D, self.d_state, dtype)
@@ -328,7 +401,17 @@ class S4Layer(Pretrained):
             return states_at(self._systems(rate), self.D, u.to(dtype), state, positions, resets, self.backend)
 
     def initial_state(self, batch_size: int) -> Tensor:
-        """The state before any input: zeros (B, H, N), plain and in place where parameters are not."""
+        """The state before any input.
+
+        Args:
+            batch_size: B, 0 or more.
+
+        Returns:
+            zeros (B, H, N), always a plain tensor, also where parameters are sharded or offloaded.
+
+        Raises:
+            ValueError, TypeError: a batch size that is none, or a bidirectional layer.
+        """
         dtype = self._check(1.0, "initial_state")
         check_integer("batch_size", batch_size, 0)
         if (state := first_state(self, self.D, batch_size)) is not None:
@@ -337,13 +420,24 @@ class S4Layer(Pretrained):
         return torch.zeros(shape, dtype=dtype, device=self.D.device)
 
     def kernel(self, L: int, *, rate: float = 1.0, method: str = "auto") -> Tensor:
-        """Impulse response without D: (H, L); if bidirectional (2, H, L), forward and backward.
+        """The impulse response without D, K_l = C Abar^l Bbar (S4 equation 5).
 
         Args:
-            L: length.
-            rate: multiplies dt, as in `forward`.
+            L: length, 0 or more.
+            rate: multiplies dt, as in `forward`; a number.
             method: "sums", over the modes; "powers", of the state matrix; "auto", the faster, or the sums of
                 a backend that a "dplr" layer was given by name.
+
+        Returns:
+            (H, L); if bidirectional (2, H, L), forwards and backwards. float64 where D is, else float32.
+
+        Raises:
+            ValueError, TypeError: a wrong option or number; the message names the argument.
+
+        Examples:
+            >>> layer = S4Layer(16)
+            >>> layer.kernel(1000).shape
+            torch.Size([16, 1000])
         """
         dtype = self._check(rate)
         check_integer("L", L, 0)
@@ -358,8 +452,22 @@ class S4Layer(Pretrained):
 
         On the device of the parameters, or on the CPU if that has no float64.
 
+        Args:
+            rate: multiplies dt, as in `forward`; a number.
+
         Returns:
             A (H, N, N), B (H, N), C (H, N), or (2, H, N) if bidirectional, and D (H,).
+
+        Raises:
+            ValueError, TypeError: a rate that is no number above 0.
+
+        Examples:
+            >>> layer = S4Layer(16, d_state=4)
+            >>> A, B, C, D = layer.dense()
+            >>> A.shape, B.shape, C.shape, D.shape
+            (torch.Size([16, 4, 4]), torch.Size([16, 4]), torch.Size([16, 4]), torch.Size([16]))
+            >>> bool((torch.linalg.eigvals(A).abs() < 1).all())  # stable, at every step size
+            True
         """
         self._check(rate)
         recurrence = discretize(system(*self._systems(rate)))
@@ -367,7 +475,7 @@ class S4Layer(Pretrained):
         return dense(recurrence), recurrence.B, C, double(self.D)
 
     def extra_repr(self) -> str:
-        """The options, and with them the shapes: d_state counts real numbers a channel."""
+        """The options and the shapes of the parameters, for `print(layer)`."""
         names = [n for n in (*_FIXED, *_OPTIONS) if n not in ("dt_min", "dt_max")]
         parts = [f"{n}=(...)" if isinstance(v := getattr(self, n), tuple) else f"{n}={v!r}" for n in names]
         shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters())

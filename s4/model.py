@@ -32,7 +32,7 @@ from s4.state import State
 
 
 class S4Model(Pretrained):
-    """Encoder, S4 blocks, pooling over time, decoder.
+    """A stack: encoder, S4 blocks, pooling over time, decoder.
 
     Args:
         encoder: maps inputs (B, L, ...) to (B, L, d_model) position by position: `nn.Linear`, `nn.Embedding`.
@@ -43,11 +43,18 @@ class S4Model(Pretrained):
         pooling: "none", an output for each position; "last", the output of the last; "mean", the output of
             the mean over all positions.
 
-    FSDP2 divides by channels where a `shard_placement_fn` says so; else each process holds all of every
-    layer's C, (1, H, N/2, 2).
+    FSDP2 divides a layer's C, (1, H, N/2, 2), by its first dimension, which is one process's: all of it. A
+    `shard_placement_fn` can tell it to divide by channels.
 
     Raises:
         ValueError, TypeError: an argument of the wrong kind; the message names it.
+
+    Examples:
+        >>> blocks = [S4Block(S4Layer(16)) for _ in range(2)]
+        >>> norm = nn.LayerNorm(16)
+        >>> model = S4Model(nn.Linear(3, 16), blocks, nn.Linear(16, 10), norm=norm, pooling="mean")
+        >>> model(torch.randn(8, 100, 3)).shape
+        torch.Size([8, 10])
     """
 
     def __init__(
@@ -85,11 +92,20 @@ class S4Model(Pretrained):
     def config(self) -> dict[str, Any]:
         """What the model is made of: "encoder", "blocks", "decoder", "norm" and "pooling".
 
-        Blocks by their options; torch's Linear, Embedding, norms, activations, Dropout, Identity and a
-        Sequential of such by their arguments; any other module by the name of its class alone.
+        Blocks are described by their options. Linear, Embedding, norms, activations, Dropout and Identity of
+        torch, and a Sequential of such, are described by their arguments; any other module by the name of its
+        class alone.
+
+        Returns:
+            a dict that JSON can hold.
 
         Raises:
             ValueError: a block of which a part was replaced.
+
+        Examples:
+            >>> model = S4Model(nn.Embedding(50, 16), [S4Block(S4Layer(16))], nn.Linear(16, 50))
+            >>> model.config()["encoder"]["type"], len(model.config()["blocks"])
+            ('Embedding', 1)
         """
         return {
             "encoder": described(self.encoder),
@@ -107,6 +123,9 @@ class S4Model(Pretrained):
             config: as `config()` returns it, or JSON of that.
             modules: "encoder", "norm" or "decoder" in place of what the config says, needed where that is the
                 name of a class alone; in a Sequential "encoder.0", and so on.
+
+        Returns:
+            the model, with new numbers, but for those of the modules that were given.
 
         Raises:
             ValueError, TypeError: a module that has to be given, or an option that does not exist.
@@ -144,6 +163,12 @@ class S4Model(Pretrained):
 
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
+
+        Examples:
+            >>> model = S4Model(nn.Linear(3, 16), [S4Block(S4Layer(16))], nn.Linear(16, 10), pooling="last")
+            >>> y, state = model(torch.randn(8, 100, 3), lengths=torch.arange(93, 101), return_state=True)
+            >>> y.shape, state.length[:2]
+            (torch.Size([8, 10]), tensor([93, 94]))
         """
         if isinstance(u, PackedSequence):
             return distributed.packed(S4Model.forward, self, u, state, lengths, resets, rate, return_state)
@@ -162,7 +187,7 @@ class S4Model(Pretrained):
         if return_state or self.pooling == "mean":
             after = self._pool(x, layers, state, lengths, resets, piece)
         if after is not None and self.pooling == "mean":
-            y = self._decoded(_mean(after).to(x.dtype))
+            y = self._decoded(mean(after).to(x.dtype))
         elif self.pooling == "last":
             y = self._decoded(_last(x, lengths) if piece is None else piece.last(x, lengths))
         else:
@@ -180,8 +205,18 @@ class S4Model(Pretrained):
             rate: multiplies dt in every layer; a number, or (B,) the step of time before each input.
 
         Returns:
-            outputs (B, ...): what `forward` gives at this position or, pooled, for the sequence up to here;
+            outputs (B, ...) as `forward` gives them at this position or, pooled, for the sequence up to here;
             and the next state.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or combination, or a bidirectional layer; the message
+                names the argument.
+
+        Examples:
+            >>> model = S4Model(nn.Linear(3, 16), [S4Block(S4Layer(16))], nn.Linear(16, 10)).eval()
+            >>> y, state = model.step(torch.randn(8, 3), model.initial_state(8))
+            >>> y.shape
+            torch.Size([8, 10])
         """
         if not isinstance(u, Tensor) or u.dim() < 1:
             raise ValueError(f"u must be a tensor of shape (batch, ...), got {kind_of(u)}")
@@ -199,10 +234,20 @@ class S4Model(Pretrained):
         if self.norm is not None:
             x = normed(self.norm, x[:, None], None)[:, 0]
         after = State(tuple(layers), state.total + x.to(state.total.dtype), state.length + 1)
-        return self._decoded(_mean(after).to(x.dtype) if self.pooling == "mean" else x), after
+        return self._decoded(mean(after).to(x.dtype) if self.pooling == "mean" else x), after
 
     def initial_state(self, batch_size: int) -> State:
-        """The state before any input."""
+        """The state before any input.
+
+        Args:
+            batch_size: B, 0 or more.
+
+        Returns:
+            a `State` of zeros.
+
+        Raises:
+            ValueError, TypeError: a batch size that is none, or a bidirectional layer.
+        """
         layers = tuple(block.initial_state(batch_size) for block in self.blocks)
         total = layers[-1].new_zeros(layers[-1].shape[:2])
         return State(layers, total, torch.zeros(batch_size, dtype=torch.long, device=total.device))
@@ -222,8 +267,8 @@ class S4Model(Pretrained):
         """Go on from a prompt, feeding every output back as the next input. Call `eval` first.
 
         The prompt is one `forward`, whatever its length; every new input then costs one `step`. In training
-        mode dropout draws and batch norm counts, as there. Sharded by FSDP2, all ranks have to make as many
-        steps; a policy of mixed precision needs `cast_forward_inputs=False`, as states are not rounded.
+        mode dropout and batch norm act as they do in training. Sharded by FSDP2, all ranks have to make as
+        many steps; a policy of mixed precision needs `cast_forward_inputs=False`, as states are not rounded.
 
         Args:
             prompt: (B, L, ...) inputs as the encoder takes them, L at least 1.
@@ -242,6 +287,14 @@ class S4Model(Pretrained):
 
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
+
+        Examples:
+            >>> model = S4Model(nn.Embedding(50, 16), [S4Block(S4Layer(16))], nn.Linear(16, 50)).eval()
+            >>> prompt = torch.randint(50, (4, 20))
+            >>> model.generate(prompt, steps=8).shape  # the most likely tokens
+            torch.Size([4, 8])
+            >>> model.generate(prompt, 8, categorical(0.8, top_p=0.9), stop=0).shape[0]
+            4
         """
         check_integer("steps", steps, 1)
         new = self.stream(prompt, sample, stop=stop, pad=pad, state=state, lengths=lengths, rate=rate)
@@ -258,9 +311,24 @@ class S4Model(Pretrained):
         lengths: Tensor | None = None,
         rate: float | Tensor = 1.0,
     ) -> Iterator[Tensor]:
-        """`generate`, yielding (B, ...) as it goes, until all sequences ended; each step costs the same.
+        """`generate` as an iterator, without end unless `stop` ends all sequences; each step costs the same.
 
         The prompt is run at the call, which raises what there is to raise; later inputs wait for `next`.
+
+        Args:
+            prompt, sample, stop, pad, state, lengths, rate: as in `generate`.
+
+        Returns:
+            an iterator of new inputs (B, ...).
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
+
+        Examples:
+            >>> model = S4Model(nn.Embedding(50, 16), [S4Block(S4Layer(16))], nn.Linear(16, 50)).eval()
+            >>> tokens = model.stream(torch.randint(50, (4, 20)))
+            >>> next(tokens).shape
+            torch.Size([4])
         """
         if distributed.engaged:
             distributed.refuse("generation")
@@ -342,12 +410,7 @@ class S4Model(Pretrained):
             x = torch.where((t >= start[:, None])[..., None], x, 0)
             length = length - start
             before = None if before is None else before.reset(last >= 0)
-        total = x.sum(1, dtype=layers[-1].dtype if layers else torch.promote_types(x.dtype, torch.float32))
-        if piece is not None:
-            total = piece.sum(total)
-        if before is not None:
-            total, length = total + before.total, length + before.length
-        return State(layers, total, length)
+        return state_after(x, layers, before, length, piece)
 
     def _check_state(self, state: State, batch: int) -> None:
         valid = isinstance(state, State) and isinstance(state.layers, tuple)
@@ -386,7 +449,23 @@ def _through(module: nn.Module, name: str, x: Tensor) -> Tensor:
     return out
 
 
-def _mean(state: State) -> Tensor:
+def state_after(
+    x: Tensor, layers: tuple[Tensor, ...], before: State | None, length: Tensor, piece: Piece | None = None
+) -> State:
+    """The state of a stack, from the outputs x (B, L, d_model) of its last block for `length` (B,) inputs.
+
+    At all other positions x is zero.
+    """
+    total = x.sum(1, dtype=layers[-1].dtype if layers else torch.promote_types(x.dtype, torch.float32))
+    if piece is not None:
+        total = piece.sum(total)
+    if before is not None:
+        total, length = total + before.total, length + before.length
+    return State(layers, total, length)
+
+
+def mean(state: State) -> Tensor:
+    """(B, d_model), the mean of the last block's outputs so far; 0 before any."""
     return state.total / state.length.clamp(min=1)[:, None]
 
 

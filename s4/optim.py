@@ -40,6 +40,12 @@ def param_groups(
         ValueError: a rate below 0, of another parameter, or left out; or an S4 layer whose SSM parameters are
             not parameters of the model: after a parametrization (make the groups before it), or in FSDP1
             without `use_orig_params=True`.
+
+    Examples:
+        >>> model = nn.Sequential(S4Layer(16), nn.Linear(16, 10))
+        >>> optimizer = torch.optim.AdamW(param_groups(model, lr=1e-2))
+        >>> [(group["name"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+        [('ssm', 0.001, 0.0), ('no_decay', 0.01, 0.0), ('decay', 0.01, 0.05)]
     """
     check_module("model", model)
     check_number("lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr, 0)

@@ -10,14 +10,30 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from s4.checks import check_integer, check_integers, check_lengths, check_tensor, unread
 
+__all__ = [
+    "Packed",
+    "left_padding",
+    "pack",
+    "resets_from_cu_seqlens",
+    "resets_from_seq_idx",
+    "unpack",
+]
+
 Sequences = Tensor | PackedSequence  # what layers, blocks and models take
 
 
 class Packed(NamedTuple):
     """Sequences one behind the other in one row, as `pack` makes them.
 
-    Shapes: u (1, total, ...) inputs; resets (1, total), True at the first input of each sequence; lengths, a
-    number for each sequence, from which `unpack` takes them apart again.
+    Attributes:
+        u: inputs (1, total, ...).
+        resets: (1, total) booleans, True at the first input of each sequence.
+        lengths: a number for each sequence, by which `unpack` takes them apart again.
+
+    Examples:
+        >>> packed = pack([torch.randn(2, 16), torch.randn(3, 16)])
+        >>> packed.u.shape, packed.lengths, packed.cu_seqlens
+        (torch.Size([1, 5, 16]), (2, 3), tensor([0, 2, 5], dtype=torch.int32))
     """
 
     u: Tensor
@@ -46,6 +62,15 @@ def pack(sequences: Sequence[Tensor]) -> Packed:
 
     Raises:
         TypeError, ValueError: no sequences, or some that do not go into one row.
+
+    Examples:
+        >>> documents = [torch.randn(n, 16) for n in (30, 7, 95)]
+        >>> u, resets, lengths = pack(documents)
+        >>> u.shape, lengths
+        (torch.Size([1, 132, 16]), (30, 7, 95))
+        >>> outputs = unpack(S4Layer(16)(u, resets=resets), lengths)
+        >>> [y.shape for y in outputs]
+        [torch.Size([30, 16]), torch.Size([7, 16]), torch.Size([95, 16])]
     """
     if not isinstance(sequences, Sequence) or isinstance(sequences, str):
         raise TypeError(f"sequences must be a list of tensors, got {type(sequences).__name__}")
@@ -82,6 +107,10 @@ def unpack(y: Tensor, lengths: Sequence[int] | Tensor) -> list[Tensor]:
 
     Raises:
         TypeError, ValueError: a wrong shape or dtype, or lengths that the row does not have.
+
+    Examples:
+        >>> [y.flatten().tolist() for y in unpack(torch.arange(5)[None, :, None], [2, 3])]
+        [[0, 1], [2, 3, 4]]
     """
     check_tensor("y", y)
     if y.dim() < 2 or y.shape[0] != 1:
@@ -113,11 +142,15 @@ def resets_from_cu_seqlens(cu_seqlens: Tensor, L: int) -> Tensor:
             of them keeps it apart, and its outputs mean nothing.
 
     Returns:
-        (1, L) booleans, True at the first input of each sequence. The first of the row is one: a state that
-        is passed with these resets counts for nothing.
+        (1, L) booleans, True at the first input of each sequence, also of the row's first one. So a state
+        that is passed with these resets counts for nothing.
 
     Raises:
         TypeError, ValueError: another shape or dtype, or, where the numbers can be read, other numbers.
+
+    Examples:
+        >>> resets_from_cu_seqlens(torch.tensor([0, 2, 5]), 5).int()
+        tensor([[1, 0, 1, 0, 0]], dtype=torch.int32)
     """
     check_integer("L", L, 0)
     check_integers("cu_seqlens", cu_seqlens, "sequences + 1")
@@ -152,6 +185,12 @@ def resets_from_seq_idx(seq_idx: Tensor, before: Tensor | None = None) -> Tensor
 
     Raises:
         TypeError, ValueError: another shape or dtype.
+
+    Examples:
+        >>> resets_from_seq_idx(torch.tensor([[0, 0, 1, 1, 1]])).int()
+        tensor([[0, 0, 1, 0, 0]], dtype=torch.int32)
+        >>> resets_from_seq_idx(torch.tensor([[2, 2, 3]]), before=torch.tensor([1])).int()
+        tensor([[1, 0, 1]], dtype=torch.int32)
     """
     check_integers("seq_idx", seq_idx, "batch", "length")
     index = seq_idx.long().clamp(min=-1)
@@ -182,6 +221,11 @@ def left_padding(lengths: Tensor, L: int) -> Tensor:
 
     Raises:
         TypeError, ValueError: another shape or dtype, or, where the numbers can be read, other numbers.
+
+    Examples:
+        >>> left_padding(torch.tensor([3, 2]), 4).int()
+        tensor([[0, 1, 0, 0],
+                [0, 0, 1, 0]], dtype=torch.int32)
     """
     check_integer("L", L, 0)
     check_integers("lengths", lengths, "batch")

@@ -14,6 +14,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from s4.version import __version__
 
+__all__ = ["Pretrained"]
+
 FORMAT = 1  # of config.json; one that this version cannot read has a larger number
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Modules = Mapping[str, nn.Module]
@@ -40,10 +42,21 @@ _TYPES = {kind.__name__: kind for kind in _ARGUMENTS}
 
 
 class Pretrained(nn.Module):
-    """A module that can be written to a folder or to the hub, and made anew from there."""
+    """A module that can be written to a folder or to the hub, and made anew from there.
+
+    `S4Layer`, `S4Block` and `S4Model` are such modules.
+
+    Examples:
+        >>> model = S4Model(nn.Linear(3, 16), [S4Block(S4Layer(16))], nn.Linear(16, 10))
+        >>> again = S4Model.from_config(model.config())  # a new one of the same kind
+    """
 
     def config(self) -> dict[str, Any]:
-        """What `from_config` makes a module of this kind with, but for its numbers; as JSON has it."""
+        """What `from_config` makes a module of this kind with, but for its numbers.
+
+        Returns:
+            a dict that JSON can hold.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -53,6 +66,9 @@ class Pretrained(nn.Module):
         Args:
             config: as `config()` returns it, or JSON of that.
             modules: as in `from_pretrained`.
+
+        Returns:
+            the module, with new numbers.
 
         Raises:
             ValueError, TypeError: an option that does not exist; the message names it.
@@ -65,9 +81,19 @@ class Pretrained(nn.Module):
         Parameters keep their dtypes; those that are one tensor under two names are written once. Needs the
         packages safetensors and numpy.
 
+        Args:
+            folder: where to write; files of these names that are there are replaced.
+
         Raises:
             ValueError: a part that no config describes, or numbers that are not here (on meta, or sharded).
             ImportError: no safetensors, or no numpy.
+
+        Examples:
+            >>> layer = S4Layer(16)
+            >>> layer.save_pretrained("folder")
+            >>> again = S4Layer.from_pretrained("folder")
+            >>> torch.equal(again.C, layer.C)
+            True
         """
         save_file = _safetensors(saving=True).save_file
         for name, module in self.named_modules():
@@ -113,11 +139,20 @@ class Pretrained(nn.Module):
             device: where to; the CPU if not given.
             revision, token, cache_dir, local_files_only: of the hub, as `huggingface_hub` takes them.
 
+        Returns:
+            the module, in evaluation mode.
+
         Raises:
             FileNotFoundError: neither such a folder nor such a model.
             ValueError: files of another kind or a newer format, or weights that do not fit the config; the
                 message names the parameters.
             ImportError: no safetensors, or no huggingface_hub.
+
+        Examples:
+            >>> model = S4Model(nn.Embedding(50, 16), [S4Block(S4Layer(16))], nn.Linear(16, 50))
+            >>> model.save_pretrained("folder")
+            >>> S4Model.from_pretrained("folder").training
+            False
         """
         load_file = _safetensors().load_file
         path = Path(name)
@@ -164,7 +199,8 @@ class Pretrained(nn.Module):
             the address of the commit.
 
         Raises:
-            ImportError: no huggingface_hub or safetensors. Errors of huggingface_hub pass as they are.
+            ImportError: no huggingface_hub or safetensors.
+            OSError: what huggingface_hub raises passes as it is.
         """
         api = _hub().HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:

@@ -11,12 +11,24 @@ from s4.checks import unread
 
 
 class State(NamedTuple):
-    """The state of a whole stack after some inputs.
+    """The state of a whole stack after some inputs, as `S4Model.forward` and `step` return it.
 
-    Shapes: layers, one (B, H, N) a block; total (B, d_model) and length (B,), the sum and the number of the
-    outputs of the last block so far, from which mean pooling goes on. `torch.save`, `torch.load`, pickles,
-    copies, `torch.compile` and `torch.export` take it as it is; as a dict it is `state._asdict()`. It is a
-    named tuple, but has no arithmetic. No method changes the state that it is called on.
+    A named tuple, but with no arithmetic: `torch.save`, `torch.load`, pickles, copies, `torch.compile` and
+    `torch.export` take it as it is. No method changes the state that it is called on.
+
+    Attributes:
+        layers: one tensor (B, H, N) a block, the state of its layer.
+        total: (B, d_model), the sum of the last block's outputs so far, for mean pooling.
+        length: (B,) integers, the number of inputs so far.
+
+    Examples:
+        >>> model = S4Model(nn.Linear(3, 16), [S4Block(S4Layer(16))], nn.Linear(16, 2), pooling="mean")
+        >>> state = model.initial_state(batch_size=4)
+        >>> y, state = model.step(torch.randn(4, 3), state)
+        >>> state.layers[0].shape, state.length
+        (torch.Size([4, 16, 64]), tensor([1, 1, 1, 1]))
+        >>> state.select([0, 0, 2]).length.shape  # rows 0, again 0, and 2
+        torch.Size([3])
     """
 
     layers: tuple[Tensor, ...]
@@ -29,9 +41,20 @@ class State(NamedTuple):
         Args:
             rows: a slice, or a one-dimensional sequence or tensor of row numbers or of booleans.
 
+        Returns:
+            the state of these rows.
+
         Raises:
-            ValueError: rows of another kind. IndexError: a row that does not exist; numbers on a GPU are not
-                looked at, as that would wait for it.
+            ValueError: rows of another kind.
+            IndexError: a row that does not exist. Numbers on a GPU are not looked at, as that would wait for
+                it.
+
+        Examples:
+            >>> state = State((torch.zeros(3, 2, 4),), torch.zeros(3, 2), torch.tensor([5, 6, 7]))
+            >>> state.select([2, 0]).length
+            tensor([7, 5])
+            >>> state.select(state.length > 5).length
+            tensor([6, 7])
         """
         index = _index(rows, self.length)
         return State(tuple(x[index] for x in self.layers), self.total[index], self.length[index])
@@ -41,6 +64,15 @@ class State(NamedTuple):
 
         Args:
             rows: as those of `select`, with the same errors.
+
+        Returns:
+            the state of all rows, zero in these.
+
+        Examples:
+            >>> state = State((torch.ones(3, 2, 4),), torch.ones(3, 2), torch.tensor([5, 6, 7]))
+            >>> done = torch.tensor([False, True, False])
+            >>> state.reset(done).length
+            tensor([5, 0, 7])
         """
         new = torch.zeros_like(self.length, dtype=torch.bool)
         new[_index(rows, self.length)] = True
@@ -49,11 +81,31 @@ class State(NamedTuple):
         return State(layers, total, self.length.masked_fill(new, 0))
 
     def detach(self) -> "State":
-        """The same values without their history: where backpropagation through time ends."""
+        """The same values without their history: where backpropagation through time ends.
+
+        Returns:
+            a state that shares memory with this one.
+
+        Examples:
+            >>> state = State((torch.zeros(3, 2, 4, requires_grad=True),), torch.zeros(3, 2), torch.zeros(3))
+            >>> state.detach().layers[0].requires_grad
+            False
+        """
         return State(tuple(x.detach() for x in self.layers), self.total.detach(), self.length.detach())
 
     def clone(self) -> "State":
-        """A copy in memory of its own, through which gradients flow as through `Tensor.clone`."""
+        """A copy in memory of its own, through which gradients flow as through `Tensor.clone`.
+
+        Returns:
+            the copy.
+
+        Examples:
+            >>> state = State((torch.zeros(1, 2, 4),), torch.zeros(1, 2), torch.tensor([5]))
+            >>> copy = state.clone()
+            >>> copy.length[0] = 0
+            >>> state.length
+            tensor([5])
+        """
         return State(tuple(x.clone() for x in self.layers), self.total.clone(), self.length.clone())
 
     def to(
@@ -61,10 +113,21 @@ class State(NamedTuple):
     ) -> "State":
         """On another device, in another floating-point dtype, or both; `length` stays an integer.
 
-        As of a tensor, the dtype may stand alone: `state.to(torch.float64)`.
+        Args:
+            device: a device or its name; or a dtype, as `Tensor.to` takes one: `state.to(torch.float64)`.
+            dtype: of `layers` and `total`.
+
+        Returns:
+            the state there.
 
         Raises:
-            ValueError: no device. TypeError: a dtype that is not of floating-point numbers.
+            ValueError: no device.
+            TypeError: a dtype that is not of floating-point numbers.
+
+        Examples:
+            >>> state = State((torch.zeros(1, 2, 4),), torch.zeros(1, 2), torch.tensor([5]))
+            >>> state.to("cpu", torch.float64).total.dtype
+            torch.float64
         """
         if isinstance(device, torch.dtype) and dtype is None:
             device, dtype = None, device
@@ -81,9 +144,20 @@ class State(NamedTuple):
     def cat(states: Sequence["State"]) -> "State":
         """One batch of several, one below the other: the inverse of `select`.
 
+        Args:
+            states: one or more, alike in all but their batch.
+
+        Returns:
+            the state of all their rows.
+
         Raises:
             TypeError: something other than states.
             ValueError: no states, or states that differ in more than their batch.
+
+        Examples:
+            >>> state = State((torch.zeros(3, 2, 4),), torch.zeros(3, 2), torch.tensor([5, 6, 7]))
+            >>> State.cat([state.select([2]), state]).length
+            tensor([7, 5, 6, 7])
         """
         if isinstance(states, State) or not isinstance(states, Sequence):
             raise TypeError(f"states must be a sequence of State, got {type(states).__name__}")

@@ -4,6 +4,7 @@
 
 - `python` is run. A comment `# (8, 10)` behind an assignment is the shape of its first target: it is checked.
 - `sh` is run by bash in that folder. `$S4_REPOSITORY` is the clone, for what only a clone has.
+- `py` with a title, the path of a file, is an excerpt of that file: `test_excerpts.py` looks it up.
 - `text` and others are not run: output, installations, and what needs another machine.
 
 A comment `<!-- setup` with Python up to `-->`, each on a line of its own, is run too. The reader does not

@@ -79,6 +79,19 @@ def block(
     Raises:
         ValueError, TypeError: no block, several, or one with no counterpart, as those with `gate` and
             `bottleneck`; keys that are missing or unknown; the message says which and what to do.
+
+    Examples:
+        >>> original = {  # the minimal S4D, with its output map
+        ...     "D": torch.ones(4),
+        ...     "kernel.log_dt": torch.full((4,), -5.0),
+        ...     "kernel.C": torch.randn(4, 32, 2),
+        ...     "kernel.log_A_real": torch.zeros(4, 32),
+        ...     "kernel.A_imag": torch.arange(32.0).repeat(4, 1),
+        ...     "output_linear.0.weight": torch.randn(8, 4, 1),
+        ...     "output_linear.0.bias": torch.zeros(8),
+        ... }
+        >>> block(original)(torch.randn(2, 100, 4)).shape
+        torch.Size([2, 100, 4])
     """
     options = Options(discretization, dt_transform, real_transform, imag_transform)
     options.check()

@@ -31,10 +31,18 @@ def load(path: str | os.PathLike[str]) -> Mapping[str, Any]:
             weights_only=True: none of its code is run, and objects of other libraries in it, such as the
             configuration in a checkpoint of the original's train.py, are left empty.
 
+    Returns:
+        the dict, as `layer`, `block` and `model` of `s4.convert` take it.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read so, or it holds no dict.
         ImportError: it ends in .safetensors, and that package is missing.
+
+    Examples:
+        >>> torch.save({"state_dict": {"D": torch.ones(2)}, "epoch": 3}, "last.ckpt")
+        >>> load("last.ckpt")["state_dict"]
+        {'D': tensor([1., 1.])}
     """
     path = Path(path)
     if not path.is_file():

@@ -56,6 +56,18 @@ def layer(
     Raises:
         ValueError, TypeError: no layer, several, or one with no counterpart; keys that are missing or
             unknown; the message says which and what to do.
+
+    Examples:
+        >>> original = {  # of the minimal S4D: 4 channels, 32 modes
+        ...     "D": torch.ones(4),
+        ...     "kernel.log_dt": torch.full((4,), -5.0),
+        ...     "kernel.C": torch.randn(4, 32, 2),
+        ...     "kernel.log_A_real": torch.zeros(4, 32),
+        ...     "kernel.A_imag": torch.arange(32.0).repeat(4, 1),
+        ... }
+        >>> found = layer(original)
+        >>> found.d_model, found.d_state, found.variant
+        (4, 64, 'diag')
     """
     options = Options(discretization, dt_transform, real_transform, imag_transform)
     options.check()

@@ -57,6 +57,22 @@ def model(
     Raises:
         ValueError, TypeError: a model of another form, or with no counterpart; keys that are missing or
             unknown; the message says which and what to do.
+
+    Examples:
+        >>> original = {f"s4_layers.0.{name}": value for name, value in {
+        ...     "D": torch.ones(4),
+        ...     "kernel.log_dt": torch.full((4,), -5.0),
+        ...     "kernel.C": torch.randn(4, 32, 2),
+        ...     "kernel.log_A_real": torch.zeros(4, 32),
+        ...     "kernel.A_imag": torch.arange(32.0).repeat(4, 1),
+        ...     "output_linear.0.weight": torch.randn(8, 4, 1),
+        ...     "output_linear.0.bias": torch.zeros(8),
+        ... }.items()}
+        >>> original |= {f"encoder.{n}": p for n, p in nn.Linear(3, 4).state_dict().items()}
+        >>> original |= {f"norms.0.{n}": p for n, p in nn.LayerNorm(4).state_dict().items()}
+        >>> original |= {f"decoder.{n}": p for n, p in nn.Linear(4, 10).state_dict().items()}
+        >>> model(original)(torch.randn(2, 100, 3)).shape  # of example.py
+        torch.Size([2, 10])
     """
     options = Options(discretization, dt_transform, real_transform, imag_transform)
     options.check()

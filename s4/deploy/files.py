@@ -29,15 +29,13 @@ def export(
 ) -> Path:
     """Write a frozen model to a file of any batch from 1 and, for forward, any length from 1 to max_length.
 
-    `.pt2`, for `torch.export.load`, which needs no s4 and makes an AOTInductor package of it:
+    `.pt2` is for `torch.export.load`, which needs no s4; AOTInductor makes a package of it. States are dicts
+    of tensors, zeros at first, named as in `Frozen.part`.
 
-        run = torch.export.load("model.pt2").module()
-        y = run(u)                  # part="forward"
-        y, state = run(u, state)    # "chunk", "step": state a dict of tensors, zeros at first
-
-    `.onnx`, for onnxruntime: inputs u, state_0, state_1, ..., outputs y, next_state_0, next_state_1, ...; of
-    an S4Model also total, length, next_total and next_length (see `s4.State`). Dimensions are named batch and
-    length. Inputs and outputs have the model's dtypes, states that of its layers' states, length is int64.
+    `.onnx` is for onnxruntime. Inputs are u, state_0, state_1, ..., outputs y, next_state_0, next_state_1,
+    ...; of an S4Model also total, length, next_total and next_length (see `s4.State`). Dimensions are named
+    batch and length. Inputs and outputs have the model's dtypes, states that of its layers' states; length
+    is int64.
 
     Args:
         model: what `freeze` takes, or has returned: then with its own lengths.
@@ -56,6 +54,13 @@ def export(
             bfloat16 for .onnx.
         FileNotFoundError: no such folder.
         ImportError: .onnx without the package onnxscript, by which torch writes it.
+
+    Examples:
+        >>> path = export(S4Layer(4), "layer.pt2", "step")
+        >>> step = torch.export.load(path).module()
+        >>> y, state = step(torch.randn(3, 4), {"state_0": torch.zeros(3, 4, 64)})
+        >>> y.shape
+        torch.Size([3, 4])
     """
     path = Path(path)
     if path.suffix not in _SUFFIXES:

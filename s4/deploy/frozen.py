@@ -21,6 +21,18 @@ class Frozen(nn.Module):
     """A copy of a layer, block or model in evaluation, its S4 layers constants. Made by `freeze`.
 
     States are those of the original: (B, H, N), of a model a `State`.
+
+    Args:
+        module: the copy, whose S4 layers are constants.
+        max_length: of the longest sequence that `forward` takes; None: there is no `forward`.
+        chunk: steps of the sequences that `chunk` takes.
+
+    Examples:
+        >>> frozen = s4.deploy.freeze(S4Layer(16), chunk=10)
+        >>> y, state = frozen.chunk(torch.randn(2, 10, 16), frozen.initial_state(2))
+        >>> y, state = frozen.step(torch.randn(2, 16), state)
+        >>> y.shape
+        torch.Size([2, 16])
     """
 
     def __init__(self, module: nn.Module, max_length: int | None, chunk: int) -> None:
@@ -29,7 +41,13 @@ class Frozen(nn.Module):
         self.max_length, self.chunk_length = max_length, chunk
 
     def forward(self, u: Tensor) -> Tensor:
-        """Outputs of whole sequences (B, L, ...), L from 1 to max_length, as the original gives them.
+        """Outputs of whole sequences, as the original gives them.
+
+        Args:
+            u: inputs (B, L, ...), L from 1 to max_length.
+
+        Returns:
+            outputs (B, L, ...), of a model that pools (B, ...).
 
         Raises:
             ValueError, TypeError: a wrong shape, dtype or length; no max_length.
@@ -37,9 +55,14 @@ class Frozen(nn.Module):
         return self.module(u)
 
     def chunk(self, u: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Outputs of (B, chunk, ...) inputs that go on from a state, and the state after them.
+        """Outputs of the next inputs of a sequence.
 
-        Pooled outputs are those up to the end of the chunk.
+        Args:
+            u: inputs (B, chunk, ...), as many steps as `freeze` was told.
+            state: from `initial_state`, or an earlier `chunk` or `step`.
+
+        Returns:
+            outputs (B, chunk, ...), or pooled up to the end of the chunk (B, ...); and the next state.
 
         Raises:
             ValueError, TypeError: a wrong shape or dtype; a bidirectional layer.
@@ -49,7 +72,14 @@ class Frozen(nn.Module):
         return self.module(u, state, return_state=True)
 
     def step(self, u: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Outputs of one time step (B, ...), and the next state.
+        """Outputs of one time step.
+
+        Args:
+            u: inputs (B, ...).
+            state: from `initial_state`, or an earlier `chunk` or `step`.
+
+        Returns:
+            outputs (B, ...), and the next state.
 
         Raises:
             ValueError, TypeError: a wrong shape or dtype; a bidirectional layer.
@@ -57,15 +87,43 @@ class Frozen(nn.Module):
         return self.module.step(u, state)
 
     def initial_state(self, batch_size: int) -> Any:
-        """The state before any input."""
+        """The state before any input.
+
+        Args:
+            batch_size: B, 0 or more.
+
+        Returns:
+            zeros (B, H, N), of a model a `State` of zeros.
+
+        Raises:
+            ValueError, TypeError: a batch size that is none, or a bidirectional layer.
+        """
         return self.module.initial_state(batch_size)
 
     def train(self, mode: bool = True) -> "Frozen":
-        """Always in evaluation: of dropout and batch norm, too."""
+        """Nothing: a frozen module stays in evaluation mode, its dropout and batch norm too.
+
+        Args:
+            mode: not looked at.
+
+        Returns:
+            the module itself.
+        """
         return super().train(False)
 
     def part(self, name: str) -> "Part":
-        """ "forward", "chunk" or "step" as a module of its own, for tools that take a module's forward."""
+        """One of the three as a module of its own, for tools that take a module's forward.
+
+        Args:
+            name: "forward", "chunk" or "step".
+
+        Returns:
+            the module. It maps u to y, or u and a state to (y, state), with states as dicts of tensors. Their
+            names are state_0, state_1, ... of the layers and, of a model, total and length.
+
+        Raises:
+            ValueError: another name.
+        """
         check_option("part", name, PARTS)
         return Part(self, name).eval()
 
@@ -132,10 +190,19 @@ def freeze(
         mode: of forward, as of S4Layer: "fft", by FFT with a ready kernel, H max_length numbers; "scan", by
             products of matrices, (T^2 + 2 T N + N^2 log2(max_length / T)) H numbers with T = 64 or more, for
             tools without a fast and exact FFT of any size, such as onnxruntime.
-        rate: multiplies dt, as in `S4Layer.forward`.
+        rate: multiplies dt, as in `S4Layer.forward`; a number.
+
+    Returns:
+        a `Frozen`, or of any other module a copy of it.
 
     Raises:
         ValueError, TypeError: an option that does not exist, a module without an S4Layer.
+
+    Examples:
+        >>> block, u = S4Block(S4Layer(16)).eval(), torch.randn(2, 700, 16)
+        >>> frozen = freeze(block, max_length=1000)
+        >>> torch.allclose(frozen(u), block(u), atol=1e-4)
+        True
     """
     check_module("model", model)
     if max_length is not None:

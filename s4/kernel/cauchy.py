@@ -29,6 +29,12 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, backend: str = "auto") -> Tensor:
     Raises:
         TypeError: an argument is not complex, or dtypes differ.
         ValueError: the last dimensions of v and w differ, devices differ, or the backend cannot run.
+
+    Examples:
+        >>> v, w = torch.randn(2, 8, 32, dtype=torch.complex64)  # 8 sums over 32 pairs of poles
+        >>> z = torch.randn(100, dtype=torch.complex64)
+        >>> cauchy(v, z, w).shape
+        torch.Size([8, 100])
     """
     check_sums({"v": v, "z": z, "w": w})
     if not isinstance(backend, str):

@@ -15,8 +15,9 @@ from s4.system import readout, stack
 def vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
     """2 Re of the sum over n of v_n exp(x_n l), for l = 0, ..., L-1 (S4D equation 7).
 
-    In double precision, as a phase x l must be known to far better than 1 and grows with l; in memory that
-    does not grow with n L: it is the response of a diagonal recurrence. Leading dimensions broadcast.
+    It is computed in double precision, as the phase x l grows with l and must be known to far better than 1.
+    It takes no memory of n L numbers, as it is the response of a diagonal recurrence. Leading dimensions
+    broadcast.
 
     Args:
         v: weights, complex (..., n).
@@ -29,6 +30,11 @@ def vandermonde(v: Tensor, x: Tensor, L: int) -> Tensor:
     Raises:
         TypeError: an argument is not complex, dtypes differ, or L is not an integer.
         ValueError: the last dimensions differ, devices differ, or L is negative.
+
+    Examples:
+        >>> v, x = torch.tensor([0.5 + 0j]), torch.tensor([1j * torch.pi / 3])
+        >>> vandermonde(v, x, 4)  # cos(pi l / 3)
+        tensor([ 1.0000,  0.5000, -0.5000, -1.0000])
     """
     check_sums({"v": v, "x": x})
     if v.shape[-1] != x.shape[-1]:

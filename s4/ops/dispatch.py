@@ -37,9 +37,15 @@ _AUTOCAST = {kind for kind in _KINDS if torch.amp.is_autocast_available(kind)}
 
 
 def backends() -> dict[str, dict[str, bool | str] | str]:
-    """What each backend computes here: the operations, by name, with True or the reason why not.
+    """What each backend can compute on this machine. "torch" is the plain definition of every operation.
 
-    Of one that cannot run on any device here, the reason alone. "torch" is the plain definition.
+    Returns:
+        by the name of each backend a dict of operations, each with True or the reason why not; or a string,
+        the reason why the backend cannot run here at all.
+
+    Examples:
+        >>> backends()["torch"]["scan"]
+        True
     """
     found: dict[str, dict[str, bool | str] | str] = {}
     for name, module in BACKENDS.items():

@@ -1,6 +1,5 @@
 """What a model of s4 computes without a head, and how transformers loads and begins it."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from s4.block import normed
-from s4.model import S4Model
+from s4.model import S4Model, state_after
 from s4.padding import zero_padding
 from s4.state import State
 from s4.transformers.cache import S4Cache, Unmasked, apart, given_cache, together
@@ -17,7 +16,7 @@ from s4.transformers.installed import CACHE, BaseModelOutputWithPast, PreTrained
 
 
 class S4PreTrainedModel(PreTrainedModel):
-    """What all of them share: how they begin, and how they are loaded and divided over devices."""
+    """What the models share: how they begin, and how they are loaded and divided over devices."""
 
     config_class = S4Config
     base_model_prefix = "model"
@@ -43,7 +42,16 @@ class S4PreTrainedModel(PreTrainedModel):
 
 
 class S4BaseModel(S4PreTrainedModel):
-    """Encoder, blocks and norm of an `s4.S4Model`, without its decoder: what `AutoModel` makes."""
+    """Encoder, blocks and norm of an `s4.S4Model`, without its decoder: what `AutoModel` makes.
+
+    Args:
+        config: what it is made with.
+
+    Examples:
+        >>> model = S4BaseModel(S4Config(vocab_size=50, hidden_size=16, num_hidden_layers=1))
+        >>> model(torch.randint(50, (2, 100))).last_hidden_state.shape
+        torch.Size([2, 100, 16])
+    """
 
     def __init__(self, config: S4Config) -> None:
         super().__init__(config)
@@ -53,11 +61,15 @@ class S4BaseModel(S4PreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The encoder."""
+        """The encoder, an embedding or a linear map."""
         return self.encoder
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Another encoder in its place."""
+        """Put another encoder in its place.
+
+        Args:
+            value: the encoder.
+        """
         self.encoder = value
 
     def forward(
@@ -87,7 +99,10 @@ class S4BaseModel(S4PreTrainedModel):
             use_cache: return the state after the last inputs. If None: where a cache was passed, and in
                 evaluation if the config says so and no layer is bidirectional.
             output_hidden_states: also return the inputs of all blocks, and the features: (B, L, H) each.
-            return_dict: a dataclass, or a tuple.
+            return_dict: return a dataclass, or a tuple.
+
+        Returns:
+            last_hidden_state (B, L, H), the features; the state and the blocks' inputs where asked for.
 
         Raises:
             ValueError, TypeError: not one kind of inputs, or a wrong shape, dtype or combination.
@@ -112,7 +127,8 @@ class S4BaseModel(S4PreTrainedModel):
             x = zero_padding(x, lengths.to(x.device))
         if use_cache:
             passed = S4Cache() if passed is None else passed
-            passed.state, passed.seen = _after(x, layers, before, lengths), passed.seen + L
+            passed.state = state_after(x, layers, before, counted(x, lengths))
+            passed.seen += L
         features = [*(heard or ()), x]
         if unmasked is not None:
             features = [apart(each, unmasked) for each in features]
@@ -124,6 +140,7 @@ class S4BaseModel(S4PreTrainedModel):
         return output if chosen(return_dict, self.config.return_dict) else output.to_tuple()
 
     def causal(self) -> bool:
+        """Whether no layer is bidirectional, so that there is a state."""
         return not any(block.layer.bidirectional for block in self.blocks)
 
     def _run(
@@ -133,7 +150,7 @@ class S4BaseModel(S4PreTrainedModel):
         lengths: Tensor | None,
         use_cache: bool,
         heard: list[Tensor] | None,
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Outputs of the last block, and the layers' states; inputs of the blocks are put into `heard`."""
         if before is not None and len(before.layers) != len(self.blocks):
             raise ValueError(f"cache must hold {len(self.blocks)} layers, got {len(before.layers)}")
@@ -156,7 +173,7 @@ class S4BaseModel(S4PreTrainedModel):
                     x, state = x
             if use_cache:
                 layers.append(state)
-        return x, layers
+        return x, tuple(layers)
 
 
 def _inputs(ids: Tensor | None, embeds: Tensor | None, values: Tensor | None) -> tuple[Tensor, bool]:
@@ -170,14 +187,11 @@ def _inputs(ids: Tensor | None, embeds: Tensor | None, values: Tensor | None) ->
     return found[0], embeds is not None
 
 
-def _after(x: Tensor, layers: Sequence[Tensor], before: State | None, lengths: Tensor | None) -> State:
-    """The state of the stack after features x (B, L, H), zero past the lengths."""
-    total = x.sum(1, dtype=layers[-1].dtype)
-    full = torch.full(x.shape[:1], x.shape[1], device=x.device)
-    length = full if lengths is None else lengths.to(x.device)
-    if before is not None:
-        total, length = total + before.total, length + before.length
-    return State(tuple(layers), total, length)
+def counted(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """(B,), how many inputs each sequence of features x (B, L, H) has, on their device."""
+    if lengths is None:
+        return torch.full(x.shape[:1], x.shape[1], device=x.device)
+    return lengths.to(x.device)
 
 
 def chosen(given: bool | None, default: bool | None) -> bool:

@@ -20,6 +20,14 @@ class S4Cache(Cache):
     Args:
         state: to go on from, as `S4Model.forward` and `step` return it too.
         seen: how many positions came before, with their padding; from the state if not given.
+
+    Examples:
+        >>> from s4.transformers import S4Config, S4ForCausalLM
+        >>> model = S4ForCausalLM(S4Config(vocab_size=50, hidden_size=16, num_hidden_layers=1)).eval()
+        >>> cache = S4Cache()
+        >>> first = model(torch.randint(50, (2, 100)), past_key_values=cache)
+        >>> cache.seen, cache.state.layers[0].shape
+        (100, torch.Size([2, 16, 64]))
     """
 
     def __init__(self, state: State | None = None, seen: int | None = None) -> None:
@@ -34,15 +42,36 @@ class S4Cache(Cache):
         return f"S4Cache(layers={len(self)}, seen={self.seen})"
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many positions came before."""
+        """How many positions came before.
+
+        Args:
+            layer_idx: not looked at: all layers have seen the same.
+
+        Returns:
+            the number, with padding.
+        """
         return self.seen
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is no limit."""
+        """The number of positions that the cache can hold.
+
+        Args:
+            layer_idx: not looked at.
+
+        Returns:
+            -1, as there is no limit.
+        """
         return -1
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """Whether there is a state to go on from."""
+        """Whether there is a state to go on from.
+
+        Args:
+            layer_idx, state_idx: not looked at.
+
+        Returns:
+            False before any input.
+        """
         return self.state is not None
 
     @property
@@ -71,11 +100,22 @@ class S4Cache(Cache):
         return [False]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raises NotImplementedError: a state cannot forget its last inputs."""
+        """Refused: a state cannot forget its last inputs.
+
+        Args:
+            tokens_to_remove: not looked at.
+
+        Raises:
+            NotImplementedError: always.
+        """
         raise NotImplementedError("S4Cache cannot be cropped: a state cannot forget its last inputs")
 
     def activate_past_recording(self) -> None:
-        """Raises NotImplementedError, as `crop` does."""
+        """Refused, as `crop` is.
+
+        Raises:
+            NotImplementedError: always.
+        """
         self.crop(0)
 
     def reset(self) -> None:
@@ -83,7 +123,11 @@ class S4Cache(Cache):
         self.state, self.seen = None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take these rows of the batch, each any number of times: the beams that go on."""
+        """Take some rows of the batch, each any number of times: the beams that go on.
+
+        Args:
+            beam_idx: (rows,) integers.
+        """
         if self.state is not None:
             rows = [x.index_select(0, beam_idx.to(x.device)) for x in self.state.layers]
             total, length = (
@@ -92,11 +136,19 @@ class S4Cache(Cache):
             self.state = State(tuple(rows), total, length)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """As `reorder_cache`."""
+        """Take some rows of the batch, as `reorder_cache` does.
+
+        Args:
+            indices: (rows,) integers.
+        """
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Take each row of the batch so many times, one below the other."""
+        """Take each row of the batch so many times, one below the other.
+
+        Args:
+            repeats: how many times.
+        """
         if self.state is not None:
             self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 

@@ -45,6 +45,11 @@ class S4Config(PreTrainedConfig):
 
     Raises:
         ValueError, TypeError: a value or a combination that does not exist; the message names it.
+
+    Examples:
+        >>> config = S4Config(vocab_size=50257, hidden_size=512, num_hidden_layers=6, d_ff=2048)
+        >>> config.d_model, config.d_state
+        (512, 64)
     """
 
     model_type: ClassVar[str] = "s4"
@@ -125,7 +130,14 @@ class S4Config(PreTrainedConfig):
 
     @classmethod
     def from_s4(cls, model: S4Model, fields: Mapping[str, Any] | None = None) -> "S4Config":
-        """The config of an `S4Model`, with these further fields.
+        """The config of an `S4Model`, with further fields.
+
+        Args:
+            model: the model.
+            fields: values by the names of fields, such as those of the tokenizer.
+
+        Returns:
+            the config.
 
         Raises:
             ValueError: a model with parts that no config describes.
@@ -151,7 +163,15 @@ class S4Config(PreTrainedConfig):
         return config
 
     def model(self, outputs: int, pooling: str) -> dict[str, Any]:
-        """The config of the `S4Model` that these fields describe, with so many outputs."""
+        """The config of the `S4Model` that the fields describe.
+
+        Args:
+            outputs: of its decoder.
+            pooling: its pooling.
+
+        Returns:
+            a dict, as `S4Model.from_config` takes it.
+        """
         width = self.hidden_size
         head = {"type": "Linear", "in_features": width, "out_features": outputs, "bias": self.head_bias}
         tokens = {"type": "Embedding", "num_embeddings": self.vocab_size, "embedding_dim": width}

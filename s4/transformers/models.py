@@ -6,10 +6,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from s4.model import S4Model
+from s4.model import S4Model, mean, state_after
 from s4.pretrained import built
 from s4.state import State
-from s4.transformers.base import S4BaseModel, S4PreTrainedModel, chosen
+from s4.transformers.base import S4BaseModel, S4PreTrainedModel, chosen, counted
 from s4.transformers.cache import S4Cache, given_cache
 from s4.transformers.config import S4Config
 from s4.transformers.installed import (
@@ -54,6 +54,9 @@ class Headed(S4PreTrainedModel):
             pad_token_id, bos_token_id, eos_token_id: of the tokenizer, as `S4Config` has them.
             id2label: the names of the classes.
 
+        Returns:
+            the model, in the mode of that one, training or evaluation.
+
         Raises:
             TypeError, ValueError: no such model, or one with parts that no config describes.
         """
@@ -95,7 +98,11 @@ class Headed(S4PreTrainedModel):
         raise NotImplementedError
 
     def s4(self) -> S4Model:
-        """The `S4Model` of these very parts: what is trained there is trained here."""
+        """The `S4Model` of these very parts: what is trained there is trained here.
+
+        Returns:
+            the model, in the mode of this one, training or evaluation.
+        """
         base = self.model
         model = S4Model(
             base.encoder,
@@ -113,8 +120,17 @@ class Headed(S4PreTrainedModel):
 class S4ForCausalLM(Headed, GenerationMixin):
     """A language model: `generate` runs the prompt once, and then costs a step a token.
 
+    Args:
+        config: what it is made with.
+
     Raises:
         ValueError: a config of real inputs or bidirectional layers.
+
+    Examples:
+        >>> model = S4ForCausalLM(S4Config(vocab_size=50, hidden_size=16, num_hidden_layers=1)).eval()
+        >>> prompt = torch.randint(50, (2, 100))
+        >>> model.generate(prompt, max_new_tokens=8, do_sample=False).shape  # with the prompt
+        torch.Size([2, 108])
     """
 
     _head = "lm_head"
@@ -158,14 +174,17 @@ class S4ForCausalLM(Headed, GenerationMixin):
         """Logits of the token behind each position.
 
         Args:
-            input_ids, attention_mask, inputs_embeds, cache, past_key_values, use_cache, output_hidden_states,
-            return_dict: as `S4BaseModel` has them; use_cache is off where there are labels.
+            input_ids, attention_mask, inputs_embeds, cache, past_key_values: as `S4BaseModel` has them.
+            use_cache, output_hidden_states, return_dict: as there; use_cache is off where there are labels.
             labels: (B, L), the tokens themselves, which are shifted here; those of -100 do not count.
             logits_to_keep: so many last positions, or these ones; 0 is all.
             num_items_in_batch: what the sum of losses is divided by, in place of the number of labels.
 
         Returns:
             logits (B, L, vocabulary), or of fewer positions, and the mean cross-entropy of labels.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
         if use_cache is None and labels is not None and cache is None and past_key_values is None:
             use_cache = False
@@ -205,7 +224,16 @@ class S4ForCausalLM(Headed, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """What `generate` calls the model with; `kwargs` are its own.
+        """What `generate` calls the model with.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds, use_cache: as in `forward`.
+            next_sequence_length: how many of the last tokens the model has not seen.
+            is_first_iteration: whether the prompt is to be run.
+            kwargs: those of `generate` itself.
+
+        Returns:
+            the arguments of `forward`.
 
         Raises:
             ValueError: prompts padded on the right, no token that the cache has not seen, or a cache of
@@ -259,7 +287,17 @@ class S4ForCausalLM(Headed, GenerationMixin):
 
 
 class S4ForSequenceClassification(Headed):
-    """One prediction a sequence, of tokens or real numbers, from the mean over it or from its end."""
+    """One prediction a sequence, of tokens or real numbers, from the mean over it or from its end.
+
+    Args:
+        config: what it is made with.
+
+    Examples:
+        >>> config = S4Config(d_input=3, hidden_size=16, num_hidden_layers=1, num_labels=10)
+        >>> model = S4ForSequenceClassification(config).eval()
+        >>> model(input_values=torch.randn(2, 100, 3)).logits.shape
+        torch.Size([2, 10])
+    """
 
     _head = "classifier"
 
@@ -297,14 +335,18 @@ class S4ForSequenceClassification(Headed):
         """Logits (B, num_labels) of each sequence.
 
         Args:
-            input_ids, attention_mask, inputs_embeds, input_values, cache, past_key_values,
-            output_hidden_states, return_dict: as `S4BaseModel` has them.
+            input_ids, attention_mask, inputs_embeds, input_values, cache, past_key_values: as `S4BaseModel`
+                has them.
+            output_hidden_states, return_dict: as there.
             labels: (B,) classes; or numbers, of a regression; or (B, num_labels), of several classes at once.
             use_cache: return the state, from which a call with the inputs behind these goes on. Done also
                 where a cache was passed.
 
         Returns:
             logits, and the loss of labels, as `config.problem_type` has it.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or combination; the message names the argument.
         """
         goes_on = cache is not None or past_key_values is not None
         output = self.model(
@@ -343,9 +385,6 @@ def _pooled(x: Tensor, attention_mask: Tensor | None, state: State | None, pooli
     if pooling == "last":
         behind = 0 if inside is None else inside.flip(1).to(torch.uint8).argmax(1)
         return x[torch.arange(len(x), device=x.device), L - 1 - behind]
-    if state is not None:
-        total, length = state.total, state.length
-    else:
-        total = x.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
-        length = torch.full(x.shape[:1], L, device=x.device) if inside is None else inside.sum(1)
-    return (total / length.clamp(min=1)[:, None]).to(x.dtype)
+    if state is None:  # of bidirectional layers, which have none; x is zero at padding
+        state = state_after(x, (), None, counted(x, None if inside is None else inside.sum(1)))
+    return mean(state).to(x.dtype)
