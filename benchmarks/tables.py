@@ -34,12 +34,8 @@ PAPER: dict[str, tuple[str, str, str]] = {
     "Sequential CIFAR-10": ("91.13%", "scifar_small", "300 steps, of a JPEG copy"),
     "LRA ListOps": ("59.60%", "listops_small", "1,500 steps"),
     "LRA Text": ("86.82%", "text_small", "2,048 bytes, 3 layers"),
-    "LRA Retrieval": ("90.90%", "", ""),
-    "LRA Image": ("88.65%", "", ""),
-    "LRA Pathfinder": ("94.20%", "", ""),
-    "LRA Path-X": ("96.35%", "", ""),
-    "Speech Commands, ten words": ("98.3%", "", ""),
-    "WikiText-103": ("perplexity 20.95", "", ""),
+    "LRA Retrieval, Image, Pathfinder, Path-X": ("90.90%, 88.65%, 94.20%, 96.35%", "", ""),
+    "Speech Commands of ten words; WikiText-103": ("98.3%; perplexity 20.95", "", ""),
 }
 
 
@@ -345,6 +341,97 @@ def generation(name: str) -> Iterable[Row]:
             yield str(batch), who, *(number(c["tokens_per_second"]) for c in of), kept
 
 
+def recall_by_lag() -> Iterable[Row]:
+    """What fresh states tell of the input of some steps ago."""
+    data = results("memory-cpu")
+    shown = (0, 10, 100, 300, 500, 700, 900, 1100, 2000)
+    yield "variant, init", *(f"{lag:,}" for lag in shown)
+    for r in data["recall"]:
+        of = dict(zip(data["lags"], r["r2"], strict=True))
+        yield f"`{r['variant']}`, `{r['init']}`", *(f"{max(of[lag], 0):.0%}" for lag in shown)
+
+
+def reach_by_dt() -> Iterable[Row]:
+    """How far back half of the input is told."""
+    steps = {(r["init"], r["N"], r["dt"]): r["steps"] for r in results("memory-cpu")["reach"]}
+    dts = list(dict.fromkeys(dt for _, _, dt in steps))
+    yield "init", "N", *(f"dt = {dt:g}" for dt in dts)
+    for init, N in dict.fromkeys((init, N) for init, N, _ in steps):
+        yield f"`{init}`", str(N), *(f"{steps[init, N, dt]:,}" for dt in dts)
+
+
+def _learned(**of: object) -> str:
+    """R2 of the delay that was trained: the mean of its seeds, and the least and the most."""
+    of = {"variant": "dplr", "init": "legs", "d_state": 64, "n_ssm": 1, "dt_min": 1e-3, "dt_max": 1e-1, **of}
+    runs = [r["r2"] for r in results("memory-cpu")["delay"] if all(r[key] == of[key] for key in of)]
+    if not runs:
+        raise ValueError(f"memory-cpu: no run with {of}")
+    mean, least, most = (round(x, 3) + 0.0 for x in (sum(runs) / len(runs), min(runs), max(runs)))  # not -0
+    return f"{mean:.3f} ({least:.3f} to {most:.3f})"
+
+
+def learned_by_init() -> Iterable[Row]:
+    """The delay by initialisation."""
+    yield "variant, init", "dt from 0.001 to 0.1", "dt = 1/256 in all channels"
+    for r in results("memory-cpu")["recall"]:
+        kind = {"variant": r["variant"], "init": r["init"]}
+        window = _learned(**kind, dt_min=1 / 256, dt_max=1 / 256)
+        yield f"`{r['variant']}`, `{r['init']}`", _learned(**kind), window
+
+
+def learned_by_option() -> Iterable[Row]:
+    """The delay by dt, state size and number of systems, of dplr with legs."""
+    yield "what differs from the defaults", "R2"
+    yield "nothing: N = 64, dt from 0.001 to 0.1, `n_ssm` 1", _learned()
+    for dt in (1e-1, 1e-2, 1e-3):
+        yield f"dt = {dt:g} in all channels", _learned(dt_min=dt, dt_max=dt)
+    for N in (4, 16, 256):
+        yield f"N = {N}", _learned(d_state=N)
+    yield "`n_ssm` 16, a system for each channel", _learned(n_ssm=16)
+
+
+def modes_by_shape() -> Iterable[Row]:
+    """Both ways of both variants."""
+    who = ("S4 scan", "S4 fft", "S4D scan", "S4D fft")
+    yield "machine", "B, L, H", *(f"{name[:-4].strip()}, `{name.split()[1]}`" for name in who)
+    for B, L in SHAPES[:-1]:
+        row = []
+        for name in who:
+            of = {"who": name, "B": B, "L": L, "N": 64, "H": 128}
+            row.append(
+                ", ".join(number(measured("layer-cpu", backward=b, **of)["ms"]) for b in (False, True))
+            )
+        yield "2 cores", f"{B}, {L:,}, 128", *row
+    for B, L, H in ((50, 1024, 512), (16, 16384, 256)):
+        row = []
+        for name in who:
+            of = {"who": name, "B": B, "L": L, "H": H, "dtype": "float32"}
+            row.append(
+                ", ".join(number(measured("layer-h200", backward=b, **of)["ms"]) for b in (False, True))
+            )
+        yield "H200", f"{B}, {L:,}, {H}", *row
+
+
+def backends_by_sum() -> Iterable[Row]:
+    """The Cauchy sums by who computes them."""
+    names = ("auto", "cpu", "cuda", "triton", "keops", "torch", "naive")
+    yield "machine", "H, N, L", *(f"`{name}`" for name in names)
+    for file, machine, H in (("kernels-cpu", "2 cores", 128), ("kernels-h200", "H200", 512)):
+        for L in (1024, 16384):
+            row = []
+            for who in names:
+                of = {"what": "cauchy", "who": who, "H": H, "N": 64, "L": L}
+                pair = [cell(file, backward=backward, **of) for backward in (False, True)]
+                row.append(", ".join(number(c["ms"]) for c in pair if c))
+            yield machine, f"{H}, 64, {L:,}", *row
+
+
+def generation_short() -> Iterable[Row]:
+    """Of the README: tokens a second of 16 sequences."""
+    head, *rows = generation("generation-cpu")
+    yield from ([row[1], *row[2:]] for row in (head, *rows) if row[0] in ("batch", "16"))
+
+
 def distributed_cpu() -> Iterable[Row]:
     """A sequence of a million steps over processes."""
     yield "processes", "float32, seconds", "MiB in each", "float64, seconds", "MiB in each"
@@ -463,6 +550,7 @@ def peers_short() -> Iterable[Row]:
 TABLES: dict[str, Callable[[], Iterable[Row]]] = {
     "accuracy": accuracy,
     "agreement": agreement,
+    "backends-by-sum": backends_by_sum,
     "compiled-cpu": compiled_cpu,
     "deploy-cpu": deploy_cpu,
     "distributed-cpu": distributed_cpu,
@@ -471,6 +559,7 @@ TABLES: dict[str, Callable[[], Iterable[Row]]] = {
     "forecast": forecast,
     "generation-cpu": lambda: generation("generation-cpu"),
     "generation-h200": lambda: generation("generation-h200"),
+    "generation-short": generation_short,
     "half-errors": half_errors,
     "half-rounding": half_rounding,
     "half-training": half_training,
@@ -479,12 +568,17 @@ TABLES: dict[str, Callable[[], Iterable[Row]]] = {
     "layer-cpu": layer_cpu,
     "layer-cpu-forward": lambda: layer_cpu(backward=False),
     "layer-h200": layer_h200,
+    "learned-by-init": learned_by_init,
+    "learned-by-option": learned_by_option,
     "memory-cpu": memory_cpu,
+    "modes-by-shape": modes_by_shape,
     "operations-cpu": operations_cpu,
     "paper": paper,
     "peers-cpu": peers_cpu,
     "peers-short": peers_short,
     "rates-cpu": rates_cpu,
+    "reach-by-dt": reach_by_dt,
+    "recall-by-lag": recall_by_lag,
     "resets-cpu": resets_cpu,
     "training-h200": training_h200,
 }

@@ -77,7 +77,8 @@ class S4Layer(Pretrained):
 
     Attributes:
         log_dt: parameter (H,), the logarithms of the step sizes; see `dt`.
-        log_A_real, A_imag: parameters (n_ssm, N/2), of the diagonal of A; see `Lambda`.
+        log_A_real: parameter (n_ssm, N/2), of the real parts of the diagonal of A; see `Lambda`.
+        A_imag: parameter (n_ssm, N/2), the imaginary parts.
         P: parameter (r, n_ssm, N/2, 2), the low-rank part of A; "dplr" alone has it.
         B: parameter (n_ssm, N/2, 2).
         C: parameter (1, H, N/2, 2); if bidirectional (2, H, N/2, 2).
@@ -165,7 +166,7 @@ class S4Layer(Pretrained):
         """The arguments that `S4Layer(**config)` makes such a layer with, but not its numbers or device.
 
         Returns:
-            a dict that JSON can hold: dtype by its name, one's own init as nested lists of [re, im].
+            a dict that JSON can hold, with dtype by its name and one's own init as nested lists of [re, im].
 
         Raises:
             ValueError: parameters were moved to a dtype that no layer is made in.
@@ -314,9 +315,9 @@ class S4Layer(Pretrained):
         with dispatch.full_precision(u.device):
             if lengths is not None:
                 x = zero_padding(x, lengths if piece is None else piece.own(lengths))
-            options = self.mode, products, self.backend, return_state
+            how = self.mode, products, self.backend, return_state
             kept = None if self.training else self._kept
-            y, after = run(self._systems(rate), self.D, x, state, lengths, resets, *options, kept)
+            y, after = run(self._systems(rate), self.D, x, state, lengths, resets, *how, kept)
             y = y.to(u.dtype)
         return (y, after) if after is not None else y
 

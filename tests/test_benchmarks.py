@@ -25,8 +25,11 @@ import half
 import harness
 import kernels
 import layer
+import memory
 import sequences
 import training
+
+from s4 import S4Layer
 
 # Of the original repository's models/s4/s4.py: what the benchmarks call, with the arguments they give.
 OFFICIAL = """
@@ -348,8 +351,8 @@ def test_generation_names_a_budget_that_is_too_small(tmp_path: Path) -> None:
 
 # Those that are run; `make gpu-bundle` by hand, as it downloads.
 SCRIPTS = [
-    "accuracy", "compiled", "convert", "deploy", "distributed", "floors", "generation", "gpu", "gpu_bundle", "half",
-    "kernels", "layer", "memory", "peers", "sequences", "tables", "training",
+    "accuracy", "compiled", "convert", "deploy", "distributed", "floors", "generation", "gpu", "gpu_bundle",
+    "half", "kernels", "layer", "memory", "peers", "sequences", "tables", "training",
 ]  # fmt: skip
 
 
@@ -400,6 +403,31 @@ def test_floors(tmp_path: Path) -> None:
     assert 4 * 2 * B * L * H < scan["bytes"] <= 4 * (2 * B * L * H + maps + 3 * B * H * N)
     assert scan["floor: flops"] == pytest.approx(1e-6 * scan["flops"] / rate)
     assert scan["share"] == pytest.approx(max(scan["floor: flops"], scan["floor: bytes"]) / scan["ms"])
+
+
+def test_memory_tells_what_a_readout_of_samples_finds() -> None:
+    lags, generator = torch.tensor([0.0, 20.0, 60.0, 150.0]), torch.Generator().manual_seed(0)
+    said = memory.told("dplr", "legt", 8, 1e-2, lags.double())
+    noise = torch.fft.rfft(torch.randn(40_000, generator=generator, dtype=torch.float64))
+    noise[round(40_000 * memory.BANDWIDTH) :] = 0
+    u = torch.fft.irfft(noise)
+    system = S4Layer(1, 8, init="legt", dt_min=1e-2, dt_max=1e-2, dtype=torch.float64).requires_grad_(False)
+    at = 2000 + torch.randint(len(u) - 2000, (1, 20_000), generator=generator)
+    x = system.states(u[None, :, None], at)[0, :, 0]
+    x += memory.NOISE * x.std(0) * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    for lag, expected in zip(lags.long(), said, strict=True):
+        wanted = u[at[0] - lag]
+        left = wanted - x @ torch.linalg.lstsq(x, wanted[:, None]).solution[:, 0]
+        assert float(expected) == pytest.approx(1 - float(left.var() / wanted.var()), abs=0.03)
+    assert said[1] > 0.9
+    assert said[3] < 0.2  # the window is 100 steps
+
+
+def test_memory_trains() -> None:
+    options = {"variant": "diag", "init": "lin", "d_state": 8, "dt_min": 1e-2, "dt_max": 1e-1}
+    found = memory.delay(options, 0, 2)
+    assert found["steps"] == 2
+    assert -1 < found["r2"] < 0.5
 
 
 def test_what_rounding_costs() -> None:

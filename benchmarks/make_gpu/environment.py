@@ -47,9 +47,8 @@ def environment(device: str, wheels: Path | None) -> tuple[str, dict[str, str]]:
             _pip(python, "install", "-q", "-e", f"{ROOT}[test]")
     if device == "cuda":
         variables |= _cuda_libraries(python, variables)
-        variables["TORCHINDUCTOR_COMPILE_THREADS"] = (
-            "1"  # each of several workers would start as many as cores
-        )
+        # Else each of several workers starts as many as there are cores.
+        variables["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     print(f"C++      {_extension(python, wheels, variables)}", flush=True)
     if commit := _commit(wheels):
         variables["S4_COMMIT"] = commit
@@ -188,10 +187,8 @@ def requirements(extra: str) -> dict[str, str]:
                     add(project["optional-dependencies"][inner])
             else:
                 text, _, marker = requirement.partition(";")
-                if not marker or (sys.platform, platform.machine()) == (
-                    "linux",
-                    "x86_64",
-                ):  # the one there is
+                # pyproject.toml has one marker: Linux on x86-64.
+                if not marker or (sys.platform, platform.machine()) == ("linux", "x86_64"):
                     found[name] = text.strip()
 
     add(project["dependencies"])
@@ -225,7 +222,7 @@ def _extension(python: str, wheels: Path | None, variables: dict[str, str]) -> s
     """Put the C++ libraries into the tree, and say where they are from."""
     folder = ROOT / "s4" / "backends" / "cpu"
     sources = [*folder.glob("*.cpp"), *folder.glob("*.h")]
-    built = [*folder.glob("_native_*.so")]
+    built = [*folder.glob("_native_base.so")]
     if built and min(b.stat().st_mtime for b in built) > max(s.stat().st_mtime for s in sources):
         return "built before"
     own = sorted(wheels.glob("s4_pytorch-*.whl")) if wheels else []
@@ -243,6 +240,6 @@ def _extension(python: str, wheels: Path | None, variables: dict[str, str]) -> s
         )
     except subprocess.TimeoutExpired:
         return "not built: it took too long"
-    if done.returncode or not [*folder.glob("_native_*.so")]:
+    if done.returncode or not (folder / "_native_base.so").is_file():
         return f"not built: {(done.stderr.splitlines() or ['no compiler'])[-1]}"
     return f"built in {time.monotonic() - began:.0f} s"

@@ -55,7 +55,8 @@ def _refusal(have: Sequence[str]) -> str:
 
 
 def _file(level: str) -> Path | None:
-    return next(iter(sorted(Path(__file__).parent.glob(f"_native_{level}*.so"))), None)
+    file = Path(__file__).parent / f"_native_{level}.so"
+    return file if file.is_file() else None
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 // The fused CPU code: Cauchy sums (sums.h), powers of structured matrices (powers.h) and what is made of them, responses
 // (response.h) and the maps of a chunk (maps.h), the chunked scan (scan.h), the step (step.h), steps of different
-// times (discretize.h, varying.h).
+// times (discretize.h, varying.h). What the processor has: processor.h.
 //
 // base.cpp, v3.cpp and v4.cpp each compile all of it for one instruction set, with vectors of S4_BYTES, to a library of
 // its own. A plain C interface on raw pointers, so that building needs neither torch nor Python and no ABI ties the
@@ -132,6 +132,7 @@ INLINE T total(V value) {
 #include "step.h"
 #include "discretize.h"
 #include "varying.h"
+#include "processor.h"
 
 }  // namespace
 
@@ -168,13 +169,7 @@ extern "C" int s4_interface() { return 6; }
 
 // The instruction set that this is compiled for, and the best that there is code for and this processor has.
 extern "C" const char* s4_level() { return S4_LEVEL; }
-extern "C" const char* s4_processor() {
-#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12
-    if (__builtin_cpu_supports("x86-64-v4")) return "v4";
-    if (__builtin_cpu_supports("x86-64-v3")) return "v3";
-#endif
-    return "base";
-}
+extern "C" const char* s4_processor() { return processor(); }
 
 // Sets the pool, that of the OpenMP runtime which the process already has: this library links none.
 extern "C" void s4_pool(void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned)) { pool = gomp_parallel; }

@@ -1,4 +1,4 @@
-// The chunked scan of s4/scan.py, fused: a channel's maps are packed once, and a block of chunks stays in cache from its
+// The chunked scan of s4/ops/scan.py, fused: a channel's maps are packed once, and a block of chunks stays in cache from its
 // inputs to its outputs. With rows u_c of T inputs and x_c of N states, and * for the transpose,
 //
 //     x_(c+1) = u_c inward + x_c onward,    y_c = u_c Toep(taps) + x_c outward*,
@@ -82,34 +82,44 @@ struct Sequences {
     int64_t batch, time, channel;
 };
 
+// Of the numbers of a, then of b, number `from(l)` in lane l.
+template <class T, class From, int... Lane>
+INLINE Vec<T> picked(Vec<T> a, Vec<T> b, From from, std::integer_sequence<int, Lane...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, from(Lane)...);
+#else
+    using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    typedef Index Indices __attribute__((vector_size(S4_BYTES)));
+    return __builtin_shuffle(a, b, Indices{from(Lane)...});
+#endif
+}
+
+// Rows, of which those `Apart` and more of each other are in place: swaps one bit of the row's number with one of the
+// column's, then the next.
+template <class T, int Apart = 1>
+INLINE void exchange(Vec<T>* rows) {
+    constexpr int lanes = kLanes<T>;
+    if constexpr (Apart < lanes) {
+        constexpr std::make_integer_sequence<int, lanes> all{};
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {
+            if (i & Apart) continue;
+            const Vec<T> a = rows[i], b = rows[i + Apart];
+            rows[i] = picked<T>(a, b, [](int l) constexpr { return l & Apart ? lanes + (l ^ Apart) : l; }, all);
+            rows[i + Apart] = picked<T>(a, b, [](int l) constexpr { return l & Apart ? lanes + l : l ^ Apart; }, all);
+        }
+        exchange<T, 2 * Apart>(rows);
+    }
+}
+
 // A square of kLanes rows, transposed.
 template <class T>
 void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
     constexpr int lanes = kLanes<T>;
-#if defined(__clang__)
-    for (int i = 0; i < lanes; ++i)
-        for (int j = 0; j < lanes; ++j) to[j * to_row + i] = from[i * from_row + j];
-#else
-    using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-    typedef Index Indices __attribute__((vector_size(S4_BYTES)));
     Vec<T> rows[lanes];
     for (int i = 0; i < lanes; ++i) std::memcpy(&rows[i], from + i * from_row, sizeof rows[i]);
-#pragma GCC unroll 4
-    for (int apart = 1; apart < lanes; apart *= 2) {  // swaps one bit of the row's number with one of the column's
-        Indices low{}, high{};
-        for (int l = 0; l < lanes; ++l) {
-            low[l] = l & apart ? lanes + (l ^ apart) : l;
-            high[l] = l & apart ? lanes + l : l ^ apart;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) {
-            if (i & apart) continue;
-            const Vec<T> a = rows[i], b = rows[i + apart];
-            rows[i] = __builtin_shuffle(a, b, low), rows[i + apart] = __builtin_shuffle(a, b, high);
-        }
-    }
+    exchange<T>(rows);
     for (int i = 0; i < lanes; ++i) std::memcpy(to + i * to_row, &rows[i], sizeof rows[i]);
-#endif
 }
 
 // `count` channels from the first on, to rows (batch, length) of each, `apart` numbers from one to the next.
