@@ -1,15 +1,21 @@
 """The optional C++ libraries, one for each instruction set; everything else is in pyproject.toml."""
 
 import os
+import shlex
 import sys
 import sysconfig
 from glob import glob
+from shutil import which
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 FOLDER = "s4/backends/cpu"
+# Setuptools takes CXX, or the compiler that Python was built with. Where that is missing, another one serves.
+theirs = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")[0]
+if "CXX" not in os.environ and not which(theirs) and (found := which("g++") or which("clang++")):
+    os.environ["CC"] = os.environ["CXX"] = found
 levels = {"base": []}
 if sysconfig.get_platform().endswith(("x86_64", "amd64")):
     v3 = ["-mavx2", "-mfma"]

@@ -1,8 +1,8 @@
 """docs/troubleshooting.md has every message that s4 raises, and none that it does not.
 
-A line of the page that is nothing but a piece of code is a message; `…` in it stands for what varies. Of the
-code, the message of an exception is the text that it is made with, its variable parts `…`, too; so is a sentence
-that a backend returns as its reason not to run.
+On the page, a line that is nothing but a piece of code is a message, with `…` for what varies. In the code,
+the message of an exception is the text that it is made with. A sentence that a backend returns, as its reason
+not to run, counts as well.
 """
 
 import ast

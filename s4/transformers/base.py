@@ -23,7 +23,7 @@ class S4PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["S4Block"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["cache", "past_key_values"]
-    # Whose rounding moves every phase of a kernel: "Half precision" in the README.
+    # Whose rounding moves every phase of a kernel: docs/accuracy.md.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["log_dt", "A_imag"]
     _is_stateful = True  # there is no way back to before the last inputs
 
