@@ -75,7 +75,7 @@ def test_docstrings_are_complete(module: str) -> None:
     wrong = []
     for it in public(module):
         first = text(it).partition("\n")[0]
-        if not re.match(r"\S.*[.:]$", first) or (text(it) != first and "\n\n" not in text(it)):
+        if not re.match(r"\S.*\.$", first) or (text(it) != first and "\n\n" not in text(it)):
             wrong.append(f"{it.name}: its first line must be a sentence of its own")
         if missing := [name for name in it.parameters if name not in said(it)]:
             wrong.append(f"{it.name}: Args must have {', '.join(missing)}")
