@@ -1,15 +1,21 @@
 """The optional C++ libraries, one for each instruction set; everything else is in pyproject.toml."""
 
 import os
+import shlex
 import sys
 import sysconfig
 from glob import glob
+from shutil import which
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 FOLDER = "s4/backends/cpu"
+# Setuptools takes CXX, or the compiler that Python was built with. Where that is missing, another one serves.
+theirs = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")[0]
+if "CXX" not in os.environ and not which(theirs) and (found := which("g++") or which("clang++")):
+    os.environ["CC"] = os.environ["CXX"] = found
 levels = {"base": []}
 if sysconfig.get_platform().endswith(("x86_64", "amd64")):
     v3 = ["-mavx2", "-mfma"]
@@ -19,11 +25,12 @@ if sysconfig.get_platform().endswith(("x86_64", "amd64")):
 checks = os.environ.get("S4_SANITIZE")
 sanitize = [f"-fsanitize={checks}", "-fno-sanitize-recover", "-O1", "-g"] if checks else ["-g0"]
 # Only the functions that Python calls are seen, whatever of a C++ library is linked statically.
-exports = ["-s", f"-Wl,--version-script={FOLDER}/exports.map"] if sys.platform == "linux" and not checks else []
+hidden = sys.platform == "linux" and not checks
+exports = ["-s", f"-Wl,--version-script={FOLDER}/exports.map"] if hidden else []
 
 
 class Libraries(build_ext):
-    """Shared libraries that are loaded through ctypes: nothing in them or their names is of a version of Python."""
+    """Shared libraries, loaded through ctypes: nothing in them or their names is of a version of Python."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"

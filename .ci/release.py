@@ -84,7 +84,7 @@ def only(paths: Iterable[Path]) -> Path:
 def contents(wheel: Path, machine: str) -> list[str]:
     """What is wrong with the name of a wheel and with what is in it."""
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
+        names = {name for name in archive.namelist() if not name.endswith("/")}
     wrong = [] if "-py3-none-" in wheel.name else [f"{wheel.name} is not for every Python"]
     levels = LIBRARIES.get(machine, {"base"})
     needed = {f"s4/backends/cpu/_native_{level}.so" for level in levels}

@@ -32,7 +32,7 @@ from s4.system import DISCRETIZATIONS, dense, discretize, system
 # The arguments of a layer. Those that parameters are made from are read-only.
 _FIXED = ("d_model", "d_state", "variant", "init", "dt_min", "dt_max", "n_ssm", "bidirectional")
 _OPTIONS = ("discretization", "mode", "backend")
-_MEANINGS = {"dt": "log_dt", "Lambda": "log_A_real and A_imag"}  # what parameters mean, and which
+_MEANINGS = {"dt": "log_dt", "Lambda": "log_A_real and A_imag"}  # properties, by what they are made from
 
 
 class S4Layer(Pretrained):

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 ELSEWHERE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
     "examples/README.md": "examples.md",
 }
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*(?:\\\((.*?)\\\)|\\\[(.*?)\\\])\s*</\1>', re.DOTALL)
@@ -76,7 +77,8 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
         inline, block = match[2], match[3]
         source = (inline or block).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
         written = convert(source, display="inline" if inline else "block")
-        written = written.replace("<mi>&#x02032;</mi>", "<mo>&#x02032;</mo>")  # a prime stands close
+        # A prime stands close.
+        written = written.replace("<mi>&#x02032;</mi>", '<mo class="prime">&#x02032;</mo>')
         return _NAMED.sub(r'<mspace width="0.17em"/>\g<0><mspace width="0.17em"/>', written)
 
     return _FORMULA.sub(mathml, html)

@@ -58,7 +58,10 @@ def public_name(name: str, path: str) -> str | None:
     place = path.split(".")
     kinds = [part for part in place if part[0].isupper()][:1]
     around = [f"{each}.{kinds[0]}" for each in ("s4", ".".join(place[:2])) if kinds]
-    for each in (name, *(f"{prefix}.{name}" for prefix in (*around, ".".join(place[:2]), "s4"))):
+    own = (
+        [".".join(place[:2])] if place[1:2] == ["convert"] else [".".join(place[:2]), "s4"]
+    )  # `S4Block`: theirs
+    for each in (name, *(f"{prefix}.{name}" for prefix in (*around, *own))):
         if each in NAMES and each.count(".") > 0:
             owner, _, last = each.rpartition(".")
             return f"s4.pretrained.Pretrained.{last}" if last in _INHERITED and owner in NAMES else each

@@ -7,6 +7,8 @@ import pytest
 from reference import PAGE, page
 from shapes import NAMES, public_name
 
+from s4.convert.__main__ import parser
+
 MODULES = {"s4", "s4.pretrained", "s4.info", "s4.distributed", "s4.kernel"}  # pages with no docstring of it
 
 
@@ -23,6 +25,12 @@ def test_every_public_name_is_described(site: Path) -> None:
     assert len(ids) > 100
 
 
+def test_the_options_of_the_command_line_are_those_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert f"```text\n{parser().format_help()}```" in (PAGE.parent / "commands.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("name", "path", "means"),
     [
@@ -33,6 +41,8 @@ def test_every_public_name_is_described(site: Path) -> None:
         ("S4Model.from_pretrained", "s4.hippo", "s4.pretrained.Pretrained.from_pretrained"),
         ("from_s4", "s4.transformers.config.S4Config", "s4.transformers.S4Config.from_s4"),
         ("lengths", "s4.layer.S4Layer.step", None),
+        ("S4Block", "s4.convert.blocks.block", None),  # the original's
+        ("s4.S4Block", "s4.convert.blocks.block", "s4.S4Block"),
     ],
 )
 def test_what_a_name_means_in_a_docstring(name: str, path: str, means: str | None) -> None:

@@ -64,6 +64,13 @@ def test_no_formula_is_left_as_text(site: Path) -> None:
         assert not re.search(r"\\[(\[]|\$\$|\\(frac|bar|sum|Delta)\b", prose), address
 
 
+def test_nothing_is_left_to_fill_in(site: Path) -> None:
+    """A script that writes tables or numbers into a page has names such as @SECONDS@ for them."""
+    for address in addresses(site):
+        html = (site / address / "index.html").read_text()
+        assert not re.findall(r"@[A-Z_]+@|<p>[A-Z]+_[A-Z_]+</p>", html), address
+
+
 def test_search_finds(visit: Callable[..., Page]) -> None:
     page = visit("")
     page.keyboard.press("/")

@@ -1,6 +1,7 @@
 """Redraw the figures that guides draw themselves: python docs/figures/guides.py [page ...].
 
-Each page is run in a temporary folder, as its check runs it, and the figures it saves go to docs/assets.
+Each page is run in a temporary folder, as its check runs it, in the look of the other figures. What it saves
+goes to docs/assets.
 """
 
 import os
@@ -9,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import matplotlib
+import style  # noqa: F401  its look is that of every figure drawn from here on
 
 DOCS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DOCS / "checks"))
@@ -21,8 +22,6 @@ FIGURES = {"audio": "hum.svg", "classification": "reading.svg", "forecasting": "
 def main(names: list[str]) -> None:
     """Run the pages of these names, or all that draw."""
     os.environ |= {"S4_REPOSITORY": str(pages.ROOT), "SOURCE_DATE_EPOCH": "0"}  # no date in the files
-    matplotlib.use("agg")
-    matplotlib.rcParams |= {"svg.hashsalt": "s4", "font.size": 10}
     for name in names or FIGURES:
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)

@@ -1,0 +1,105 @@
+"""The release script and what its wheels are named by."""
+
+import importlib.util
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from s4.backends import cpu
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def release(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """`.ci/release.py`, at work in an empty folder."""
+    spec = importlib.util.spec_from_file_location("release", ROOT / ".ci" / "release.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    return module
+
+
+def test_a_version_is_written_into_every_file_that_has_it(release: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "s4").mkdir()
+    (tmp_path / "s4" / "version.py").write_text((ROOT / "s4" / "version.py").read_text())
+    (tmp_path / "CHANGELOG.md").write_text(
+        "# C\n\n## [Unreleased]\n\n### Added\n\n- x\n\n## [0.1.0] - 2026-01-01\n"
+    )
+    (tmp_path / "CITATION.cff").write_text("cff-version: 1.2.0\nversion: 0.1.0\ndate-released: 2026-01-01\n")
+    assert release.rename("7.8.9") == ["s4/version.py", "CHANGELOG.md", "CITATION.cff"]
+    date = release.datetime.date.today().isoformat()
+    assert '__version__ = "7.8.9"' in (tmp_path / "s4" / "version.py").read_text()
+    notes = f"# C\n\n## [Unreleased]\n\n## [7.8.9] - {date}\n\n### Added\n\n- x\n\n## [0.1.0] - 2026-01-01\n"
+    assert (tmp_path / "CHANGELOG.md").read_text() == notes
+    cited = f"cff-version: 1.2.0\nversion: 7.8.9\ndate-released: {date}\n"
+    assert (tmp_path / "CITATION.cff").read_text() == cited
+    with pytest.raises(SystemExit, match="nothing under Unreleased"):
+        release.rename("8.0.0")
+
+
+def test_the_files_here_can_be_released(release: ModuleType) -> None:
+    """The changelog has what the script looks for."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert "## [99.0.0] - today\n" in release.release_notes(text, "99.0.0", "today")
+
+
+def test_a_wheel_has_what_it_needs_and_no_more(release: ModuleType, tmp_path: Path) -> None:
+    wheel = tmp_path / "s4_pytorch-1-py3-none-any.whl"
+    names = [f"s4/backends/cpu/_native_{level}.so" for level in ("base", "v3", "v4")]
+    names += [
+        "s4/py.typed",
+        "s4/backends/cuda/kernels.cu",
+        "s4/layer.py",
+        "s4_pytorch-1.dist-info/METADATA",
+        "s4/",
+    ]
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in names:
+            archive.writestr(name, "")
+    assert release.contents(wheel, "x86_64") == []
+    assert release.contents(wheel, "aarch64") == [f"{name} is too much" for name in names[1:3]]
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("s4/backends/cpu/scan.h", "")
+    assert release.contents(wheel, "x86_64") == ["s4/backends/cpu/scan.h is too much"]
+    other = wheel.rename(tmp_path / "s4_pytorch-1-cp311-cp311-linux_x86_64.whl")
+    assert "is not for every Python" in release.contents(other, "x86_64")[0]
+
+
+def test_libraries_that_ask_for_too_much_are_named(release: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    """Those here, by the compiler of this machine, where nothing is allowed."""
+    pytest.importorskip("elftools")
+    wheel = tmp_path / "some.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(Path(cpu._file("base") or ""), "base.so")
+    monkeypatch.setattr(release, "GLIBC", (2, 1))
+    monkeypatch.setattr(release, "NEEDS", {"libc.so.6"})
+    wrong = release.symbols(wheel)
+    assert any("base.so needs GLIBC_2." in each for each in wrong)
+    assert "base.so needs libm.so.6" in wrong
+    assert not any("shows" in each for each in wrong)
+
+
+def test_a_library_is_found_by_its_own_name_alone() -> None:
+    """One of an earlier build, _native_base.abi3.so, may still lie there."""
+    for level in cpu.levels():
+        file = cpu._file(level)
+        assert file is not None
+        assert file.name == f"_native_{level}.so"
+
+
+def test_the_processor_is_asked_for_what_the_libraries_need() -> None:
+    """Beside what the system says of it."""
+    base, cpuinfo = cpu._load("base"), Path("/proc/cpuinfo")
+    if isinstance(base, str) or not cpuinfo.is_file() or " avx " not in cpuinfo.read_text():
+        pytest.skip("no library, or no such processor")
+    line = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("flags"))
+    flags = set(line.split())
+    best = "base"
+    if {"avx2", "fma"} <= flags:
+        best = "v4" if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= flags else "v3"
+    assert base.s4_processor().decode() == best
