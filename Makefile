@@ -5,10 +5,11 @@ PYTHON ?= python3
 PY := $(if $(VENV),$(VENV)/bin/python,python)
 STAMP := $(if $(VENV),$(VENV),$(shell python -c "import sys; print(sys.prefix)"))/.installed
 
-.PHONY: demo test fuzz lint docs notebooks docs-serve sanitize gpu gpu-bundle compat release clean help
+.PHONY: help demo test fuzz lint docs notebooks tables docs-serve sanitize gpu gpu-bundle compat release clean
 
 help:  ## what there is to make
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  VENV=path installs there, VENV= uses the python of the path; WORKERS=2 runs so many tests at once"
 
 demo: $(STAMP)-examples  ## train on digits, then classify them pixel by pixel as a recurrence
 	$(PY) examples/demo.py
@@ -25,10 +26,13 @@ lint: $(STAMP)-dev  ## format, lint and types, as the pre-commit hooks and CI ch
 	$(PY) -m mypy
 
 docs: $(STAMP)-docs  ## the documentation site in build/site; runs the code of every page and notebook
-	$(PY) -m pytest -q docs/checks -n $(or $(WORKERS),auto) --dist loadgroup
+	$(PY) -m pytest -q docs/checks -n $(or $(WORKERS),auto) --dist worksteal
 
 notebooks: $(STAMP)-docs  ## execute the notebooks of the site, and keep what they put out
 	$(PY) docs/checks/notebooks.py
+
+tables:  ## the tables of results in the pages, from the files of results
+	$(PYTHON) benchmarks/tables.py
 
 docs-serve: $(STAMP)-docs  ## the site at 127.0.0.1:8000, while you write
 	$(PY) -m mkdocs serve

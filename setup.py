@@ -25,9 +25,8 @@ if sysconfig.get_platform().endswith(("x86_64", "amd64")):
 checks = os.environ.get("S4_SANITIZE")
 sanitize = [f"-fsanitize={checks}", "-fno-sanitize-recover", "-O1", "-g"] if checks else ["-g0"]
 # Only the functions that Python calls are seen, whatever of a C++ library is linked statically.
-exports = (
-    ["-s", f"-Wl,--version-script={FOLDER}/exports.map"] if sys.platform == "linux" and not checks else []
-)
+hidden = sys.platform == "linux" and not checks
+exports = ["-s", f"-Wl,--version-script={FOLDER}/exports.map"] if hidden else []
 
 
 class Libraries(build_ext):

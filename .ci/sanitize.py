@@ -19,8 +19,8 @@ PARTS = ("s4", "tests", "examples", "benchmarks", "pyproject.toml", "setup.py")
 LEVELS = {"base": ["-DS4_BYTES=16"]}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {f"v{i}": [f"-march=x86-64-v{i}", f"-DS4_BYTES={size}"] for i, size in ((3, 32), (4, 64))}
-TESTS = ("backends", "kernel", "scan", "fuzz")  # at each instruction set
-THEIR_OWN = ("cpu", "cpu_scan", "step", "varying")  # which go through them themselves
+TESTS = ("backends", "kernel", "scan", "scan_inputs", "fuzz")  # at each instruction set
+THEIR_OWN = ("cpu", "cpu_scan", "step", "kept", "varying")  # which go through them, or need only one
 LEFT_OUT = ("in_two_gigabytes", "hold_no_more")  # these measure memory, of which sanitizers take much
 OPTIONS = {
     "ASAN_OPTIONS": "halt_on_error=1:detect_leaks=0",  # Python leaks; the driver is checked for that
@@ -70,13 +70,9 @@ def main() -> None:
         sys.exit(1)
     ask = "from s4.backends import cpu; print(*cpu.levels())"
     preload = {"LD_PRELOAD": " ".join(map(library, ("libasan.so", "libubsan.so", "libstdc++.so")))}
-    found = subprocess.run(
-        [sys.executable, "-c", ask],
-        cwd=FOLDER,
-        env=os.environ | OPTIONS | preload,
-        capture_output=True,
-        text=True,
-    )
+    variables = os.environ | OPTIONS | preload
+    asked = [sys.executable, "-c", ask]
+    found = subprocess.run(asked, cwd=FOLDER, env=variables, capture_output=True, text=True)
     levels = found.stdout.split()
     if not levels:
         sys.exit(f"no library was built, or none loads, see {FOLDER / 'build.log'}\n{found.stderr}")
@@ -85,18 +81,8 @@ def main() -> None:
         good += [driver("thread", level), driver("address,undefined", level)]
         names = (*TESTS, *THEIR_OWN) if level == levels[-1] else TESTS
         tests = [f"tests/test_{name}.py" for name in names]
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "--capture=sys",
-            "-k",
-            f"not {' and not '.join(LEFT_OUT)}",
-            "-p",
-            "no:cacheprovider",
-            *tests,
-        ]
+        command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider"]
+        command += ["-k", f"not {' and not '.join(LEFT_OUT)}", *tests]
         good.append(run(f"tests {level}", command, S4_LEVEL=level, **preload))
     sys.exit(not all(good))
 

@@ -87,18 +87,14 @@ PARTS = {
 }
 
 
+TRAINED = ("metrics.csv", "config.yaml", "results.json", "model.safetensors")  # what is kept of a training
 # All that may be in the folder of results: seven of them after a run.
 FILES = (
-    *(
-        "parts.json",
-        "log.txt",
-        "tests.jsonl",
-        "kernels.json",
-        "layer.json",
-        "generation.json",
-        "training.json",
-    ),
-    *("metrics.csv", "config.yaml", "results.json", "model.safetensors"),
+    "parts.json",
+    "log.txt",
+    "tests.jsonl",
+    *(f"{name}.json" for name in ("kernels", "layer", "generation", "training")),
+    *TRAINED,
 )
 
 
@@ -261,7 +257,7 @@ def train(run_of: Run) -> None:
 
 def _keep_training(folder: Path, results: Path, run_of: Run) -> None:
     """Curve, configuration, scores and weights; without the optimizer, which is twice as large."""
-    for name in ("metrics.csv", "config.yaml", "results.json", "model.safetensors"):
+    for name in TRAINED:
         if (folder / name).is_file():
             shutil.copy(folder / name, results / name)
     cut_short = [file for file in (folder / "best.ckpt", folder / "last.ckpt") if file.is_file()]

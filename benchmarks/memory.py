@@ -123,7 +123,7 @@ def main(quick: bool = False, threads: int = 1, out: Path | None = None, replace
     file = result_file("memory", "cpu", out, replace)
     torch.set_num_threads(threads)
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    lags = torch.tensor(LAGS, dtype=torch.float64)
+    machine, lags = provenance(torch.device("cpu")), torch.tensor(LAGS, dtype=torch.float64)
     sizes, steps, seeds = ((16,), 3, (0,)) if quick else ((16, 64, 256), 400, (0, 1, 2))
     recall = [
         {"variant": variant, "init": init, "r2": told(variant, init, 64, DT, lags).tolist()}
@@ -134,7 +134,7 @@ def main(quick: bool = False, threads: int = 1, out: Path | None = None, replace
         for init, N, dt in itertools.product(("legs", "legt"), sizes, (1e-1, 1e-2, 1e-3, 1e-4))
     ]
     result = {
-        **provenance(torch.device("cpu")),
+        **machine,
         "bandwidth": BANDWIDTH,
         "noise": NOISE,
         "dt": DT,

@@ -140,7 +140,7 @@ def state_kernels(layer: S4Layer, length: int) -> Tensor:
 
 
 def draw_kernels(file: Path, d_state: int, length: int) -> None:
-    """Of every initialisation basis functions, and the kernels that a random C mixes from all N of them."""
+    """For every initialisation: basis functions, and the kernels that a random C mixes from all N of them."""
     figure, axes = plt.subplots(2, len(INITS), figsize=(13, 4.6), sharex=True, layout="constrained")
     s = (torch.arange(length, dtype=torch.float64) + 0.5) * DT
     for (top, bottom), ((variant, init), title) in zip(axes.T, INITS.items(), strict=True):

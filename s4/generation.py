@@ -169,5 +169,5 @@ def _meets(stop: int | Stop, new: Tensor) -> Tensor:
     met = stop(new) if callable(stop) else new == stop
     if not isinstance(met, Tensor) or met.shape != new.shape[:1] or met.dtype != torch.bool:
         got = f"{met.dtype} of shape {tuple(met.shape)}" if isinstance(met, Tensor) else type(met).__name__
-        raise ValueError(f"stop must tell for each of {len(new)} sequences, True or False, got {got}")
+        raise ValueError(f"stop must return booleans ({len(new)},), one for each sequence, got {got}")
     return met

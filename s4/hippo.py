@@ -2,11 +2,12 @@
 
 Every function is pure and computes in float64; matrices are made on the CPU, the same with every LAPACK.
 
-References:
-    HiPPO: Gu, Dao, Ermon, Rudra, Ré, arXiv 2008.07669.
-    S4: Gu, Goel, Ré, arXiv 2111.00396.
-    S4D: Gu, Gupta, Goel, Ré, arXiv 2206.11893.
-    HTTYH: Gu, Johnson, Timalsina, Rudra, Ré, "How to Train Your HiPPO", arXiv 2206.12037.
+The docstrings cite these papers:
+
+- HiPPO: Gu, Dao, Ermon, Rudra, Ré, arXiv 2008.07669.
+- S4: Gu, Goel, Ré, arXiv 2111.00396.
+- S4D: Gu, Gupta, Goel, Ré, arXiv 2206.11893.
+- HTTYH: Gu, Johnson, Timalsina, Rudra, Ré, "How to Train Your HiPPO", arXiv 2206.12037.
 """
 
 import math
@@ -400,7 +401,7 @@ def own(init: Any, variant: str, N: int) -> tuple[Tensor, Tensor, Tensor]:
         N: state size, even.
 
     Returns:
-        Lambda (N/2,), P (r, N/2), r = 0 for "diag", and B (N/2,): copies, complex128.
+        copies of Lambda (N/2,), P (r, N/2), r = 0 for "diag", and B (N/2,), complex128.
 
     Raises:
         ValueError, TypeError: of another form, not finite, or unstable (Re Lambda > 0).

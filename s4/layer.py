@@ -32,7 +32,7 @@ from s4.system import DISCRETIZATIONS, dense, discretize, system
 # The arguments of a layer. Those that parameters are made from are read-only.
 _FIXED = ("d_model", "d_state", "variant", "init", "dt_min", "dt_max", "n_ssm", "bidirectional")
 _OPTIONS = ("discretization", "mode", "backend")
-_MEANINGS = {"dt": "log_dt", "Lambda": "log_A_real and A_imag"}  # what parameters mean, and which
+_MEANINGS = {"dt": "log_dt", "Lambda": "log_A_real and A_imag"}  # properties, by what they are made from
 
 
 class S4Layer(Pretrained):
@@ -77,7 +77,8 @@ class S4Layer(Pretrained):
 
     Attributes:
         log_dt: parameter (H,), the logarithms of the step sizes; see `dt`.
-        log_A_real, A_imag: parameters (n_ssm, N/2), of the diagonal of A; see `Lambda`.
+        log_A_real: parameter (n_ssm, N/2), of the real parts of the diagonal of A; see `Lambda`.
+        A_imag: parameter (n_ssm, N/2), the imaginary parts.
         P: parameter (r, n_ssm, N/2, 2), the low-rank part of A; "dplr" alone has it.
         B: parameter (n_ssm, N/2, 2).
         C: parameter (1, H, N/2, 2); if bidirectional (2, H, N/2, 2).
@@ -165,7 +166,7 @@ class S4Layer(Pretrained):
         """The arguments that `S4Layer(**config)` makes such a layer with, but not its numbers or device.
 
         Returns:
-            a dict that JSON can hold: dtype by its name, one's own init as nested lists of [re, im].
+            a dict that JSON can hold, with dtype by its name and one's own init as nested lists of [re, im].
 
         Raises:
             ValueError: parameters were moved to a dtype that no layer is made in.
@@ -314,9 +315,9 @@ class S4Layer(Pretrained):
         with dispatch.full_precision(u.device):
             if lengths is not None:
                 x = zero_padding(x, lengths if piece is None else piece.own(lengths))
-            options = self.mode, products, self.backend, return_state
+            how = self.mode, products, self.backend, return_state
             kept = None if self.training else self._kept
-            y, after = run(self._systems(rate), self.D, x, state, lengths, resets, *options, kept)
+            y, after = run(self._systems(rate), self.D, x, state, lengths, resets, *how, kept)
             y = y.to(u.dtype)
         return (y, after) if after is not None else y
 

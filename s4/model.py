@@ -187,7 +187,7 @@ class S4Model(Pretrained):
         if return_state or self.pooling == "mean":
             after = self._pool(x, layers, state, lengths, resets, piece)
         if after is not None and self.pooling == "mean":
-            y = self._decoded(_mean(after).to(x.dtype))
+            y = self._decoded(mean(after).to(x.dtype))
         elif self.pooling == "last":
             y = self._decoded(_last(x, lengths) if piece is None else piece.last(x, lengths))
         else:
@@ -205,7 +205,7 @@ class S4Model(Pretrained):
             rate: multiplies dt in every layer; a number, or (B,) the step of time before each input.
 
         Returns:
-            outputs (B, ...): what `forward` gives at this position or, pooled, for the sequence up to here;
+            outputs (B, ...) as `forward` gives them at this position or, pooled, for the sequence up to here;
             and the next state.
 
         Raises:
@@ -234,7 +234,7 @@ class S4Model(Pretrained):
         if self.norm is not None:
             x = normed(self.norm, x[:, None], None)[:, 0]
         after = State(tuple(layers), state.total + x.to(state.total.dtype), state.length + 1)
-        return self._decoded(_mean(after).to(x.dtype) if self.pooling == "mean" else x), after
+        return self._decoded(mean(after).to(x.dtype) if self.pooling == "mean" else x), after
 
     def initial_state(self, batch_size: int) -> State:
         """The state before any input.
@@ -410,12 +410,7 @@ class S4Model(Pretrained):
             x = torch.where((t >= start[:, None])[..., None], x, 0)
             length = length - start
             before = None if before is None else before.reset(last >= 0)
-        total = x.sum(1, dtype=layers[-1].dtype if layers else torch.promote_types(x.dtype, torch.float32))
-        if piece is not None:
-            total = piece.sum(total)
-        if before is not None:
-            total, length = total + before.total, length + before.length
-        return State(layers, total, length)
+        return state_after(x, layers, before, length, piece)
 
     def _check_state(self, state: State, batch: int) -> None:
         valid = isinstance(state, State) and isinstance(state.layers, tuple)
@@ -454,7 +449,23 @@ def _through(module: nn.Module, name: str, x: Tensor) -> Tensor:
     return out
 
 
-def _mean(state: State) -> Tensor:
+def state_after(
+    x: Tensor, layers: tuple[Tensor, ...], before: State | None, length: Tensor, piece: Piece | None = None
+) -> State:
+    """The state of a stack, from the outputs x (B, L, d_model) of its last block for `length` (B,) inputs.
+
+    At all other positions x is zero.
+    """
+    total = x.sum(1, dtype=layers[-1].dtype if layers else torch.promote_types(x.dtype, torch.float32))
+    if piece is not None:
+        total = piece.sum(total)
+    if before is not None:
+        total, length = total + before.total, length + before.length
+    return State(layers, total, length)
+
+
+def mean(state: State) -> Tensor:
+    """(B, d_model), the mean of the last block's outputs so far; 0 before any."""
     return state.total / state.length.clamp(min=1)[:, None]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from s4.checks import check_module, check_number
 from s4.layer import S4Layer
 
-# Their parameters, by their kind, do not decay.
+# Modules whose parameters do not decay.
 _UNDECAYED_MODULES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 

@@ -11,7 +11,7 @@ from s4.checks import check_integer, check_number, check_option, unread
 
 VARIANTS = {"dplr": "bilinear", "diag": "zoh"}  # and the discretisation of each, unless told
 MODES = ("auto", "fft", "scan")
-# Of parameters, and what a layer of them has its states and sequences in: rounded from float64 mathematics.
+# Dtypes of parameters, and those of the states and sequences of such a layer. The mathematics is in float64.
 COMPUTED = {
     torch.float64: torch.float64,
     torch.float32: torch.float32,
@@ -57,7 +57,7 @@ def initialisation(variant: Any, init: Any, d_state: int) -> str | tuple[Tensor,
 
 
 def dtype(given: torch.dtype | str | None) -> torch.dtype:
-    """Of parameters: torch's default where none is given."""
+    """The dtype of parameters: torch's default where none is given."""
     found: Any = torch.get_default_dtype() if given is None else given
     found = DTYPES.get(str(found).removeprefix("torch."), found)
     if not isinstance(found, torch.dtype) or found not in DTYPES.values():
@@ -77,12 +77,12 @@ def start(init: str | tuple[Tensor, ...], variant: str, d_state: int) -> dict[st
 
 
 def wide(*parameters: Tensor) -> torch.dtype:
-    """That holds all of these, float32 at least: what they mean."""
+    """The dtype that holds all of these without rounding, float32 at least."""
     return reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
 
 
 def unfilled(parameter: Tensor) -> Tensor:
-    """What the numbers of a parameter are drawn in, before they are rounded to its own dtype."""
+    """Memory for the numbers of a parameter to be drawn in, before they are rounded to its own dtype."""
     return torch.empty_like(parameter, dtype=wide(parameter))
 
 

@@ -142,8 +142,8 @@ def resets_from_cu_seqlens(cu_seqlens: Tensor, L: int) -> Tensor:
             of them keeps it apart, and its outputs mean nothing.
 
     Returns:
-        (1, L) booleans, True at the first input of each sequence. The first of the row is one: a state that
-        is passed with these resets counts for nothing.
+        (1, L) booleans, True at the first input of each sequence, also of the row's first one. So a state
+        that is passed with these resets counts for nothing.
 
     Raises:
         TypeError, ValueError: another shape or dtype, or, where the numbers can be read, other numbers.

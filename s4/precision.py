@@ -1,7 +1,7 @@
-"""Products with all digits of their dtype, whatever torch was told of the user's own; no denormal numbers.
+"""Matrix products in the full precision of their dtype, whatever less the user allows torch for others.
 
-And where numbers of double precision are: on a device that has none of them, Apple's MPS, what parameters
-come to is computed on the CPU, and moved to the device when it is rounded.
+Also here: zeros for denormal numbers, and what to do on a device without float64, Apple's MPS. There, what
+depends on parameters alone is computed on the CPU, rounded, and moved to the device.
 """
 
 from collections.abc import Callable, Sequence

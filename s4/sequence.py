@@ -46,15 +46,15 @@ def sequence(
         return_state: whether the state is wanted.
         kept: what keeps what parameters come to between calls, or None where they are in training.
     """
-    if isinstance(systems[6], Tensor):
+    *parameters, rate, discretization = systems
+    if isinstance(rate, Tensor):
         return _irregular(systems, D, u, x, lengths, resets, backend, return_state)
     made: dict[Any, Any] | None = None
     if kept is not None and D.is_cpu:
         if dispatch.opaque() and not dispatch.exporting() and dispatch.unwatched(D):
-            rate, discretization = systems[6:]
             options = discretization, mode, products, backend, return_state
             told = rate * torch.ones((), dtype=torch.float64)  # a number would be a constant of the graph
-            y, after = operator(systems[:6], D, u, x, lengths, resets, told, *options)
+            y, after = operator(parameters, D, u, x, lengths, resets, told, *options)
             return y, after if return_state else None
         if dispatch.keeps(D, u, u if x is None else x):
             made = kept.of(*step.identity(systems, D, backend))
@@ -94,7 +94,9 @@ def sequence(
 
 
 def _at_rate(systems: tuple[Any, ...], rate: float) -> tuple[Any, ...]:
-    return *systems[:6], rate, systems[7]
+    """The arguments of `s4.system.system` with another rate."""
+    *parameters, _, discretization = systems
+    return *parameters, rate, discretization
 
 
 def _begun(x: Tensor, resets: Tensor | None) -> Tensor:
@@ -120,7 +122,8 @@ def _irregular(
     return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`sequence`, with a rate (B, L) of each step: a system that varies in time, the same in every mode."""
-    ends, rate = _ends(u, lengths) if return_state else None, systems[6]
+    *_, rate, _ = systems
+    ends = _ends(u, lengths) if return_state else None
     one = system(*_at_rate(systems, 1.0))
     y, after = varying(one, D.to(u.dtype), u, rate, x, resets, ends, backend)
     if lengths is not None:
@@ -138,7 +141,8 @@ def states_at(
     backend: str,
 ) -> Float[Tensor, "B P H N"]:
     """The states after these inputs; at -1 that before the first. Arguments as those of `sequence`."""
-    rate, D = systems[6], D.to(u.dtype)
+    *_, rate, _ = systems
+    D = D.to(u.dtype)
     if isinstance(rate, Tensor):
         one = system(*_at_rate(systems, 1.0))
         found = varying(one, D, u, rate, x, resets, positions, backend)[1]

@@ -18,13 +18,8 @@ from s4 import S4Layer
 
 LENGTHS, BATCHES = (2, 31, 65, 257), (2, 5)
 ALL_LENGTHS, ALL_BATCHES = (2, 3, 5, 8, 13, 31, 64, 65, 100, 128, 200, 257), (2, 3, 5)
-ALL_SMALL = (
-    (70, 1),
-    (1, 2),
-    (1, 1),
-    (0, 3),
-    (7, 0),
-)  # lengths and batches that torch has graphs of their own for
+# Lengths and batches that torch has graphs of their own for.
+ALL_SMALL = ((70, 1), (1, 2), (1, 1), (0, 3), (7, 0))
 SMALL = {"fft": ((70, 1), (1, 2), (0, 3), (7, 0)), "scan": ((1, 1), (0, 3), (7, 0)), "auto": ()}
 D_MODEL, D_STATE = 3, 8
 
@@ -42,7 +37,7 @@ class Case(NamedTuple):
 
 
 def cases(mode: str, whole: bool) -> list[Case]:
-    """Every variant, direction and call, of which some are enough, or the whole."""
+    """Some combinations of variant, direction and call, which are enough; or, if `whole`, all of them."""
     calls = [
         (False, what) for what in ("", "state", "lengths", "state and lengths", "state, lengths, resets")
     ]

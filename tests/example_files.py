@@ -12,6 +12,8 @@ import pytest
 import train
 from data import images
 
+# What Lightning's jsonargparse warns of.
+OF_LIGHTNING = pytest.mark.filterwarnings("ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning")
 TINY = [
     *("--model.d_model", "8", "--model.n_layers", "1", "--model.d_state", "4"),
     *("--data.batch_size", "128", "--trainer.accelerator", "cpu", "--trainer.devices", "1"),
@@ -115,17 +117,8 @@ def write_lines(folder: Path, recipe: dict[str, Any]) -> list[str]:
         words = [" ".join(random_text(generator, 40).split()) + " \n" for _ in range(lines)]
         _write_table(folder / f"{split}.parquet", {"text": ["", *words]})
     small = ["--data.vocabulary", "50", "--model.cutoffs", "[10, 20]", "--model.d_model", "16"]
-    return [
-        "--data.path",
-        str(folder),
-        "--data.length",
-        "16",
-        *small,
-        "--model.n_ssm",
-        "2",
-        "--model.n_layers",
-        "2",
-    ]
+    small += ["--model.n_ssm", "2", "--model.n_layers", "2"]
+    return ["--data.path", str(folder), "--data.length", "16", *small]
 
 
 def write_series(folder: Path, rows: int = 14_500, seed: int = 0) -> Path:

@@ -55,17 +55,8 @@ SMALL = [case for case in CASES if case.d_state <= 64 and case.L <= 64]
 
 def ids(case: Case) -> str:
     direction = "both" if case.bidirectional else "causal"
-    parts = (
-        case.variant,
-        case.init,
-        case.method,
-        f"N{case.d_state}",
-        f"{case.n_ssm}ssm",
-        direction,
-        f"L{case.L}",
-        f"x{case.rate:g}",
-    )
-    return "-".join(parts)
+    system = f"{case.variant}-{case.init}-{case.method}-N{case.d_state}-{case.n_ssm}ssm"
+    return f"{system}-{direction}-L{case.L}-x{case.rate:g}"
 
 
 def build(case: Case, dtype: torch.dtype = torch.float64) -> S4Layer:

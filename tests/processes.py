@@ -32,7 +32,7 @@ def printed(running: subprocess.Popen[str]) -> str:
 
 
 def once(tmp_path_factory: pytest.TempPathFactory, name: str, play: Callable[[Path], None]) -> Path:
-    """A folder with what `play` writes into it: once for all tests of all workers."""
+    """A folder with what `play` writes into it, once for all tests of all workers."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # which all workers share
     found = root / name

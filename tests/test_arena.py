@@ -15,11 +15,12 @@ from data import listops, pathfinder
 from data.arena import ListOps, Pathfinder
 from data.storage import DataError
 from data.tasks import TASKS
+from example_files import OF_LIGHTNING
 from PIL import Image
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),
-    pytest.mark.filterwarnings("ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning"),
+    OF_LIGHTNING,
 ]
 
 

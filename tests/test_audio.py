@@ -14,14 +14,12 @@ from data import audio
 from data.audio import SpokenWords
 from data.batches import Batch
 from data.storage import DataError
-from example_files import TINY, fails, step_losses
+from example_files import OF_LIGHTNING, TINY, fails, step_losses
 from recordings import commands_in, digits_in, noise, opened, wav, write
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder", "brief_runs"),
-    pytest.mark.filterwarnings(
-        "ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning"
-    ),  # Lightning's jsonargparse
+    OF_LIGHTNING,
 ]
 # The folders of version 0.02.
 WORDS = """backward bed bird cat dog down eight five follow forward four go happy house learn left marvin nine

@@ -12,15 +12,13 @@ import train
 from data import audio
 from data.base import Spec
 from data.batches import Batch, padded
-from example_files import TINY, fails, step_losses
+from example_files import OF_LIGHTNING, TINY, fails, step_losses
 from recordings import digits_in, opened
 from trainer.task import SequenceTask
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder", "brief_runs"),
-    pytest.mark.filterwarnings(
-        "ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning"
-    ),  # Lightning's jsonargparse
+    OF_LIGHTNING,
 ]
 
 

@@ -25,8 +25,11 @@ import half
 import harness
 import kernels
 import layer
+import memory
 import sequences
 import training
+
+from s4 import S4Layer
 
 # Of the original repository's models/s4/s4.py: what the benchmarks call, with the arguments they give.
 OFFICIAL = """
@@ -348,8 +351,8 @@ def test_generation_names_a_budget_that_is_too_small(tmp_path: Path) -> None:
 
 # Those that are run; `make gpu-bundle` by hand, as it downloads.
 SCRIPTS = [
-    "accuracy", "compiled", "convert", "deploy", "distributed", "floors", "generation", "gpu", "gpu_bundle", "half",
-    "kernels", "layer", "memory", "peers", "sequences", "tables", "training",
+    "accuracy", "compiled", "convert", "deploy", "distributed", "floors", "generation", "gpu", "gpu_bundle",
+    "half", "kernels", "layer", "memory", "peers", "sequences", "tables", "training",
 ]  # fmt: skip
 
 
@@ -400,6 +403,35 @@ def test_floors(tmp_path: Path) -> None:
     assert 4 * 2 * B * L * H < scan["bytes"] <= 4 * (2 * B * L * H + maps + 3 * B * H * N)
     assert scan["floor: flops"] == pytest.approx(1e-6 * scan["flops"] / rate)
     assert scan["share"] == pytest.approx(max(scan["floor: flops"], scan["floor: bytes"]) / scan["ms"])
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.3])
+def test_memory_tells_what_a_readout_of_samples_finds(noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "NOISE", noise)
+    lags, generator = torch.tensor([0.0, 20.0, 60.0, 150.0]), torch.Generator().manual_seed(0)
+    said = memory.told("dplr", "legt", 8, 1e-2, lags.double())
+    spectrum = torch.fft.rfft(torch.randn(40_000, generator=generator, dtype=torch.float64))
+    spectrum[round(40_000 * memory.BANDWIDTH) :] = 0
+    u = torch.fft.irfft(spectrum)
+    system = S4Layer(1, 8, init="legt", dt_min=1e-2, dt_max=1e-2, dtype=torch.float64).requires_grad_(False)
+    at = 2000 + torch.randint(len(u) - 2000, (1, 20_000), generator=generator)
+    x = system.states(u[None, :, None], at)[0, :, 0]
+    x += noise * x.std(0) * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    for lag, expected in zip(lags.long(), said, strict=True):
+        wanted = u[at[0] - lag]
+        left = wanted - x @ torch.linalg.lstsq(x, wanted[:, None]).solution[:, 0]
+        assert float(expected) == pytest.approx(1 - float(left.var() / wanted.var()), abs=0.03)
+    assert (said[1] > 0.99) == (noise < 0.1)
+    assert said[3] < 0.2  # the window is 100 steps
+
+
+def test_memory_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LAG", 5)
+    monkeypatch.setattr(memory, "LENGTH", 200)
+    options = {"variant": "diag", "init": "lin", "d_state": 16, "dt_min": 1e-1, "dt_max": 1e-1}
+    before, after = (memory.delay(options, 0, steps)["r2"] for steps in (0, 60))
+    assert before < 0.3
+    assert 0.7 < after < 1
 
 
 def test_what_rounding_costs() -> None:

@@ -17,16 +17,14 @@ import demo
 import train
 from data import storage
 from data.storage import atomic_save, cached
-from example_files import TINY, fails, write_shakespeare
+from example_files import OF_LIGHTNING, TINY, fails, write_shakespeare
 from golden.make import HERE
 from trainer import runs
 from trainer.checkpoints import CheckpointError, ConfigError, load_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),
-    pytest.mark.filterwarnings(
-        "ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning"
-    ),  # Lightning's jsonargparse
+    OF_LIGHTNING,
 ]
 Capture = pytest.CaptureFixture[str]
 DIGITS = ["digits", *TINY, "--trainer.max_steps", "2"]

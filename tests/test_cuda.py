@@ -35,9 +35,8 @@ class Emulator:
             return
         self.launched.append((name, blocks, threads))
         stored = [bytes(t.untyped_storage()) for t in tensors]
-        self.run(
-            name, blocks, threads, tensors, sizes, [b"\xff" * len(s) for s in stored], seed=1
-        )  # NaN everywhere
+        nan = [b"\xff" * len(s) for s in stored]
+        self.run(name, blocks, threads, tensors, sizes, nan, seed=1)
         first = self.run(name, blocks, threads, tensors, sizes, stored, seed=2)
         second = self.run(name, blocks, threads, tensors, sizes, stored, seed=3)
         assert first == second, f"{name} depends on the order of its threads"
@@ -136,10 +135,7 @@ def check_cauchy(v: Tensor, z: Tensor, w: Tensor, grad: Tensor, need_z: bool = T
     want = dense_cauchy(V, Z, W)
     truth = torch.autograd.grad(want, leaves, D)
     with torch.no_grad():
-        a, b = (
-            1 / (Z[:, None] - W[..., None]).abs(),
-            1 / (Z[:, None] - W[..., None].conj()).abs(),
-        )  # (G, n, l)
+        a, b = (1 / (Z[:, None] - w[..., None]).abs() for w in (W, W.conj()))  # (G, n, l)
         check(got, want, V.abs() @ (a + b), eps, "sums")
         check(grads[0], truth[0], D.abs() @ (a + b).mT, eps, "gradient of v")
         squares = a**2 + b**2

@@ -1,14 +1,12 @@
 """A sequence over four processes with gloo, against one process: the scenes of sequence_ranks.py."""
 
-import fcntl
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import sequence_ranks
 import torch
-from processes import process
+from processes import once, process
 from refusals import refuses
 
 from s4.distributed import sequence_parallel
@@ -25,17 +23,13 @@ Passes = Callable[[str], None]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the processes wrote: once for all tests here, as to start them takes longer than the scenes."""
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # which all workers share
-    found = root / "sequence_ranks"
-    with open(root / "sequence_ranks.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not found.exists():
-            found.mkdir()
-            _, errors = process(PROGRAM, str(found), str(Path(__file__).parent)).communicate(timeout=300)
-            (found / "errors").write_text(errors)
-    return found
+    """What the processes wrote."""
+    return once(tmp_path_factory, "sequence_ranks", play)
+
+
+def play(folder: Path) -> None:
+    _, errors = process(PROGRAM, str(folder), str(Path(__file__).parent)).communicate(timeout=300)
+    (folder / "errors").write_text(errors)
 
 
 @pytest.fixture

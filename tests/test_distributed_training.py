@@ -22,13 +22,13 @@ pytest.importorskip("lightning", reason="the examples need the extra 'examples'"
 from data.batches import Batch
 from data.loader import Loader
 from data.storage import DataError
-from example_files import fails
+from example_files import OF_LIGHTNING, fails
 from lightning.pytorch import Trainer
 from trainer import runs
 
 from s4 import param_groups
 
-pytestmark = pytest.mark.filterwarnings("ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning")
+pytestmark = OF_LIGHTNING
 SCORES = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "test/loss", "test/accuracy")
 
 

@@ -82,8 +82,13 @@ def test_docstrings_are_complete(module: str) -> None:
         known = {*it.parameters, *it.attributes}
         if unknown := [name for name in said(it) if name not in known]:
             wrong.append(f"{it.name}: there is no {', '.join(unknown)}")
-        if it.parameters and it.result != "None" and not section(it, "Returns", "Yields"):
+        returned = section(it, "Returns")
+        if it.parameters and it.result != "None" and not returned:
             wrong.append(f"{it.name}: needs Returns")
+        if ": " in returned.partition("\n")[0]:  # of which the site makes a type and what follows
+            wrong.append(f"{it.name}: the first line of Returns must have no colon")
+        if re.search(r"^    \w+: .*\. \w+Error: ", section(it, "Raises"), re.MULTILINE):
+            wrong.append(f"{it.name}: Raises must have a line for each error")
     assert not wrong, "\n".join(wrong)
 
 

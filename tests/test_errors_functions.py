@@ -11,6 +11,7 @@ import s4.kernel
 from s4 import hippo
 from s4.ops import convolve as conv
 
+pytestmark = pytest.mark.usefixtures("unchecked")
 T1 = torch.ones(2)
 HIPPO = {
     "unknown measure": (lambda: hippo.transition("lagt", 4), "measure.*legs.*lagt"),

@@ -15,7 +15,7 @@ pytest.importorskip("lightning", reason="the examples need the extra 'examples'"
 import train
 from data.base import Spec
 from data.batches import Batch
-from example_files import TINY, WRITERS, fails, step_losses
+from example_files import OF_LIGHTNING, TINY, WRITERS, fails, step_losses
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from processes import printed, process
@@ -29,9 +29,7 @@ from s4 import S4Model
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),
-    pytest.mark.filterwarnings(
-        "ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning"
-    ),  # Lightning's jsonargparse
+    OF_LIGHTNING,
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # here on purpose
 ]
 LABELS = Spec("label", 1, 10)
@@ -246,23 +244,8 @@ def test_precision_and_callbacks_of_lightning() -> None:
         fine = torch.promote_types(dtype, torch.float32)  # bfloat16 counts to 256
         assert {cli.model.scores[name]["loss"].mean_value.dtype for name in ("val", "test")} == {fine}
         assert any(isinstance(callback, LearningRateMonitor) for callback in cli.trainer.callbacks)
-    train.run(
-        [
-            "delay",
-            *TINY,
-            "--data.lag",
-            "9",
-            "--data.length",
-            "50",
-            "--data.train_size",
-            "50",
-            *options[-4:],
-            "--data.batch_size",
-            "8",
-            "--trainer.precision",
-            "64-true",
-        ]
-    )
+    few = ["--data.lag", "9", "--data.length", "50", "--data.train_size", "50", "--data.batch_size", "8"]
+    train.run(["delay", *TINY, *few, *options[-4:], "--trainer.precision", "64-true"])
 
 
 def test_generation_with_the_weights_of_something_else(tmp_path: Path, capsys: Capture) -> None:

@@ -10,14 +10,12 @@ pytest.importorskip("lightning", reason="the examples need the extra 'examples'"
 
 import train
 from data import images, storage
-from example_files import TINY, fails, write_parquet
+from example_files import OF_LIGHTNING, TINY, fails, write_parquet
 from trainer.checkpoints import CONTENT, CheckpointError, load_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),
-    pytest.mark.filterwarnings(
-        "ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning"
-    ),  # Lightning's jsonargparse
+    OF_LIGHTNING,
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # here on purpose
 ]
 RECIPES = sorted(path.stem for path in train.RECIPES.glob("*.yaml"))

@@ -24,9 +24,9 @@ def test_one_program_serves_every_shape(mode: str) -> None:
     assert len(found) == (8 if mode == "auto" else 3)
     for name, worst, ranges in found:
         assert worst < 2e-5, name
-        assert ranges in ("VR[1, int_oo], VR[1, int_oo]", "VR[2, int_oo], VR[2, int_oo]", "VR[1, int_oo]"), (
-            name
-        )
+        assert re.fullmatch(
+            r"VR\[1, int_oo\](, VR\[1, int_oo\])?|VR\[2, int_oo\], VR\[2, int_oo\]", ranges
+        ), name
     assert any(ranges.startswith("VR[1") for _, _, ranges in found)
 
 
@@ -86,14 +86,8 @@ def test_a_program_trains(unchecked: None) -> None:
     u = torch.randn(2, 20, 3, dtype=torch.float64)
     program = torch.export.export(layer, (u,)).module()
     losses = [f(u).square().sum() for f in (program, layer)]
-    grads = [
-        dict(
-            zip(
-                (n for n, _ in f.named_parameters()),
-                torch.autograd.grad(loss, [*f.parameters()]),
-                strict=True,
-            )
-        )
-        for f, loss in zip((program, layer), losses, strict=True)
-    ]
+    grads = []
+    for f, loss in zip((program, layer), losses, strict=True):
+        names = [name for name, _ in f.named_parameters()]
+        grads.append(dict(zip(names, torch.autograd.grad(loss, [*f.parameters()]), strict=True)))
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)

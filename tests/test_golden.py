@@ -61,8 +61,7 @@ def test_a_model_computes_the_same(case: str) -> None:
     assert_close(got, OF_MODELS.outputs(case))
 
 
-# Lightning's jsonargparse.
-@pytest.mark.filterwarnings("ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning")  # Lightning's
 def test_a_checkpoint_trains_on_with_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lightning", reason="the examples need the extra 'examples'")
     import train

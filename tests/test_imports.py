@@ -101,10 +101,8 @@ def test_private_names_stay_private(name: str) -> None:
     tree = modules()[name]
     for module, found in imports(tree):
         if module.split(".")[0] == "s4" and module != name:
-            assert not [each for each in found if each.startswith("_") and each != "__version__"], (
-                name,
-                module,
-            )
+            private = [each for each in found if each.startswith("_") and each != "__version__"]
+            assert not private, (name, module)
     aliases = {
         alias.asname or alias.name
         for node in ast.walk(tree)

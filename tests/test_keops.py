@@ -85,7 +85,7 @@ def test_no_compiler_is_a_reason(tmp_path: Path) -> None:
     assert "CXX" in reason
 
 
-def testkeops_that_crashes_is_a_reason_and_takes_no_process_down(
+def test_keops_that_crashes_is_a_reason_and_takes_no_process_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     python = tmp_path / "python"

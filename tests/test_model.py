@@ -8,19 +8,7 @@ import pickle
 import oracle
 import pytest
 import torch
-from stacks import (
-    TABLE,
-    L,
-    build,
-    in_chunks,
-    in_steps,
-    incoming,
-    inputs,
-    offloaded,
-    same,
-    tensors,
-    trained,
-)
+from stacks import TABLE, L, build, in_chunks, in_steps, incoming, inputs, offloaded, same, tensors, trained
 from torch import nn
 from torch.utils import _pytree as pytree
 

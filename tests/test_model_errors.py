@@ -6,10 +6,7 @@ from typing import Any
 import pytest
 import torch
 from refusals import EITHER, Kind, refuses
-from stacks import (
-    one_block_state,
-    small,
-)
+from stacks import one_block_state, small
 from torch import nn
 
 from s4 import S4Block, S4Layer, S4Model, State

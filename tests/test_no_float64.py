@@ -147,11 +147,11 @@ def test_step(name: str, mps: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "Tensor", OnDevice)
     layer.eval()
     with torch.no_grad():
-        for _ in range(2):
+        for crossed in ((1, 1), (0, 0)):
             mps.forget()
             for g, w in zip(run(), (want, last), strict=True):
                 oracle.close(back(g), w, VALUE)
-            assert (mps.fetched, mps.sent) == (1, 1) if _ == 0 else (0, 0)
+            assert (mps.fetched, mps.sent) == crossed
         layer.C.mul_(2)
         oracle.close(back(run()[0]), truth(layer, u, x)[0], VALUE)
 

@@ -77,9 +77,8 @@ def test_model_trains(pooling: str, mps: Device) -> None:
         z, after = there.step(tokens[:, 0].to("mps"), state)
         wanted, before = cpu(tokens, lengths=lengths, return_state=True)
         want, _ = cpu.step(tokens[:, 0], before)
-    oracle.close(
-        back(y), wanted, 1e-2
-    )  # Adam's first steps have the size of the rate, whatever the gradient's
+    # Adam's first steps have the size of the rate, whatever the gradient's.
+    oracle.close(back(y), wanted, 1e-2)
     oracle.close(back(z), want, 1e-2)
     both = State.cat([after.select([0, 2]), after.reset([1]).detach()])
     assert {t.device for t in (*both.layers, both.total, both.length)} == {MPS}

@@ -155,11 +155,8 @@ def test_one_graph_for_all_numbers_and_lengths() -> None:
 
     compiled = torch.compile(of, fullgraph=True, dynamic=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for batch, L, m, n in (
-            (2, 6, 7, 8),
-            (3, 9, 20, 2),
-            (12, 13, 2, 30),
-        ):  # torch takes equal ones for one
+        # All unequal: torch takes equal ones for one.
+        for batch, L, m, n in ((2, 6, 7, 8), (3, 9, 20, 2), (12, 13, 2, 30)):
             cu, lengths = torch.tensor([0, 1, 1, L - batch, L]), torch.arange(batch)
             index, before = torch.randint(-1, 2, (batch, L)), torch.randint(-1, 2, (batch,))
             inputs = cu, index, before, lengths, torch.randn(m, 4), torch.randn(n, 4)

@@ -77,9 +77,7 @@ def check(
         again = layer.states(leaves["u"], positions, leaves.get("state"), resets=resets, rate=time)
     close(again, want, value)
     g = torch.randn_like(want)
-    wanted = [
-        t for t in leaves.values() if t is not layer.C and t is not layer.D
-    ]  # outputs alone are of those
+    wanted = [t for t in leaves.values() if t is not layer.C and t is not layer.D]  # which outputs alone use
     options = {"allow_unused": True, "materialize_grads": True}
     pairs = zip(
         torch.autograd.grad(got, wanted, g.to(dtype), **options),
@@ -124,12 +122,8 @@ def test_over_many_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_each_is_the_state_of_a_prefix(case: str, rate: str) -> None:
     """As `forward` returns it of the inputs up to there, and as steps lead to it."""
     layer, L = build(case), 12
-    u, x, resets, time = (
-        torch.randn(B, L, H).double(),
-        torch.randn(B, H, N).double(),
-        torch.rand(B, L) < 0.2,
-        rate_of(rate, L),
-    )
+    u, x = torch.randn(B, L, H).double(), torch.randn(B, H, N).double()
+    resets, time = torch.rand(B, L) < 0.2, rate_of(rate, L)
     got = layer.states(u, torch.arange(-1, L).expand(B, L + 1), x, resets=resets, rate=time)
     state = x
     for t in range(L + 1):

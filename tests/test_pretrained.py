@@ -17,7 +17,7 @@ from s4.pretrained import Pretrained
 
 
 def half(layer: S4Layer) -> S4Layer:
-    """In bfloat16 but for what keeps time, as the README advises."""
+    """In bfloat16 but for what keeps time, as docs/accuracy.md advises."""
     exact = layer.log_dt.detach().clone(), layer.A_imag.detach().clone()
     layer.bfloat16()
     layer.log_dt.data, layer.A_imag.data = exact

@@ -276,12 +276,11 @@ def test_a_nan_stays_in_its_segment(case: str, mode: str, backend: str) -> None:
         if x is None:
             y = layer(bad, resets=resets)
         else:
-            leaves += [
-                (torch.where(torch.arange(B)[:, None, None] == 1, torch.nan, x) if spoilt.stop == 7 else x)
-                .clone()
-                .requires_grad_()
-            ]
-            y, last = layer(bad, leaves[1], resets=resets, return_state=True)
+            before = x.clone()
+            if spoilt.stop == 7:  # of the first segment
+                before[1] = torch.nan
+            leaves.append(before.requires_grad_())
+            y, last = layer(bad, before, resets=resets, return_state=True)
             assert bool(last.isfinite().all()) == (spoilt.stop != L)
         found.append([y, *torch.autograd.grad(y, leaves, sent)])
         fine = torch.ones(B, L, dtype=torch.bool)

@@ -20,15 +20,13 @@ from data.language import Characters, Words
 from data.retrieval import PaperPairs
 from data.storage import DataError
 from data.text import Reviews
-from example_files import TINY, WRITERS, fails
+from example_files import OF_LIGHTNING, TINY, WRITERS, fails
 from lightning.pytorch import Trainer
 from trainer.task import SequenceTask
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),
-    pytest.mark.filterwarnings(
-        "ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning"
-    ),  # Lightning's jsonargparse
+    OF_LIGHTNING,
 ]
 
 REVIEWS = ["fine", "a ü b", "no\nno", "x" * 12, "日本語テスト"]
@@ -238,9 +236,8 @@ def test_bits_of_a_uniform_distribution(characters: tuple[Characters, bytes]) ->
     trainer = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
     (scores,) = trainer.validate(model, data, verbose=False)
     assert scores["val/bits"] == pytest.approx(8)
-    assert scores["val/perplexity"] == pytest.approx(
-        256, rel=1e-5
-    )  # e^5.5 has 5.5 times the relative error of 5.5
+    # e^5.5 has 5.5 times the relative error of 5.5.
+    assert scores["val/perplexity"] == pytest.approx(256, rel=1e-5)
 
 
 def test_text_there_and_back() -> None:

@@ -198,11 +198,8 @@ def test_an_ensemble(stack: str, block: str, own: bool) -> None:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_mapped_over_inputs(options: dict[str, Any], mode: str) -> None:
     its = layer(mode=mode, **options)
-    u, x, lengths = (
-        draw(2, L, 3, D_MODEL),
-        draw(2, D_MODEL, D_STATE, 3),
-        torch.tensor([[L, 5], [3, 1], [0, L]]),
-    )
+    u, x = draw(2, L, 3, D_MODEL), draw(2, D_MODEL, D_STATE, 3)
+    lengths = torch.tensor([[L, 5], [3, 1], [0, L]])
     call = partial(its, return_state=True)
     for given, dims in ((lengths, 0), (lengths[0], None)):
         y, after = torch.vmap(lambda u, x, n: call(u, x, lengths=n), in_dims=(2, 3, dims), out_dims=(2, 0))(

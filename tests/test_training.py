@@ -17,7 +17,7 @@ pytest.importorskip("lightning", reason="the examples need the extra 'examples'"
 import train
 from data import images
 from data.storage import atomic_save
-from example_files import TINY, fails, step_losses, write_parquet
+from example_files import OF_LIGHTNING, TINY, fails, step_losses, write_parquet
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from safetensors.torch import load_file
@@ -27,9 +27,7 @@ from trainer.task import SequenceTask
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder", "brief_runs"),
-    pytest.mark.filterwarnings(
-        "ignore:(?s).*(in v4|only one Jsonarg):DeprecationWarning"
-    ),  # Lightning's jsonargparse
+    OF_LIGHTNING,
 ]
 EXAMPLES = Path(train.__file__).parent
 Capture = pytest.CaptureFixture[str]
@@ -221,16 +219,8 @@ def test_configuration_of_a_resumed_run_is_a_recipe(tmp_path: Path) -> None:
 
 
 def test_weights_are_tested_on_the_data_they_are_for(capsys: Capture) -> None:
-    options = [
-        "copying",
-        *TINY,
-        "--data.train_size",
-        "40",
-        "--data.batch_size",
-        "8",
-        "--trainer.max_steps",
-        "1",
-    ]
+    options = ["copying", *TINY, "--data.train_size", "40", "--data.batch_size", "8"]
+    options += ["--trainer.max_steps", "1"]
     train.run([*options, "--data.lag", "20"])
     fails(capsys, 1, ["test", "copying", "--data.train_size", "40"], "'lag': 20", "'lag': 1000")
 

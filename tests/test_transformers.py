@@ -19,7 +19,6 @@ st = pytest.importorskip("s4.transformers")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 TINY = {"vocab_size": 11, "hidden_size": 6, "num_hidden_layers": 2, "d_state": 8, "dt_min": 0.01}
-
 SMALL = {"hidden_size": 4, "num_hidden_layers": 2}  # of `small`
 
 
@@ -94,12 +93,12 @@ def test_a_model_that_cannot_be() -> None:
         st.S4ForSequenceClassification.from_s4(small())
     with pytest.raises(TypeError, match="model must be an S4Model, got S4ForCausalLM"):
         st.S4ForCausalLM.from_s4(language())
-    odd = S4Model(nn.Embedding(7, 4), [S4Block(S4Layer(4, 8))], nn.Linear(4, 7), norm=oracle_norm())
+    odd = S4Model(nn.Embedding(7, 4), [S4Block(S4Layer(4, 8))], nn.Linear(4, 7), norm=own_norm())
     with pytest.raises(ValueError, match=r"norm is .*Own"):
         st.S4ForCausalLM.from_s4(odd)
 
 
-def oracle_norm() -> nn.Module:
+def own_norm() -> nn.Module:
     class Own(nn.LayerNorm):
         pass
 

@@ -1,7 +1,6 @@
 """s4.transformers: Trainer, Auto classes and pipelines, with models and a tokenizer made here."""
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,14 +47,7 @@ def tokenizer() -> Any:
 
 def config(**options: Any) -> Any:
     return st.S4Config(
-        **{
-            "vocab_size": 11,
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "d_state": 8,
-            "pad_token_id": 0,
-            **options,
-        }
+        vocab_size=11, hidden_size=16, num_hidden_layers=2, d_state=8, pad_token_id=0, **options
     )
 
 
@@ -188,15 +180,3 @@ def test_offloaded(trained: Any, tmp_path: Path) -> None:
     for options in ({}, {"num_beams": 2}):
         made = [m.generate(rows, max_new_tokens=3, do_sample=False, **options) for m in (away, model)]
         assert torch.equal(*made)
-
-
-def test_the_page_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of docs/transformers.md, as it stands there."""
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text()
-    code = re.findall("```python\n(.*?)```", page, re.DOTALL)
-    found: dict[str, Any] = {}
-    exec(compile("\n".join(code), "docs/transformers.md", "exec"), found)
-    oracle.close(found["second"][:, : found["asked"].shape[1]], found["asked"], 0)
-    logits = [found["theirs"].eval()(found["asked"]).logits, found["plain"].eval()(found["asked"])]
-    oracle.close(*logits, 1e-5)

@@ -139,9 +139,8 @@ def check(
         assert found[name].dtype == leaf.dtype
         # A sum of few terms may cancel: errors then are of those.
         scale = max(1e-3, float(wanted[name].abs().max())) if leaf.numel() else 1
-        assert float((found[name] - wanted[name]).abs().max() if leaf.numel() else 0) <= tolerance * scale, (
-            name
-        )
+        error = float((found[name] - wanted[name]).abs().max()) if leaf.numel() else 0
+        assert error <= tolerance * scale, name
 
 
 @pytest.mark.parametrize("case", FUSED_CASES)

@@ -1,4 +1,4 @@
-"""The Triton backend in Triton's interpreter: `testtriton.py` runs this file in a process of its own."""
+"""The Triton backend in Triton's interpreter: `test_triton.py` runs this file in a process of its own."""
 
 from collections.abc import Iterator
 

@@ -127,9 +127,7 @@ def measure(
             first = milliseconds(contender, backward)
             peak = Peak(device)
             second = milliseconds(contender, backward)
-        except (
-            Exception
-        ) as error:  # out of memory, a kernel that fails, whatever a compiler of kernels raises
+        except Exception as error:  # out of memory, or whatever a kernel or its compiler raises
             failed[contender.who] = first_line(error)
             if lost(device):
                 budget.end()

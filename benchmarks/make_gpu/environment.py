@@ -47,9 +47,8 @@ def environment(device: str, wheels: Path | None) -> tuple[str, dict[str, str]]:
             _pip(python, "install", "-q", "-e", f"{ROOT}[test]")
     if device == "cuda":
         variables |= _cuda_libraries(python, variables)
-        variables["TORCHINDUCTOR_COMPILE_THREADS"] = (
-            "1"  # each of several workers would start as many as cores
-        )
+        # Else each of several workers starts as many as there are cores.
+        variables["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     print(f"C++      {_extension(python, wheels, variables)}", flush=True)
     if commit := _commit(wheels):
         variables["S4_COMMIT"] = commit
@@ -188,10 +187,8 @@ def requirements(extra: str) -> dict[str, str]:
                     add(project["optional-dependencies"][inner])
             else:
                 text, _, marker = requirement.partition(";")
-                if not marker or (sys.platform, platform.machine()) == (
-                    "linux",
-                    "x86_64",
-                ):  # the one there is
+                # pyproject.toml has one marker: Linux on x86-64.
+                if not marker or (sys.platform, platform.machine()) == ("linux", "x86_64"):
                     found[name] = text.strip()
 
     add(project["dependencies"])

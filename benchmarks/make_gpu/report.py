@@ -79,9 +79,8 @@ def layers(cells: Cells, rates: dict[str, float]) -> list[str]:
             best = min((m for m in modes if m != "auto"), key=lambda m, ms=modes: ms[m]["ms"], default="")
             took = modes.get("auto", {}).get("took", "")
             peers = [by.get(who) for who in ("bare FFT", "LSTM", "attention", "original formula")]
-            size = (5 if backward else 2) * (
-                4 if dtype == "float32" else 2
-            )  # bytes an input: u, y, gradients
+            tensors = 5 if backward else 2  # of the inputs' size that are read or written: u, y and gradients
+            size = tensors * (4 if dtype == "float32" else 2)
             floor = 1e-6 * size * B * L * H / rates["copy GB/s"] if rates else None
             rows.append(
                 [f"{name} ({B}, {L}, {H}) {dtype}{' +bwd' if backward else ''}", _ms(floor)]

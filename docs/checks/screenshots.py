@@ -1,4 +1,4 @@
-"""Pictures of the built site, to look at: `python docs/checks/screenshots.py [start memory ...]` after `make docs`.
+"""Pictures of the built site, to look at: after `make docs`, `python docs/checks/screenshots.py [PAGE ...]`.
 
 Each page, or those named, goes to build/screenshots as NAME-1280.png, NAME-400.png and NAME-dark.png: a wide
 screen, a phone, and a wide screen in the dark. Long pages go on below the screen.

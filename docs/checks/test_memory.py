@@ -1,8 +1,8 @@
-"""The live page computes what s4 computes, and serves mouse, finger and keyboard on wide and narrow screens."""
+"""The live page computes what s4 computes, and serves mouse, finger and keyboard on every screen."""
 
 from collections.abc import Callable
 
-import memory as figure
+import memory_matrices as figure
 import numpy as np
 import pytest
 import torch
@@ -105,7 +105,7 @@ def test_it_is_the_state_of_a_layer(choice: str, visit: Callable[..., Page]) -> 
 
 
 def test_the_matrices_are_those_of_the_library() -> None:
-    """docs/assets/memory/matrices.js is what docs/figures/memory.py writes, to the last digits but one."""
+    """docs/assets/memory/matrices.js is what docs/figures/memory_matrices.py writes, but for rounding."""
     kept = figure.read()
     assert set(kept) == set(CHOICES)
     for choice, sizes in kept.items():
@@ -134,12 +134,12 @@ def right(page: Page) -> dict:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_is_shown(choice: str, visit: Callable[..., Page]) -> None:
     page = visit("memory/")
+    page.get_by_label("Variant and init").select_option(choice)
+    page.get_by_label("State size N").select_option("8")
+    page.get_by_label("Step size").fill("-2")
+    page.get_by_label("Now").fill("350")
     for preset in ("sine", "chirp", "steps", "spikes", "noise", "silence", "smooth noise"):
         page.get_by_label("Signal", exact=True).select_option(preset)
-        page.get_by_label("Variant and init").select_option(choice)
-        page.get_by_label("State size N").select_option("8")
-        page.get_by_label("Step size").fill("-2")
-        page.get_by_label("Now").fill("350")
         shown = right(page)
         assert (shown["choice"], shown["N"], shown["dt"], shown["now"]) == (choice, 8, 0.01, 350)
         assert (max(map(abs, shown["signal"])) > 0.3) == (preset != "silence")
@@ -155,7 +155,8 @@ def test_the_mouse_draws(width: int, scheme: str, visit: Callable[..., Page]) ->
     canvas = page.locator("#memory-signal")
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
-    assert 0 <= box["x"] and box["x"] + box["width"] <= width
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width
     assert canvas.evaluate("c => c.width") == round(2 * box["width"])  # sharp
     at = [(box["x"] + box["width"] * a, box["y"] + box["height"] * b) for a, b in [(0.2, 0.5), (0.6, 0.1)]]
     page.mouse.move(*at[0])
@@ -234,8 +235,9 @@ def test_the_colours_follow_the_scheme(visit: Callable[..., Page]) -> None:
     ink = "() => signalPlot.colour('truth')"
     page.wait_for_function("signalPlot.pen")
     light = page.evaluate(ink)
-    before = page.locator("#memory-signal").screenshot()
-    page.get_by_title("Dark").click()
     page.wait_for_timeout(300)
+    picture = "document.getElementById('memory-signal').toDataURL()"
+    before = page.evaluate(picture)
+    page.get_by_title("Dark").click()
+    page.wait_for_function(f"before => {picture} !== before", arg=before)
     assert page.evaluate(ink) != light
-    assert page.locator("#memory-signal").screenshot() != before

@@ -30,6 +30,10 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_it_builds_without_a_warning(warnings: str) -> None:
+    assert not warnings
+
+
 def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     loads = re.compile(
         r"""(?:<(?:script|img|iframe)[^>]*\ssrc|<link[^>]*\shref)=["']?(?:https?:)?//[^"'\s>]+"""

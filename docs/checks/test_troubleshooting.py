@@ -1,8 +1,8 @@
 """docs/troubleshooting.md has every message that s4 raises, and none that it does not.
 
-A line of the page that is nothing but a piece of code is a message; `…` in it stands for what varies. Of the code,
-the message of an exception is the text that it is made with, its variable parts `…`, too; so is a sentence that
-a backend returns as its reason not to run.
+On the page, a line that is nothing but a piece of code is a message, with `…` for what varies. In the code,
+the message of an exception is the text that it is made with. A sentence that a backend returns, as its reason
+not to run, counts as well.
 """
 
 import ast
@@ -10,7 +10,6 @@ import builtins
 import itertools
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from pages import ROOT
@@ -113,7 +112,7 @@ def test_every_message_of_the_library_has_an_entry() -> None:
 
 
 def test_what_has_no_words_of_its_own_is_known() -> None:
-    """Exceptions that are made of what a function returned: the reasons of backends, which are found there."""
+    """Exceptions made of what a function returned: the reasons of backends, which are found there."""
     files = {file.relative_to(ROOT).as_posix() for file in FILES if "…" in raised(file.read_text())}
     assert files == {"s4/layer.py", "s4/backends/cpu/__init__.py"}
 

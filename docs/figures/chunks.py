@@ -5,7 +5,7 @@ import style
 from matplotlib.axes import Axes
 from matplotlib.patches import Polygon, Rectangle
 
-CHUNKS, T, N = 4, 1.0, 0.28  # drawn sizes, in chunks
+CHUNKS, T, N = 4, 1.0, 0.18  # drawn sizes, in chunks
 
 
 def block(axis: Axes, left: float, top: float, width: float, height: float, color: str) -> None:
@@ -19,11 +19,17 @@ def triangle(axis: Axes, left: float, top: float) -> None:
     axis.add_patch(Polygon(corners, facecolor=style.ORANGE, alpha=0.7, linewidth=0))
 
 
-def below(axis: Axes, left: float, top: float) -> None:
-    """A block of rank N: a thin part, from the state to outputs, times a flat one, from inputs to it."""
-    gap = 0.06
-    block(axis, left + gap, top + gap, N, T - 2 * gap, style.BLUE)
-    block(axis, left + gap + N + 0.05, top + gap, T - 3 * gap - N, N, style.PURPLE)
+def below(axis: Axes, row: int, column: int) -> None:
+    """A block of rank N: a thin part, from the state to outputs, times a flat one, from inputs to it.
+
+    Between the two stand powers of A, for the chunks that lie between.
+    """
+    gap, top = 0.06, row + 0.06
+    block(axis, column + gap, top, N, T - 2 * gap, style.BLUE)
+    if row - column > 1:
+        block(axis, column + gap + N + 0.03, top, N, N, style.GREEN)
+    start = gap + 2 * N + 0.06
+    block(axis, column + start, top, T - gap - start, N, style.PURPLE)
 
 
 def main() -> None:
@@ -32,7 +38,7 @@ def main() -> None:
     for row in range(CHUNKS):
         triangle(axis, row, row)
         for column in range(row):
-            below(axis, column, row)
+            below(axis, row, column)
     for k in range(CHUNKS + 1):
         axis.plot([0, CHUNKS], [k, k], color=style.GREY, lw=0.7)
         axis.plot([k, k], [0, CHUNKS], color=style.GREY, lw=0.7)
@@ -47,7 +53,7 @@ def main() -> None:
     block(axis, x, 2.3, N, T - 0.1, style.BLUE)
     axis.text(x + 1.15, 2.75, "state to outputs:\nT rows CAᵇ", va="center", fontsize=9.5)
     block(axis, x, 3.55, N, N, style.GREEN)
-    axis.text(x + 1.15, 3.55 + N / 2, "between the two:\npowers of A", va="center", fontsize=9.5)
+    axis.text(x + 1.15, 3.55 + N / 2, "chunks in between:\npowers of A", va="center", fontsize=9.5)
     axis.set(xlim=(-0.6, CHUNKS + 4.0), ylim=(CHUNKS + 0.1, -0.4), aspect="equal")
     axis.axis("off")
     style.save(figure, "chunks")

@@ -11,7 +11,7 @@ from s4 import S4Block, S4Layer, S4Model
 class S4Agent(S4Model):
     """Observations (B, L, d_input) to (B, L, actions + 1): two blocks of S4.
 
-    Its steps of time are so small at first that a state knows of what was 100 to 1,000 inputs ago.
+    Its dt is so small at first that a state remembers the last 100 to 1,000 inputs.
     """
 
     def __init__(self, d_input: int, actions: int) -> None:
@@ -21,12 +21,12 @@ class S4Agent(S4Model):
 
 
 class GRUState(NamedTuple):
-    """What a GRU carries on, (B, d_model), with what is asked of a state here."""
+    """The state of a GRU, (B, d_model), with the methods of a state that `learn.py` calls."""
 
     hidden: Tensor
 
     def reset(self, rows: Tensor) -> "GRUState":
-        """Rows that are True in (B,) as before any input."""
+        """The same with zeros in the rows that are True in (B,)."""
         return GRUState(self.hidden.masked_fill(rows[:, None], 0))
 
     def detach(self) -> "GRUState":

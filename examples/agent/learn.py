@@ -19,7 +19,7 @@ from torch.distributions import Categorical
 from s4 import State, param_groups
 
 AGENTS = {"S4": S4Agent, "GRU": GRUAgent}
-SAME = 1e-5  # steps and chunks of one agent, of its largest output
+SAME = 1e-5  # how far outputs of steps and of chunks may be apart, as a part of the largest
 
 
 class Chunk(NamedTuple):
@@ -46,7 +46,7 @@ def act(
     steps: int,
     greedy: bool = False,
 ) -> tuple[Chunk, Seen, State | GRUState]:
-    """Step by step, with actions drawn or, greedy, the likeliest: what happened, and where to go on from."""
+    """Act step by step, by drawn actions or, if greedy, the likeliest: what happened, and where to go on."""
     agent.eval()  # where a step keeps what the parameters come to
     found = []
     for _ in range(steps):
@@ -59,7 +59,7 @@ def act(
 
 
 def loss_of(outputs: Tensor, chunk: Chunk, entropy: float) -> Tensor:
-    """REINFORCE with the value as baseline, at the turns, as no other action has or changes a reward."""
+    """REINFORCE with the value as baseline. Only turns count: no other action has or changes a reward."""
     y, rewards, actions = outputs[chunk.ends], chunk.rewards[chunk.ends], chunk.actions[chunk.ends]
     policy, value = Categorical(logits=y[:, :-1]), y[:, -1]
     gain = (rewards - value).detach() * policy.log_prob(actions)
@@ -75,7 +75,7 @@ def learn(
     entropy: float,
     progress: Progress,
 ) -> tuple[list[float | None], int, float]:
-    """Act for a chunk, then learn from it in one `forward` with resets, from the state before it, detached.
+    """Act for a chunk, then learn from it in one `forward` with resets that starts at the state before it.
 
     Returns:
         of each chunk the share of right turns, None if it had none; the number of turns; and how far outputs

@@ -79,7 +79,7 @@ class SequenceData(pl.LightningDataModule):
         return {}
 
     def options(self) -> dict[str, Any]:
-        """Options that decide about the rows and their order otherwise."""
+        """Other options that decide which rows there are, and their order."""
         return {}
 
     def files(self, split: str) -> list[Path]:
@@ -97,6 +97,12 @@ class SequenceData(pl.LightningDataModule):
     def partition(self) -> dict[str, tuple[str, np.ndarray]]:
         """For train, val and test: the split and its rows."""
         return {split: (split, np.arange(self.number(split))) for split in self.splits}
+
+    def held_out(self, fraction: float) -> dict[str, tuple[str, np.ndarray]]:
+        """A `partition` in which this part of the training rows of each class is for validation."""
+        train, val = hold_out(self.tensors["train"]["labels"].numpy(), fraction)
+        test = np.arange(self.number("test"))
+        return {"train": ("train", train), "val": ("train", val), "test": ("test", test)}
 
     def number(self, split: str) -> int:
         """Rows of a split."""
@@ -180,7 +186,7 @@ class SequenceData(pl.LightningDataModule):
         return Loader(lambda chosen: self.fetch(split, chosen), rows, self.eval_batch_size)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """On the device, where there are fewer bytes to move and more hands."""
+        """Transform and pad on the device: fewer bytes are moved there, and it is faster."""
         batch = self.transform(batch, self.trainer is not None and self.trainer.training)
         return padded(batch, self.spec.tokens)
 

@@ -52,9 +52,9 @@ class Ragged:
 
 
 def padded(batch: Batch, tokens: bool) -> Batch:
-    """A ragged batch, zeros behind its inputs, ones behind rates, to the next of eight lengths an octave.
+    """A ragged batch, its length rounded up to one of eight an octave: zeros fill inputs, ones fill rates.
 
-    Few shapes let memory be used again, of which hundreds of shapes leave fragments.
+    With few shapes an allocator uses its memory again; hundreds of them would leave it in fragments.
     """
     if batch.lengths is None:
         return batch

@@ -1,6 +1,5 @@
 """Images read pixel by pixel."""
 
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from data.base import SequenceData, Spec, hold_out
 from data.batches import Batch
-from data.parquet import parquet_files, rows
+from data.parquet import check_integers, parquet_files, rows
 from data.storage import DataError
 
 PERMUTATION_SEED = 42  # the one pixel order of permuted MNIST
@@ -104,12 +103,7 @@ class SequentialImages(SequenceData):
 
     def partition(self) -> dict[str, tuple[str, np.ndarray]]:
         """Some of the training images of each class are for validation."""
-        train, val = hold_out(self.tensors["train"]["labels"].numpy(), self.validation)
-        return {
-            "train": ("train", train),
-            "val": ("train", val),
-            "test": ("test", np.arange(self.number("test"))),
-        }
+        return self.held_out(self.validation)
 
     def fetch(self, split: str, rows: Tensor) -> Batch:
         """uint8 images (B, L, C)."""
@@ -134,8 +128,7 @@ class SequentialImages(SequenceData):
         size = f"{source.height}x{source.width}"
         expected = f"{size} images in column {source.column!r} and integers in column 'label'"
         with rows(source.hub, self.path, split, columns, expected) as table:
-            if not re.match("u?int", kind := str(getattr(table.features["label"], "dtype", "of no type"))):
-                raise ValueError(f"column 'label' is {kind}")
+            check_integers(table, "label")
             table = table.cast_column(source.column, datasets.Image())
             channels = self.spec.d_input
             images = torch.empty(len(table), source.height, source.width, channels, dtype=torch.uint8)

@@ -116,7 +116,7 @@ class Loader:
         """
         own, parts = self._identity(), state.get("parts", self.parts)
         saved = dict(state["identity"])
-        if devices := saved.pop("devices", None):  # what was kept of it before the number could change
+        if devices := saved.pop("devices", None):  # as checkpoints have it that are older than `parts`
             saved["rows_a_step"] = saved.pop("batch_size") * devices * parts
         if differing := [name for name in {**own, **saved} if saved.get(name) != own.get(name)]:
             was, now = ({name: side.get(name) for name in differing} for side in (saved, own))

@@ -83,3 +83,10 @@ def rows(
         raise DataError(
             f"cannot read {split} of {where}: {first_line(error)}; expected {expected}"
         ) from error
+
+
+def check_integers(table: Any, column: str) -> None:
+    """Raises a ValueError if the numbers of a column of `rows` are of another kind."""
+    kind = str(getattr(table.features[column], "dtype", "of no type"))
+    if not re.match("u?int", kind):
+        raise ValueError(f"column {column!r} is {kind}")

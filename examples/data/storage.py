@@ -16,18 +16,21 @@ from torch import Tensor
 
 # What `load_whole` raises on a file that is damaged, empty, or not one of its own.
 UNREADABLE = (
-    *(
-        RuntimeError,
-        EOFError,
-        OSError,
-        KeyError,
-        ValueError,
-        IndexError,
-        AttributeError,
-        TypeError,
-        OverflowError,
-    ),
-    *(MemoryError, AssertionError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error),
+    AssertionError,
+    AttributeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
 )
 
 
@@ -70,7 +73,8 @@ def load_whole(file: Path, **options: Any) -> Any:
     with zipfile.ZipFile(file) as parts:
         if damaged := parts.testzip():
             raise ValueError(f"the checksum of {damaged} is another than when it was written")
-        # torch writes none. Of what they call a folder it reads nothing, and gives memory as it finds it.
+        # torch writes no attributes. Where they mark a part as a folder, it would read nothing of that part
+        # and hand out memory with whatever was there before.
         if odd := next((part.filename for part in parts.infolist() if part.external_attr), None):
             raise ValueError(f"the attributes of {odd} are others than when it was written")
     return torch.load(file, weights_only=True, **options)

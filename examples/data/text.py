@@ -1,6 +1,5 @@
 """Documents read byte by byte: the Text task of the Long Range Arena."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.base import SequenceData, Spec, hold_out
+from data.base import SequenceData, Spec
 from data.batches import Batch, Ragged
-from data.parquet import parquet_files, rows
+from data.parquet import check_integers, parquet_files, rows
 from data.storage import DataError
 
 if TYPE_CHECKING:
@@ -69,8 +68,7 @@ class Reviews(SequenceData):
         """bytes uint8 (total,), offsets int64 (n + 1,), labels int64 (n,)."""
         expected = "strings in column 'text' and integers 0 or 1 in column 'label'"
         with rows(HUB, self.path, split, COLUMNS, expected) as table:
-            if not re.match("u?int", kind := str(getattr(table.features["label"], "dtype", "of no type"))):
-                raise ValueError(f"column 'label' is {kind}")
+            check_integers(table, "label")
             columns = table.with_format("arrow")[:]
             document = documents(columns["text"], "text")
             check_filled(columns["label"], "label")
@@ -79,12 +77,7 @@ class Reviews(SequenceData):
 
     def partition(self) -> dict[str, tuple[str, np.ndarray]]:
         """Some of the training reviews of each class are for validation."""
-        train, val = hold_out(self.tensors["train"]["labels"].numpy(), self.validation)
-        return {
-            "train": ("train", train),
-            "val": ("train", val),
-            "test": ("test", np.arange(self.number("test"))),
-        }
+        return self.held_out(self.validation)
 
     def lengths(self, split: str) -> np.ndarray:
         """Bytes of each review that are read."""

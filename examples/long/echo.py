@@ -32,7 +32,7 @@ QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115  # of all processes 
 
 
 def made(d_model: int, d_state: int, n_layers: int, length: int) -> S4Model:
-    """Blocks that remember half of a sequence, or an eighth."""
+    """A stack whose channels remember from an eighth to a half of a sequence."""
     blocks = [
         S4Block(S4Layer(d_model, d_state, dt_min=2 / length, dt_max=8 / length)) for _ in range(n_layers)
     ]
@@ -54,7 +54,7 @@ def pair(length: int, start: int, stop: int, seed: int) -> tuple[Tensor, Tensor]
 
 
 def backward(model: S4Model, given: Tensor, wanted: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Outputs and this piece's part of the mean over all steps; gradients are left in the parameters."""
+    """Outputs, and this piece's share of the loss, a mean over all steps; gradients are in the parameters."""
     y = model(given)
     loss = (y - wanted).square().sum() / length
     loss.backward()

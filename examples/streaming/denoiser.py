@@ -16,7 +16,7 @@ from s4.deploy import export
 
 
 class Denoiser(S4Model):
-    """Audio (B, L, 1) to audio: two blocks of S4D, which have seen up to a tenth of a second."""
+    """Audio (B, L, 1) to audio: two blocks of S4D, each with a memory of up to a sixteenth of a second."""
 
     def __init__(self, d_model: int) -> None:
         blocks = [S4Block(S4Layer(d_model, 32, variant="diag", dt_max=0.5)) for _ in range(2)]
@@ -32,7 +32,7 @@ def batch(size: int, seconds: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def decibels(wanted: Tensor, got: Tensor) -> float:
-    """Signal to noise."""
+    """The ratio of signal to noise."""
     return 10 * float(torch.log10(wanted.square().mean() / (got - wanted).square().mean()))
 
 

@@ -10,6 +10,7 @@ def status(device: torch.device) -> bool | str:
 
 
 def cauchy(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
+    """Sum over n of v_n / (z - w_n) + conj(v_n) / (z - conj(w_n)): v, w (..., n), z (..., l) to (..., l)."""
     v, w = v[..., :, None], w[..., :, None]
     z = z[..., None, :]
     return (v / (z - w) + v.conj() / (z - w.conj())).sum(-2)

@@ -64,10 +64,10 @@ def block(
         state_dict: tensors by name; a checkpoint's "state_dict" or "model" is found.
         prenorm: whether the norm comes before the layer; None is the default of the original where the block
             stands: True in its `SequenceResidualBlock`, False in example.py.
-        activation: before the output map, one of `S4Block`'s.
+        activation: before the output map, one of those of `s4.S4Block`.
         dropout: after the activation and, of a whole residual block, before the sum. The original draws a
             second time before the activation where that is within its layer.
-        tie_dropout: as in `S4Block`; True in example.py.
+        tie_dropout: as in `s4.S4Block`; True in example.py.
         discretization, real_transform, imag_transform: as in `s4.convert.layer`.
         dt_transform: as there; None is "exp". A `SequenceResidualBlock` of version 4 needs it: train.py has
             "softplus" in its configurations.

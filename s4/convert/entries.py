@@ -21,8 +21,8 @@ class Entries(Mapping[str, Tensor]):
         became: what was made of each key that was read, in words.
 
     Raises:
-        TypeError: it is none.
-        ValueError: a tensor is there as that of a module, and as that of a wrapper around it.
+        TypeError: what was given is no state dict.
+        ValueError: a tensor is there twice, under the name of a module and of a wrapper around it.
     """
 
     def __init__(self, state_dict: Any) -> None:
@@ -50,7 +50,7 @@ class Entries(Mapping[str, Tensor]):
 
     @classmethod
     def of(cls, state_dict: Any) -> "Entries":
-        """Of a state dict; `Entries` as they are, for one who wants to know what became of the keys."""
+        """The entries of a state dict. `Entries` come back as they are, so that a caller sees what became."""
         return state_dict if isinstance(state_dict, Entries) else cls(state_dict)
 
     def __getitem__(self, key: str) -> Tensor:

@@ -42,8 +42,8 @@ class Kind(NamedTuple):
     nested: int = 1  # how many "kernel." are between D and it
     length: str | None = None  # of DPLR: at which C was multiplied by I - Abar^length
     discretization: str = "zoh"  # of diagonal ones
-    dead: tuple[str, ...] = ()  # parameters that it did not use itself, and later had no more
-    relu: float = 1e-4  # added behind its transform of that name
+    dead: tuple[str, ...] = ()  # parameters that the original itself did not use, and later dropped
+    relu: float = 1e-4  # what it adds after its transform "relu"
 
 
 KINDS = (

@@ -42,7 +42,7 @@ def model(
     Args:
         state_dict: tensors by name; a checkpoint's "state_dict" or "model" is found.
         prenorm: None is False, the default, in example.py; a `SequenceModel` tells by its last norm.
-        pooling: as in `S4Model`; None is "mean" in example.py. A `SequenceModel` needs it: its decoder's
+        pooling: as in `s4.S4Model`; None is "mean" in example.py. A `SequenceModel` needs it: its decoder's
             mode, "last", or "mean" for "pool", where it gives one output for a sequence, else "none"; its
             modes "first", "sum" and "ragged" have no counterpart.
         activation, dropout: as in `s4.convert.block`; those of an FFN are the same.

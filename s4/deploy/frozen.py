@@ -118,8 +118,8 @@ class Frozen(nn.Module):
             name: "forward", "chunk" or "step".
 
         Returns:
-            the module: `forward(u)`, or `forward(u, state)` to (y, state), with states as dicts of tensors.
-            Their names are state_0, state_1, ... of the layers and, of a model, total and length.
+            the module. It maps u to y, or u and a state to (y, state), with states as dicts of tensors. Their
+            names are state_0, state_1, ... of the layers and, of a model, total and length.
 
         Raises:
             ValueError: another name.

@@ -53,7 +53,8 @@ def scan(
         x: the state before the first input.
         products: the dtype of the large products' factors, if not that of u. The recurrence keeps that of u.
         backend: who computes, "auto" or one of `s4.kernel.backends()`.
-        return_state: None stands for the state otherwise; not with resets.
+        return_state: whether the state is wanted; None is returned in its place otherwise. With resets it
+            must be False.
         kept: where maps of this recurrence are kept for later calls.
         resets: where the state is zero before the input.
     """
@@ -91,7 +92,7 @@ def scan(
         steps = torch.full((B,), rest, device=u.device)
         return y, Propagator(recurrence).advance(last.transpose(0, 1), steps, T - 1) + driven.transpose(0, 1)
     length, onward = made.get("rest", (None, None))
-    if length is None or length != rest:  # None apart, as a graph would ask whether one is the other
+    if length is None or length != rest:  # None first: a graph cannot compare it with a symbolic number
         if apart and not one_graph:
             onward = Propagator(recurrence).power(rest).mT.to(u.dtype)
         else:

@@ -232,7 +232,7 @@ def _blocks(u: Tensor, layout: Rows) -> Iterator[Tensor]:
 
 
 def _joined(blocks: list[Tensor], layout: Rows) -> Tensor:
-    """The inverse, (B L, H)."""
+    """The inverse of `_blocks`, (B L, H)."""
     flat = torch.cat([transpose(block, True).flatten(0, 1) for block in blocks])
     return take(flat[None], layout.place[None])[0]
 

@@ -1,8 +1,8 @@
 """Floating point operations of the operators, for torch.utils.flop_counter.FlopCounterMode.
 
-Of the arithmetic that the fused code does, a multiplication and an addition each one. Torch counts no FFT,
-no single steps where gradients are recorded, and nothing of a layer compiled for evaluation.
-A backward pass of maps and responses takes three times the forward, its factors made again.
+Counted is the arithmetic of the fused code; a multiplication and an addition are one each. Torch counts no
+FFT, no single steps where gradients are recorded, and nothing of a layer compiled for evaluation. A backward
+pass of maps and responses takes three times the forward, as its factors are made again.
 """
 
 import math
@@ -64,7 +64,7 @@ def of_maps_backward(grads: Sequence[Shape], inputs: Sequence[Shape], *_: Any, *
 
 
 def of_power(a: Shape, F: Shape, G: Shape, B: Shape, C: Shape, D: Shape, T: int, *_: Any, **__: Any) -> int:
-    return of_maps(a, F, G, B, C, D, T) if T else 0  # of which it is one
+    return of_maps(a, F, G, B, C, D, T) if T else 0  # the power is made with the other maps
 
 
 def of_power_backward(grad: Shape, inputs: Sequence[Shape], T: int, *_: Any, **__: Any) -> int:

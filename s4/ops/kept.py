@@ -42,6 +42,7 @@ class Kept:
         return entry[2]
 
     def clear(self) -> None:
+        """Let all of it go."""
         self._entry = None
 
     def __reduce__(self) -> tuple[type["Kept"], tuple[()]]:

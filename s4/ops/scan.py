@@ -52,9 +52,9 @@ def rows(u: Tensor, chunks: Chunks | None, T: int) -> Tensor:
 
 
 def steps(y: Tensor, chunks: Chunks | None) -> Tensor:
-    """The inverse."""
-    steps = transpose(y.transpose(0, 1), True)
-    return steps if chunks is None else take(steps, chunks.place)
+    """The inverse of `rows`."""
+    found = transpose(y.transpose(0, 1), True)
+    return found if chunks is None else take(found, chunks.place)
 
 
 def _fresh(chunks: Chunks | None) -> Tensor | None:

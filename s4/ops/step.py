@@ -60,18 +60,19 @@ def advance(
             return y, after
         with dispatch.full_precision(u.device):
             return plain(recurrence, D, x, u)
-    P = systems[5]
+    *parameters, rate, discretization = systems
+    P = parameters[5]
     still = dispatch.unwatched(D) and (P is None or len(P) <= _RANK)
     fused = still and dispatch.fused("step", backend, D.device.type)
     if fused and kept is not None and dispatch.compiling() and not dispatch.exporting():
-        return step_kept(systems[:6], D.to(x.dtype), x, u, *systems[6:], backend)
+        return step_kept(parameters, D.to(x.dtype), x, u, rate, discretization, backend)
     with dispatch.full_precision(u.device):
         recurrence, D = discretize(system(*systems)).to(x.dtype, D.device), D.to(x.dtype)
         return step(*recurrence, D, x, u, backend) if fused else plain(recurrence, D, x, u)
 
 
 def identity(systems: tuple[Any, ...], D: Tensor, backend: str) -> tuple[list[Tensor], tuple[Any, ...]]:
-    """The tensors and options that all is made of which is kept."""
+    """The tensors and the options that everything kept was made from."""
     return [p for p in (*systems[:6], D) if p is not None], (*systems[6:], D.dtype, backend)
 
 

@@ -1,6 +1,5 @@
 """What a model of s4 computes without a head, and how transformers loads and begins it."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from s4.block import normed
-from s4.model import S4Model
+from s4.model import S4Model, state_after
 from s4.padding import zero_padding
 from s4.state import State
 from s4.transformers.cache import S4Cache, Unmasked, apart, given_cache, together
@@ -24,7 +23,7 @@ class S4PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["S4Block"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["cache", "past_key_values"]
-    # Whose rounding moves every phase of a kernel: "Half precision" in the README.
+    # Whose rounding moves every phase of a kernel: docs/accuracy.md.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["log_dt", "A_imag"]
     _is_stateful = True  # there is no way back to before the last inputs
 
@@ -128,7 +127,8 @@ class S4BaseModel(S4PreTrainedModel):
             x = zero_padding(x, lengths.to(x.device))
         if use_cache:
             passed = S4Cache() if passed is None else passed
-            passed.state, passed.seen = _after(x, layers, before, lengths), passed.seen + L
+            passed.state = state_after(x, layers, before, counted(x, lengths))
+            passed.seen += L
         features = [*(heard or ()), x]
         if unmasked is not None:
             features = [apart(each, unmasked) for each in features]
@@ -150,7 +150,7 @@ class S4BaseModel(S4PreTrainedModel):
         lengths: Tensor | None,
         use_cache: bool,
         heard: list[Tensor] | None,
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Outputs of the last block, and the layers' states; inputs of the blocks are put into `heard`."""
         if before is not None and len(before.layers) != len(self.blocks):
             raise ValueError(f"cache must hold {len(self.blocks)} layers, got {len(before.layers)}")
@@ -173,7 +173,7 @@ class S4BaseModel(S4PreTrainedModel):
                     x, state = x
             if use_cache:
                 layers.append(state)
-        return x, layers
+        return x, tuple(layers)
 
 
 def _inputs(ids: Tensor | None, embeds: Tensor | None, values: Tensor | None) -> tuple[Tensor, bool]:
@@ -187,14 +187,11 @@ def _inputs(ids: Tensor | None, embeds: Tensor | None, values: Tensor | None) ->
     return found[0], embeds is not None
 
 
-def _after(x: Tensor, layers: Sequence[Tensor], before: State | None, lengths: Tensor | None) -> State:
-    """The state of the stack after features x (B, L, H), zero past the lengths."""
-    total = x.sum(1, dtype=layers[-1].dtype)
-    full = torch.full(x.shape[:1], x.shape[1], device=x.device)
-    length = full if lengths is None else lengths.to(x.device)
-    if before is not None:
-        total, length = total + before.total, length + before.length
-    return State(tuple(layers), total, length)
+def counted(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """(B,), how many inputs each sequence of features x (B, L, H) has, on their device."""
+    if lengths is None:
+        return torch.full(x.shape[:1], x.shape[1], device=x.device)
+    return lengths.to(x.device)
 
 
 def chosen(given: bool | None, default: bool | None) -> bool:

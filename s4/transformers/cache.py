@@ -59,7 +59,7 @@ class S4Cache(Cache):
             layer_idx: not looked at.
 
         Returns:
-            -1: there is no limit.
+            -1, as there is no limit.
         """
         return -1
 

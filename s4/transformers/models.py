@@ -6,10 +6,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from s4.model import S4Model
+from s4.model import S4Model, mean, state_after
 from s4.pretrained import built
 from s4.state import State
-from s4.transformers.base import S4BaseModel, S4PreTrainedModel, chosen
+from s4.transformers.base import S4BaseModel, S4PreTrainedModel, chosen, counted
 from s4.transformers.cache import S4Cache, given_cache
 from s4.transformers.config import S4Config
 from s4.transformers.installed import (
@@ -385,9 +385,6 @@ def _pooled(x: Tensor, attention_mask: Tensor | None, state: State | None, pooli
     if pooling == "last":
         behind = 0 if inside is None else inside.flip(1).to(torch.uint8).argmax(1)
         return x[torch.arange(len(x), device=x.device), L - 1 - behind]
-    if state is not None:
-        total, length = state.total, state.length
-    else:
-        total = x.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
-        length = torch.full(x.shape[:1], L, device=x.device) if inside is None else inside.sum(1)
-    return (total / length.clamp(min=1)[:, None]).to(x.dtype)
+    if state is None:  # of bidirectional layers, which have none; x is zero at padding
+        state = state_after(x, (), None, counted(x, None if inside is None else inside.sum(1)))
+    return mean(state).to(x.dtype)

@@ -184,18 +184,8 @@ def write_models() -> None:
 # No dropout: its masks differ between processors. In the middle of an epoch of 10 steps.
 RUN = [
     *("digits", "--model.d_model", "4", "--model.n_layers", "1", "--model.d_state", "4"),
-    *(
-        "--model.dropout",
-        "0",
-        "--model.warmup_steps",
-        "2",
-        "--data.batch_size",
-        "128",
-        "--trainer.max_steps",
-        "24",
-        "--save_every",
-        "7",
-    ),
+    *("--model.dropout", "0", "--model.warmup_steps", "2", "--data.batch_size", "128"),
+    *("--trainer.max_steps", "24", "--save_every", "7"),
     *("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.log_every_n_steps", "1"),
     *("--trainer.enable_progress_bar", "false"),
 ]

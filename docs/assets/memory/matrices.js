@@ -1,4 +1,4 @@
-// Made by docs/figures/memory.py, which says what they are.
+// Made by docs/figures/memory_matrices.py, which says what they are.
 const MATRICES = {
  "dplr legs": {
   "4": {

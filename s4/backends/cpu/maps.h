@@ -1,5 +1,5 @@
-// The maps of a chunk of T steps as s4/scan.py defines them: taps (c, H, 2T-1), inward (H, T, N), outward (c, H, T, N),
-// onward (H, N, N), of B (H, 2n), C (c, H, 2n) and D (H). A second row C runs backward in time.
+// The maps of a chunk of T steps as s4/ops/maps.py defines them: taps (c, H, 2T-1), inward (H, T, N), outward
+// (c, H, T, N), onward (H, N, N), of B (H, 2n), C (c, H, 2n) and D (H). A second row C runs backward in time.
 struct Maps {
     Systems systems;
     const double *B, *C, *D;

@@ -164,7 +164,7 @@ ENTRY(varying, double, f64)
 ENTRY(varying_backward, float, f32)
 ENTRY(varying_backward, double, f64)
 
-// Of these functions, as __init__.py calls them.
+// The version of these functions: __init__.py calls them only if it is of the same.
 extern "C" int s4_interface() { return 6; }
 
 // The instruction set that this is compiled for, and the best that there is code for and this processor has.

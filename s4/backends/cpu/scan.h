@@ -1,4 +1,4 @@
-// The chunked scan of s4/scan.py, fused: a channel's maps are packed once, and a block of chunks stays in cache from its
+// The chunked scan of s4/ops/scan.py, fused: a channel's maps are packed once, and a block of chunks stays in cache from its
 // inputs to its outputs. With rows u_c of T inputs and x_c of N states, and * for the transpose,
 //
 //     x_(c+1) = u_c inward + x_c onward,    y_c = u_c Toep(taps) + x_c outward*,

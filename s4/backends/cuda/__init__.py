@@ -143,9 +143,8 @@ def _launch(name: str, blocks: int, threads: int, tensors: list[Tensor], sizes: 
 
     device = tensors[0].device
     with torch.cuda.device(device):
-        Device(
-            device.index
-        ).set_current()  # a thread new to CUDA has no context yet, which the driver asks for
+        # A thread new to CUDA has no context yet, which the driver asks for.
+        Device(device.index).set_current()
         kernel = _kernel(device, name)
         config = LaunchConfig(grid=min(blocks, 2**31 - 1), block=threads)
         pointers = [t.data_ptr() for t in tensors]

@@ -1,4 +1,4 @@
-"""The matrices of the live page: `python docs/figures/memory.py` writes docs/assets/memory/matrices.js.
+"""The matrices of the live page: `python docs/figures/memory_matrices.py` writes assets/memory/matrices.js.
 
 For each choice of variant and init and each N, float64 in base64, row by row:
 
@@ -39,8 +39,8 @@ def matrices(variant: str, init: str, N: int) -> dict[str, Tensor]:
 def quietest(Lambda: Tensor, B: Tensor) -> Tensor:
     """Pseudo-inverse W of the Gramian of the N real states, G = integral over s >= 0 of k(s) k(s)^T.
 
-    With k(s) the response of the states to an impulse s ago, the state is x = integral of k(s) u(t - s). Of all
-    pasts u that lead to x, k(s)^T W x has the least energy.
+    With k(s) the response of the states to an impulse s ago, the state is x = integral of k(s) u(t - s). Of
+    all pasts u that lead to x, k(s)^T W x has the least energy.
     """
     pairs, rates = torch.cat([B, B.conj()]), torch.cat([Lambda, Lambda.conj()])
     modes = -torch.outer(pairs, pairs.conj()) / (rates[:, None] + rates.conj())  # of z and of its conjugate
@@ -75,7 +75,7 @@ def main() -> None:
     }
     text = json.dumps(choices, indent=1)
     TARGET.write_text(
-        f"// Made by docs/figures/memory.py, which says what they are.\nconst MATRICES = {text};\n"
+        f"// Made by docs/figures/memory_matrices.py, which says what they are.\nconst MATRICES = {text};\n"
     )
 
 
