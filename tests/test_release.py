@@ -44,8 +44,9 @@ def test_a_version_is_written_into_every_file_that_has_it(release: ModuleType, t
 
 def test_the_files_here_can_be_released(release: ModuleType) -> None:
     """The changelog has what the script looks for."""
-    text = (ROOT / "CHANGELOG.md").read_text()
-    assert "## [99.0.0] - today\n" in release.release_notes(text, "99.0.0", "today")
+    head = "## [Unreleased]\n"
+    text = (ROOT / "CHANGELOG.md").read_text().replace(head, f"{head}\n- A change.\n\n")
+    assert f"{head}\n## [99.0.0] - today\n\n- A change.\n" in release.release_notes(text, "99.0.0", "today")
 
 
 def test_a_wheel_has_what_it_needs_and_no_more(release: ModuleType, tmp_path: Path) -> None:
