@@ -178,14 +178,11 @@ def rename(version: str) -> list[str]:
     files = ["s4/version.py", "CHANGELOG.md"]
     notes = ROOT / "CHANGELOG.md"
     notes.write_text(release_notes(notes.read_text(), version, date))
-    if (ROOT / "CITATION.cff").is_file():
-        replaced(
-            "CITATION.cff",
-            (r"^version: .*$", f"version: {version}"),
-            (r"^date-released: .*$", f"date-released: {date}"),
-        )
-        files.append("CITATION.cff")
-    return files
+    citation = ROOT / "CITATION.cff"
+    text = re.sub(r"^date-released: .*\n", "", citation.read_text(), flags=re.MULTILINE)
+    citation.write_text(text)
+    replaced("CITATION.cff", (r"^version: .*$", f"version: {version}\ndate-released: {date}"))
+    return [*files, "CITATION.cff"]
 
 
 def main() -> None:
