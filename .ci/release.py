@@ -176,15 +176,20 @@ def replaced(file: str, *changes: tuple[str, str]) -> None:
 def rename(version: str) -> list[str]:
     """Write a version into the files that have it; these files."""
     date = datetime.date.today().isoformat()
-    replaced("s4/version.py", (r'^__version__ = ".*"$', f'__version__ = "{version}"'))
-    files = ["s4/version.py", "CHANGELOG.md"]
+    lines = {
+        "s4/version.py": [(r'^__version__ = ".*"$', f'__version__ = "{version}"')],
+        "CITATION.cff": [
+            (r"^version: .*$", f"version: {version}"),
+            (r"^date-released: .*$", f'date-released: "{date}"'),
+        ],
+        "docs/api/commands.md": [(r"^s4       \d.*$", f"s4       {version}")],
+        "docs/install.md": [(r"s4_pytorch-\d[\w.]*-py3", f"s4_pytorch-{version}-py3")],
+    }
+    for file, changes in lines.items():
+        replaced(file, *changes)
     notes = ROOT / "CHANGELOG.md"
     notes.write_text(release_notes(notes.read_text(), version, date))
-    citation = ROOT / "CITATION.cff"
-    text = re.sub(r"^date-released: .*\n", "", citation.read_text(), flags=re.MULTILINE)
-    citation.write_text(text)
-    replaced("CITATION.cff", (r"^version: .*$", f"version: {version}\ndate-released: {date}"))
-    return [*files, "CITATION.cff"]
+    return [*lines, "CHANGELOG.md"]
 
 
 def main() -> None:
