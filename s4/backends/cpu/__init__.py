@@ -18,10 +18,9 @@ from torch import Tensor
 _INTERFACE = 6  # of the libraries; raised with every change of their functions, there and here
 _LEVELS = ("base", "v3", "v4")  # instruction sets that there may be code for, each with all of those before
 _ASKED = os.environ.get("S4_LEVEL", "")  # which of them is to run; empty: the best
-_ROOT = Path(__file__).parents[3]  # of a clone, or where packages are installed
 _HINT = (
     "with a C++ compiler (g++ or clang++) on the path, "
-    "run pip install --force-reinstall --no-cache-dir --no-deps . in a clone"
+    "run pip install --force-reinstall --no-cache-dir --no-deps -e . in a clone"
 )
 _PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may hold no numbers of its own
 _SUFFIX = {torch.complex64: "c64", torch.complex128: "c128", torch.float32: "f32", torch.float64: "f64"}
@@ -60,16 +59,23 @@ def _file(level: str) -> Path | None:
     return file if file.is_file() else None
 
 
+def _elsewhere() -> str:
+    """The reason where the folder of a clone hides an installed s4 with the libraries; empty if none is."""
+    here, inside = Path(__file__).parents[3], Path(*__name__.split("."), "_native_base.so")
+    for path in sys.path:
+        if (Path(path) / inside).is_file():
+            return (
+                f"not built: this is s4 of {here}, which hides the one in {path}: leave this folder, "
+                "or pip install -e . in it"
+            )
+    return ""
+
+
 @functools.cache
 def _load(level: str) -> ctypes.CDLL | str:
     """The library of an instruction set, ready to run, or the reason why not."""
     if (file := _file(level)) is None:
-        if (_ROOT / "setup.py").is_file():  # Python imports the folder it runs in before what is installed
-            return (
-                f"not built in {_ROOT}, where this s4 is imported from: with a C++ compiler (g++ or clang++) "
-                "on the path, run pip install -e . there; if s4 is installed, another folder has that one"
-            )
-        return f"not built: {_HINT}"
+        return _elsewhere() or f"not built: {_HINT}"
     try:
         library = ctypes.CDLL(str(file))
         library.s4_level.restype = library.s4_processor.restype = ctypes.c_char_p
