@@ -32,13 +32,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 GLIBC = (2, 17)  # the oldest that a wheel has to run on
 LIBRARIES = {"x86_64": {"base", "v3", "v4"}, "aarch64": {"base"}}
-NEEDS = {
-    "libc.so.6",
-    "libm.so.6",
-    "libpthread.so.0",
-    "libdl.so.2",
-    "librt.so.1",
-}  # and the loader: what is in glibc
+# What is in glibc, beside the loader.
+NEEDS = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1"}
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **variables: str) -> str:
@@ -179,8 +174,8 @@ def rename(version: str) -> list[str]:
     lines = {
         "s4/version.py": [(r'^__version__ = ".*"$', f'__version__ = "{version}"')],
         "CITATION.cff": [
-            (r"^version: .*$", f"version: {version}"),
-            (r"^date-released: .*$", f'date-released: "{date}"'),
+            # A version that never was released has no date.
+            (r"^version: .*$(?:\ndate-released: .*$)?", f'version: {version}\ndate-released: "{date}"'),
         ],
         "docs/api/commands.md": [(r"^s4       \d.*$", f"s4       {version}")],
         "docs/install.md": [(r"s4_pytorch-\d[\w.]*-py3", f"s4_pytorch-{version}-py3")],
@@ -214,6 +209,7 @@ def main() -> None:
         sys.exit("the tree is not clean: commit or remove what `git status` names")
     if options.version and run("git", "tag", "--list", f"v{options.version}"):
         sys.exit(f"there is a tag v{options.version}")
+    before = run("git", "rev-parse", "HEAD").strip() if options.version else ""
     try:
         files = rename(options.version) if options.version else []
         wheel = build(options.out.resolve(), options.machine)
@@ -229,8 +225,8 @@ def main() -> None:
             run("git", "commit", "-qm", f"Version {options.version}", *files)
             run("git", "tag", "-a", f"v{options.version}", "-m", f"Version {options.version}")
     except BaseException:
-        if options.version:
-            run("git", "checkout", "-q", "HEAD", "--", ".")
+        if before:  # the tree was clean
+            run("git", "reset", "-q", "--hard", before)
         raise
     for file in sorted(options.out.iterdir()):
         print(f"{file}  {file.stat().st_size / 1e6:.2f} MB")

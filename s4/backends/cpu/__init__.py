@@ -20,7 +20,7 @@ _LEVELS = ("base", "v3", "v4")  # instruction sets that there may be code for, e
 _ASKED = os.environ.get("S4_LEVEL", "")  # which of them is to run; empty: the best
 _HINT = (
     "with a C++ compiler (g++ or clang++) on the path, "
-    "run pip install --force-reinstall --no-cache-dir --no-deps s4-pytorch (in a clone: -e .)"
+    "run pip install --force-reinstall --no-cache-dir --no-deps -e . in a clone"
 )
 _PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may hold no numbers of its own
 _SUFFIX = {torch.complex64: "c64", torch.complex128: "c128", torch.float32: "f32", torch.float64: "f64"}
