@@ -63,7 +63,7 @@ def _file(level: str) -> Path | None:
 def _load(level: str) -> ctypes.CDLL | str:
     """The library of an instruction set, ready to run, or the reason why not."""
     if (file := _file(level)) is None:
-        return f"not built: {_HINT}"
+        return _elsewhere() or f"not built: {_HINT}"
     try:
         library = ctypes.CDLL(str(file))
         library.s4_level.restype = library.s4_processor.restype = ctypes.c_char_p
@@ -76,6 +76,19 @@ def _load(level: str) -> ctypes.CDLL | str:
     except (OSError, AttributeError) as error:  # AttributeError: a version with no such function
         reason = str(error)
     return f"cannot use {file.name}: {reason}; {_HINT}"
+
+
+def _elsewhere() -> str:
+    """Why there is no library although one is installed: Python took the folder s4 of a clone."""
+    own = Path(__file__).parent
+    for path in sys.path:
+        other = Path(path, "s4", "backends", "cpu")
+        if (other / "_native_base.so").is_file() and other.resolve() != own.resolve():
+            return (
+                f"not built in {own.parents[1]}, which Python took in place of the s4 installed in {path}: "
+                "start it in another folder than the clone, or run pip install -e . there"
+            )
+    return ""
 
 
 def _pool() -> ctypes.c_void_p:
