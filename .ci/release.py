@@ -47,7 +47,7 @@ def run(*command: str | Path, cwd: Path = ROOT, **variables: str) -> str:
 
 def build(folder: Path, machine: str) -> Path:
     """Fill the folder with the source distribution and the wheel that it gives; that wheel."""
-    shutil.rmtree(folder, ignore_errors=True)
+    emptied(folder)
     variables = {}
     if sys.platform == "linux":
         target = f"-target {machine}-linux-gnu.{GLIBC[0]}.{GLIBC[1]}"
@@ -68,6 +68,14 @@ def build(folder: Path, machine: str) -> Path:
         if policy not in wheel.name:
             sys.exit(f"{wheel.name} does not run on {policy}")
     return wheel
+
+
+def emptied(folder: Path) -> None:
+    """Without what an earlier build left; a folder that has something else is not touched."""
+    found = list(folder.iterdir()) if folder.is_dir() else []
+    if other := [path.name for path in found if not path.name.endswith((".whl", ".tar.gz", "repaired"))]:
+        sys.exit(f"{folder} would be emptied, but has {', '.join(sorted(other))}")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def only(paths: Iterable[Path]) -> Path:
@@ -201,7 +209,9 @@ def main() -> None:
         action="store_true",
         help="test with the torch that is installed here, which takes seconds",
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="the folder, which is emptied")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "dist", help="the folder, which is emptied of earlier ones"
+    )
     options = parser.parse_args()
     if options.version and not re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", options.version):
         parser.error(f"--version must be like 0.2.0, got {options.version}")

@@ -85,6 +85,16 @@ def test_a_release_that_fails_leaves_no_trace(
     assert run("git", "log", "--format=%s") == "first\n"
 
 
+def test_a_folder_with_other_files_is_not_emptied(release: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "s4-0-py3-none-any.whl").touch()
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(SystemExit, match="but has thesis"):
+        release.emptied(tmp_path)
+    (tmp_path / "thesis.tex").unlink()
+    release.emptied(tmp_path)
+    assert not tmp_path.exists()
+
+
 def test_a_wheel_has_what_it_needs_and_no_more(release: ModuleType, tmp_path: Path) -> None:
     wheel = tmp_path / "s4_pytorch-1-py3-none-any.whl"
     names = [f"s4/backends/cpu/_native_{level}.so" for level in ("base", "v3", "v4")]

@@ -1,11 +1,14 @@
 """The live page computes what s4 computes, and serves mouse, finger and keyboard on every screen."""
 
+import ast
+import re
 from collections.abc import Callable
 
 import memory_matrices as figure
 import numpy as np
 import pytest
 import torch
+from pages import ROOT
 from playwright.sync_api import Page
 from scipy.linalg import expm, solve_continuous_lyapunov
 
@@ -145,6 +148,18 @@ def test_every_choice_is_shown(choice: str, visit: Callable[..., Page]) -> None:
         assert (max(map(abs, shown["signal"])) > 0.3) == (preset != "silence")
     missed = page.locator("#memory-missed").text_content()
     assert missed.startswith("Over the last 100 steps the memory is off by 0.")
+
+
+def test_the_figure_says_what_the_page_prints(visit: Callable[..., Page]) -> None:
+    """Of the sine, with all else as it begins."""
+    printed = re.search(r"^{'legs'.*}$", (ROOT / "docs" / "memory.md").read_text(), re.MULTILINE)
+    assert printed
+    page = visit("memory/")
+    page.get_by_label("Signal", exact=True).select_option("sine")
+    for init, missed in ast.literal_eval(printed[0]).items():
+        page.get_by_label("Variant and init").select_option(f"dplr {init}")
+        says = f"Over the last 200 steps the memory is off by {missed:.3f},"
+        page.locator("#memory-missed").filter(has_text=says).wait_for()
 
 
 @pytest.mark.parametrize("width", [1280, 400])
