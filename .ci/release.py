@@ -32,13 +32,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 GLIBC = (2, 17)  # the oldest that a wheel has to run on
 LIBRARIES = {"x86_64": {"base", "v3", "v4"}, "aarch64": {"base"}}
-NEEDS = {
-    "libc.so.6",
-    "libm.so.6",
-    "libpthread.so.0",
-    "libdl.so.2",
-    "librt.so.1",
-}  # and the loader: what is in glibc
+# What is in glibc, beside the loader.
+NEEDS = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1"}
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **variables: str) -> str:
@@ -52,7 +47,7 @@ def run(*command: str | Path, cwd: Path = ROOT, **variables: str) -> str:
 
 def build(folder: Path, machine: str) -> Path:
     """Fill the folder with the source distribution and the wheel that it gives; that wheel."""
-    shutil.rmtree(folder, ignore_errors=True)
+    emptied(folder)
     variables = {}
     if sys.platform == "linux":
         target = f"-target {machine}-linux-gnu.{GLIBC[0]}.{GLIBC[1]}"
@@ -73,6 +68,14 @@ def build(folder: Path, machine: str) -> Path:
         if policy not in wheel.name:
             sys.exit(f"{wheel.name} does not run on {policy}")
     return wheel
+
+
+def emptied(folder: Path) -> None:
+    """Without what an earlier build left; a folder that has something else is not touched."""
+    found = list(folder.iterdir()) if folder.is_dir() else []
+    if other := [path.name for path in found if not path.name.endswith((".whl", ".tar.gz", "repaired"))]:
+        sys.exit(f"{folder} would be emptied, but has {', '.join(sorted(other))}")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def only(paths: Iterable[Path]) -> Path:
@@ -179,8 +182,8 @@ def rename(version: str) -> list[str]:
     lines = {
         "s4/version.py": [(r'^__version__ = ".*"$', f'__version__ = "{version}"')],
         "CITATION.cff": [
-            (r"^version: .*$", f"version: {version}"),
-            (r"^date-released: .*$", f'date-released: "{date}"'),
+            # A version that never was released has no date.
+            (r"^version: .*$(?:\ndate-released: .*$)?", f'version: {version}\ndate-released: "{date}"'),
         ],
         "docs/api/commands.md": [(r"^s4       \d.*$", f"s4       {version}")],
         "docs/install.md": [(r"s4_pytorch-\d[\w.]*-py3", f"s4_pytorch-{version}-py3")],
@@ -206,7 +209,9 @@ def main() -> None:
         action="store_true",
         help="test with the torch that is installed here, which takes seconds",
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="the folder, which is emptied")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "dist", help="the folder, which is emptied of earlier ones"
+    )
     options = parser.parse_args()
     if options.version and not re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", options.version):
         parser.error(f"--version must be like 0.2.0, got {options.version}")
@@ -214,6 +219,7 @@ def main() -> None:
         sys.exit("the tree is not clean: commit or remove what `git status` names")
     if options.version and run("git", "tag", "--list", f"v{options.version}"):
         sys.exit(f"there is a tag v{options.version}")
+    before = run("git", "rev-parse", "HEAD").strip() if options.version else ""
     try:
         files = rename(options.version) if options.version else []
         wheel = build(options.out.resolve(), options.machine)
@@ -229,8 +235,8 @@ def main() -> None:
             run("git", "commit", "-qm", f"Version {options.version}", *files)
             run("git", "tag", "-a", f"v{options.version}", "-m", f"Version {options.version}")
     except BaseException:
-        if options.version:
-            run("git", "checkout", "-q", "HEAD", "--", ".")
+        if before:  # the tree was clean
+            run("git", "reset", "-q", "--hard", before)
         raise
     for file in sorted(options.out.iterdir()):
         print(f"{file}  {file.stat().st_size / 1e6:.2f} MB")

@@ -1,6 +1,7 @@
 """`python -m s4.info`: versions, devices, what each backend can run here, and what "auto" picks."""
 
 import platform
+from pathlib import Path
 
 import torch
 
@@ -23,7 +24,7 @@ def report() -> str:
         torch ...
     """
     lines = [
-        f"s4       {s4.__version__}",
+        f"s4       {s4.__version__} in {Path(s4.__file__).parent}",
         f"torch    {torch.__version__}",
         f"python   {platform.python_version()} on {platform.platform()}",
         f"cpu      {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",

@@ -440,11 +440,16 @@ def _check_width(
 
 
 def _through(module: nn.Module, name: str, x: Tensor) -> Tensor:
-    """module(x), with an error that names x where its kind does not suit the module."""
+    """module(x), with an error that names x where its kind or its width does not suit the module."""
     try:
         out: Tensor = module(x)
     except RuntimeError as error:
         check_kind(name, x, module.parameters(), error)
+        first = module[0] if type(module) is nn.Sequential and len(module) else module
+        if type(first) is nn.Linear and x.shape[-1:] != (first.in_features,):
+            raise ValueError(
+                f"{name} must have shape (..., {first.in_features}), got {tuple(x.shape)}"
+            ) from error
         raise
     return out
 

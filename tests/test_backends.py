@@ -6,6 +6,7 @@ Truth is the direct sum in extended precision; the bound of each number is what 
 import functools
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -396,3 +397,16 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match="backend 'cpu' cannot run: not built"):
         s4.S4Layer(4, 8, backend="cpu")
     torch.testing.assert_close(cauchy(v, z, w), cauchy(v, z, w, backend="naive"))
+
+
+def test_a_clone_that_hides_an_installed_extension_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """After `pip install .` Python takes s4 from the clone that it is started in, which has no extension."""
+    monkeypatch.setattr(cpu, "_file", lambda level: None)
+    monkeypatch.setattr(cpu.sys, "path", [str(tmp_path)])
+    assert "with a C++ compiler" in str(cpu._load.__wrapped__("base"))
+    library = tmp_path / "s4" / "backends" / "cpu" / "_native_base.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert f"hides the one in {tmp_path}: leave this folder" in str(cpu._load.__wrapped__("base"))

@@ -2,8 +2,6 @@
 
 import ctypes
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -364,14 +362,3 @@ def test_threads_share_the_work_whatever_its_shape(threads: int) -> None:
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
     finally:
         torch.set_num_threads(before)
-
-
-def test_a_clone_that_hides_the_installed_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Python started in a clone takes its folder s4, which has no libraries."""
-    installed = tmp_path / "s4" / "backends" / "cpu"
-    installed.mkdir(parents=True)
-    monkeypatch.setattr(cpu, "_file", lambda level: None)
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    assert cpu._load.__wrapped__("base").startswith("not built: with a C++ compiler")
-    (installed / "_native_base.so").touch()
-    assert f"in place of the s4 installed in {tmp_path}: start it" in cpu._load.__wrapped__("base")

@@ -86,6 +86,16 @@ ERRORS: dict[str, tuple[Callable[[], Any], Kind, str]] = {
         TypeError,
         "u, the input of the encoder, must suit.*float32.*float64",
     ),
+    "numbers without channels": (
+        lambda: between(nn.Linear(1, 4))(U[..., 0]),
+        ValueError,
+        r"u, the input of the encoder, must have shape \(\.\.\., 1\), got \(2, 5\)",
+    ),
+    "channels in the second place": (
+        lambda: between(nn.Sequential(nn.Linear(3, 4), nn.GELU()))(U.mT),
+        ValueError,
+        r"encoder, must have shape \(\.\.\., 3\), got \(2, 3, 5\)",
+    ),
     "tokens to a linear encoder": (lambda: between(nn.Linear(3, 4))(T), TypeError, "encoder.*float32.*int64"),
     "a norm of another width": (
         lambda: between(nn.Linear(3, 4), norm=nn.RMSNorm(6)),

@@ -46,11 +46,53 @@ def test_a_version_is_written_into_every_file_that_has_it(release: ModuleType, t
         release.rename("8.0.0")
 
 
-def test_the_files_here_can_be_released(release: ModuleType) -> None:
-    """The changelog has what the script looks for."""
-    head = "## [Unreleased]\n"
+def test_the_changelog_here_can_be_released(release: ModuleType) -> None:
+    head = "## [Unreleased]\n"  # which a release leaves empty
     text = (ROOT / "CHANGELOG.md").read_text().replace(head, f"{head}\n- A change.\n\n")
     assert f"{head}\n## [99.0.0] - today\n\n- A change.\n" in release.release_notes(text, "99.0.0", "today")
+
+
+def test_a_release_that_fails_leaves_no_trace(
+    release: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the commit was made and the tag could not be."""
+    real = release.run
+
+    def run(*command: str) -> str:
+        if "-a" in command:
+            raise SystemExit("no tag")
+        who = ("-c", "user.name=s4", "-c", "user.email=s4@example.org")
+        return real("git", *who, *command[1:], cwd=tmp_path) if command[0] == "git" else ""
+
+    def rename(version: str) -> list[str]:
+        file.write_text(version)
+        return ["file"]
+
+    file = tmp_path / "file"
+    file.write_text("before")
+    for command in (("init", "-q"), ("add", "file"), ("commit", "-qm", "first")):
+        run("git", *command)
+    (tmp_path / ".git" / "info" / "exclude").write_text("dist\n")
+    (tmp_path / "dist").mkdir()
+    stand_ins = {"run": run, "rename": rename, "build": lambda *_: tmp_path / "dist" / "s4.whl"}
+    stand_ins |= {"contents": lambda *_: [], "symbols": lambda *_: [], "smoke": lambda *_: None}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(release, name, stand_in)
+    monkeypatch.setattr("sys.argv", ["release.py", "--version", "9.9.9", "--out", str(tmp_path / "dist")])
+    with pytest.raises(SystemExit, match="no tag"):
+        release.main()
+    assert file.read_text() == "before"
+    assert run("git", "log", "--format=%s") == "first\n"
+
+
+def test_a_folder_with_other_files_is_not_emptied(release: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "s4-0-py3-none-any.whl").touch()
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(SystemExit, match="but has thesis"):
+        release.emptied(tmp_path)
+    (tmp_path / "thesis.tex").unlink()
+    release.emptied(tmp_path)
+    assert not tmp_path.exists()
 
 
 def test_a_wheel_has_what_it_needs_and_no_more(release: ModuleType, tmp_path: Path) -> None:

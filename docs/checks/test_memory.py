@@ -1,11 +1,14 @@
 """The live page computes what s4 computes, and serves mouse, finger and keyboard on every screen."""
 
+import ast
+import re
 from collections.abc import Callable
 
 import memory_matrices as figure
 import numpy as np
 import pytest
 import torch
+from pages import ROOT
 from playwright.sync_api import Page
 from scipy.linalg import expm, solve_continuous_lyapunov
 
@@ -147,6 +150,18 @@ def test_every_choice_is_shown(choice: str, visit: Callable[..., Page]) -> None:
     assert missed.startswith("Over the last 100 steps the memory is off by 0.")
 
 
+def test_the_figure_says_what_the_page_prints(visit: Callable[..., Page]) -> None:
+    """Of the sine, with all else as it begins."""
+    printed = re.search(r"^{'legs'.*}$", (ROOT / "docs" / "memory.md").read_text(), re.MULTILINE)
+    assert printed
+    page = visit("memory/")
+    page.get_by_label("Signal", exact=True).select_option("sine")
+    for init, missed in ast.literal_eval(printed[0]).items():
+        page.get_by_label("Variant and init").select_option(f"dplr {init}")
+        says = f"Over the last 200 steps the memory is off by {missed:.3f},"
+        page.locator("#memory-missed").filter(has_text=says).wait_for()
+
+
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_mouse_draws(width: int, scheme: str, visit: Callable[..., Page]) -> None:
@@ -179,12 +194,35 @@ def test_a_finger_draws(visit: Callable[..., Page]) -> None:
     assert np.count_nonzero(right(page)["signal"]) == 1
 
 
+def test_a_second_finger_waits(visit: Callable[..., Page]) -> None:
+    page = visit("memory/", width=400, has_touch=True, is_mobile=True)
+    page.get_by_label("Signal", exact=True).select_option("silence")
+    canvas = page.locator("#memory-signal")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    touch = page.context.new_cdp_session(page)
+
+    def fingers(kind: str, *at: tuple[int, int]) -> None:
+        points = [{"id": k, "x": box["x"] + x, "y": box["y"] + y} for k, (x, y) in enumerate(at)]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    fingers("touchStart", (100, 60))
+    fingers("touchStart", (100, 60), (300, 100))
+    fingers("touchMove", (110, 60), (320, 100))
+    fingers("touchEnd")
+    drawn = np.flatnonzero(right(page)["signal"])
+    assert 0 < drawn[-1] - drawn[0] < 40
+    canvas.tap(position={"x": 300, "y": 60})  # the next one draws again
+    assert np.flatnonzero(right(page)["signal"])[-1] > drawn[-1] + 100
+
+
 def test_the_keyboard_draws_and_moves(visit: Callable[..., Page]) -> None:
     page = visit("memory/")
     page.get_by_label("Signal", exact=True).select_option("silence")
     page.get_by_label("Signal", exact=True).focus()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "memory-signal"
+    page.keyboard.press("Control+ArrowUp")  # the browser's
     for key in ["ArrowLeft", "ArrowLeft", "ArrowUp", "ArrowUp", "ArrowUp", "ArrowDown"]:
         page.keyboard.press(key)
     drawn = np.array(right(page)["signal"])
@@ -211,6 +249,18 @@ def test_it_plays_to_the_end_and_from_the_start(visit: Callable[..., Page]) -> N
     page.get_by_role("button", name="Play").click()
     page.wait_for_function("memory.now > 2 && memory.now < 300")
     page.get_by_role("button", name="Pause").click()
+
+
+def test_it_plays_on_from_where_it_is_put(visit: Callable[..., Page]) -> None:
+    page = visit("memory/")
+    page.get_by_label("Now").fill("100")
+    page.get_by_label("Speed").select_option("slow")
+    page.get_by_role("button", name="Play").click()
+    page.wait_for_function("memory.now > 101")
+    page.get_by_label("Now").fill("300")
+    page.wait_for_function("memory.now > 301")
+    page.get_by_role("button", name="Pause").click()
+    assert 300 < page.evaluate("memory.now") < 400
 
 
 def test_the_kernel_is_that_of_the_chosen_output(visit: Callable[..., Page]) -> None:

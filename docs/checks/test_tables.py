@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import tables
+from make_tables.source import number
 
 
 @pytest.mark.parametrize("page", tables.pages(), ids=lambda page: str(page.relative_to(tables.ROOT)))
@@ -30,7 +31,7 @@ def test_every_table_is_shown() -> None:
     ],
 )
 def test_numbers_keep_two_digits(value: float, text: str) -> None:
-    assert tables.number(value) == text
+    assert number(value) == text
 
 
 def test_a_wrong_number_is_replaced_and_words_stay() -> None:

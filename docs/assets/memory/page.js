@@ -156,20 +156,23 @@ function goTo(step) {
   refresh();
 }
 
+let nextTick = 0; // of requestAnimationFrame, while it plays
 function play(playing) {
   memory.playing = playing;
   control("play").textContent = playing ? "Pause" : "Play";
+  cancelAnimationFrame(nextTick);
   if (!playing) return;
-  let position = memory.now >= LENGTH - 1 ? 0 : memory.now, last = null;
+  if (memory.now >= LENGTH - 1) goTo(0);
+  let position = memory.now, last = null;
   const tick = (time) => {
-    if (!memory.playing) return;
+    if (Math.floor(position) !== memory.now) position = memory.now; // moved by hand meanwhile
     position += last === null ? 0 : ((time - last) / 1000) * Number(control("speed").value);
     last = time;
     goTo(position);
     if (position >= LENGTH - 1) play(false);
-    else requestAnimationFrame(tick);
+    else nextTick = requestAnimationFrame(tick);
   };
-  requestAnimationFrame(tick);
+  nextTick = requestAnimationFrame(tick);
 }
 
 // Drawing with mouse, finger or keyboard
@@ -187,30 +190,34 @@ function stroke(from, to) {
 }
 
 function drawByPointer(canvas) {
-  let last = null;
+  let last = null, finger = null; // the one that draws: others wait
   const point = (event) => {
     const box = canvas.getBoundingClientRect();
     return signalPlot.at(event.clientX - box.left, event.clientY - box.top);
   };
   canvas.addEventListener("pointerdown", (event) => {
-    if (event.button !== 0) return;
+    if (event.button !== 0 || last !== null) return;
     canvas.setPointerCapture(event.pointerId);
+    finger = event.pointerId;
     last = point(event);
     stroke(last, last);
   });
   canvas.addEventListener("pointermove", (event) => {
-    if (last === null) return;
+    if (last === null || event.pointerId !== finger) return;
     const to = point(event);
     stroke(last, to);
     last = to;
   });
-  for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, () => (last = null));
+  canvas.addEventListener("lostpointercapture", (event) => { // lifted, or taken away
+    if (event.pointerId === finger) last = finger = null;
+  });
 }
 
 function drawByKeyboard(canvas) {
   canvas.addEventListener("keydown", (event) => {
     const along = { ArrowLeft: -4, ArrowRight: 4 }[event.key], up = { ArrowUp: 0.1, ArrowDown: -0.1 }[event.key];
-    if (along === undefined && up === undefined) return;
+    const ofBrowser = event.altKey || event.ctrlKey || event.metaKey; // such as Alt and ← to go back
+    if (ofBrowser || (along === undefined && up === undefined)) return;
     event.preventDefault();
     if (along) memory.pen = Math.max(0, Math.min(LENGTH - 1, memory.pen + along));
     const value = memory.signal[memory.pen] + (up ?? 0);

@@ -20,7 +20,7 @@ _LEVELS = ("base", "v3", "v4")  # instruction sets that there may be code for, e
 _ASKED = os.environ.get("S4_LEVEL", "")  # which of them is to run; empty: the best
 _HINT = (
     "with a C++ compiler (g++ or clang++) on the path, "
-    "run pip install --force-reinstall --no-cache-dir --no-deps s4-pytorch (in a clone: .)"
+    "run pip install --force-reinstall --no-cache-dir --no-deps -e . in a clone"
 )
 _PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may hold no numbers of its own
 _SUFFIX = {torch.complex64: "c64", torch.complex128: "c128", torch.float32: "f32", torch.float64: "f64"}
@@ -59,6 +59,18 @@ def _file(level: str) -> Path | None:
     return file if file.is_file() else None
 
 
+def _elsewhere() -> str:
+    """The reason where the folder of a clone hides an installed s4 with the libraries; empty if none is."""
+    here, inside = Path(__file__).parents[3], Path(*__name__.split("."), "_native_base.so")
+    for path in sys.path:
+        if (Path(path) / inside).is_file():
+            return (
+                f"not built: this is s4 of {here}, which hides the one in {path}: leave this folder, "
+                "or pip install -e . in it"
+            )
+    return ""
+
+
 @functools.cache
 def _load(level: str) -> ctypes.CDLL | str:
     """The library of an instruction set, ready to run, or the reason why not."""
@@ -76,19 +88,6 @@ def _load(level: str) -> ctypes.CDLL | str:
     except (OSError, AttributeError) as error:  # AttributeError: a version with no such function
         reason = str(error)
     return f"cannot use {file.name}: {reason}; {_HINT}"
-
-
-def _elsewhere() -> str:
-    """Why there is no library although one is installed: Python took the folder s4 of a clone."""
-    own = Path(__file__).parent
-    for path in sys.path:
-        other = Path(path, "s4", "backends", "cpu")
-        if (other / "_native_base.so").is_file() and other.resolve() != own.resolve():
-            return (
-                f"not built in {own.parents[1]}, which Python took in place of the s4 installed in {path}: "
-                "start it in another folder than the clone, or run pip install -e . there"
-            )
-    return ""
 
 
 def _pool() -> ctypes.c_void_p:

@@ -17,6 +17,9 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #define INLINE inline __attribute__((always_inline))
 

@@ -2,8 +2,6 @@
 // what they can ask it.
 
 #if defined(__x86_64__)
-#include <cpuid.h>
-
 const char* processor() {
     unsigned a, b, c, d, known, wide, saved;
     if (!__get_cpuid(1, &a, &b, &known, &d) || !(known & bit_OSXSAVE) || !__get_cpuid_count(7, 0, &a, &wide, &c, &d))
