@@ -185,7 +185,7 @@ def rename(version: str) -> list[str]:
             # A version that never was released has no date.
             (r"^version: .*$(?:\ndate-released: .*$)?", f'version: {version}\ndate-released: "{date}"'),
         ],
-        "docs/api/commands.md": [(r"^s4       \d.*$", f"s4       {version}")],
+        "docs/api/commands.md": [(r"^s4       \d[\w.]*", f"s4       {version}")],
         "docs/install.md": [(r"s4_pytorch-\d[\w.]*-py3", f"s4_pytorch-{version}-py3")],
     }
     for file, changes in lines.items():

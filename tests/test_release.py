@@ -35,7 +35,7 @@ def test_a_version_is_written_into_every_file_that_has_it(release: ModuleType, t
     lines = [
         '__version__ = "7.8.9"',
         f'version: 7.8.9\ndate-released: "{date}"\n',
-        "s4       7.8.9\n",
+        "s4       7.8.9 in ",
         "-7.8.9-",
     ]
     for name, line in zip(named, lines, strict=True):
