@@ -50,7 +50,10 @@ def run(folder: Path, arguments: list[str], world: int = 1, ends: Ends | None = 
         if ends and ends[0] == rank:
             end_at(*ends[1:])
         strategy = ["--trainer.strategy", "ddp"] if world > 1 else []
-        train.run([*OPTIONS, "--trainer.devices", str(world), *strategy, *arguments])
+        try:
+            train.run([*OPTIONS, "--trainer.devices", str(world), *strategy, *arguments])
+        finally:  # a group of gloo's that is left may abort the process at its end
+            assert not torch.distributed.is_initialized()
 
     return forked(folder, world, one)
 

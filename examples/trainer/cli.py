@@ -351,6 +351,9 @@ def run_recipe(command: str, recipe: Path, options: list[str], program: str) -> 
     except Exception as error:
         if not (message := _said_by_lightning(error)):
             raise
+    finally:
+        if torch.distributed.is_initialized():  # gloo's, which Lightning leaves, may abort at the exit
+            torch.distributed.destroy_process_group()
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
     raise SystemExit(1)
 
