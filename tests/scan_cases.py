@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import oracle
 import torch
+from layer_cases import parameters
 from torch import Tensor
 
 from s4 import S4Layer
@@ -62,12 +63,6 @@ def build(case: Case, dtype: torch.dtype = torch.float64) -> S4Layer:
         for parameter in layer.parameters():
             parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     return layer
-
-
-def parameters(layer: S4Layer) -> dict[str, Tensor]:
-    return {
-        name: value.detach().double().clone().requires_grad_() for name, value in layer.named_parameters()
-    }
 
 
 def inputs(case: Case, L: int, batch: int = 2, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
